@@ -1,0 +1,14 @@
+"""The one error that tells a user what to change."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Input that cannot be used: names the field, the value found and what would be right.
+
+    The command line prints it as one line and exits with status 2; in a notebook it is an ordinary `ValueError`.
+    """
+
+    def __init__(self, field: str, value: object, remedy: str):
+        self.field, self.value, self.remedy = field, value, remedy
+        super().__init__(f"{field} = {value!r}: {remedy}")
