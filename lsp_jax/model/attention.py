@@ -1,0 +1,78 @@
+"""Attention over one or several segments of keys under a single softmax.
+
+Everything the project attends to is a `Segment`: a training row's own keys (causal), a prompt's keys shared by the G
+answers that continue it, the judge's rubric shared by all rows, the generated keys of a decode loop. A segment with N
+rows serves B = N * G query rows, row n the G consecutive rows n*G .. (n+1)*G - 1, so that shared keys are stored, read
+and multiplied once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Segment(NamedTuple):
+    """Keys and values with the mask of what may be seen."""
+
+    keys: jax.Array
+    """[N, P, K, h], rotated."""
+    values: jax.Array
+    """[N, P, K, h]."""
+    mask: jax.Array
+    """bool, broadcastable to [N, 1, S, P]: True where query position s may attend to key p."""
+
+
+def causal_mask(length: int) -> jax.Array:
+    """bool [1, 1, length, length]: position s sees positions up to itself."""
+    positions = jnp.arange(length)
+    return (positions[None, :] <= positions[:, None])[None, None]
+
+
+def length_mask(lengths: jax.Array, width: int) -> jax.Array:
+    """bool [N, 1, 1, width] from lengths [N]: the first `lengths` keys are real, whatever ids they hold."""
+    return (jnp.arange(width)[None, :] < lengths[:, None])[:, None, None, :]
+
+
+def attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+    """Grouped-query attention of `queries` [B, S, H, h] over all `segments` together; returns [B, S, H, h].
+
+    Scores and softmax are float32 whatever the inputs are. B must be a multiple of every segment's N, and H of its K.
+    A query that may see nothing (a padded position) gets a finite, meaningless row.
+    """
+    batch, length, heads, width = queries.shape
+    kv_heads = segments[0].keys.shape[2]
+    repeats = heads // kv_heads
+    scale = width**-0.5
+
+    def grouped(rows: int) -> jax.Array:
+        return queries.reshape(rows, batch // rows, length, kv_heads, repeats, width)
+
+    scores = []
+    for segment in segments:
+        rows, keys = segment.keys.shape[:2]
+        score = jnp.einsum(
+            "ngskrh,npkh->nkgrsp", grouped(rows), segment.keys, preferred_element_type=jnp.float32
+        )  # one [G*R*S, h] x [h, P] product per row and kv head
+        score = jnp.where(segment.mask[:, :, None, None], score * scale, jnp.finfo(jnp.float32).min)
+        scores.append(_rows_first(score).reshape(batch, kv_heads, repeats, length, keys))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+
+    out = jnp.zeros(queries.shape, jnp.float32)
+    start = 0
+    for segment in segments:
+        rows, keys = segment.keys.shape[:2]
+        part = weights[..., start : start + keys].astype(segment.values.dtype)
+        start += keys
+        part = part.reshape(rows, batch // rows, kv_heads, repeats, length, keys)
+        value = jnp.einsum("ngkrsp,npkh->ngskrh", part, segment.values, preferred_element_type=jnp.float32)
+        out = out + value.reshape(queries.shape)
+    return out.astype(queries.dtype)
+
+
+def _rows_first(score: jax.Array) -> jax.Array:
+    """[N, K, G, R, S, P] -> [N, G, K, R, S, P], the order in which rows of all segments line up."""
+    return score.transpose(0, 2, 1, 3, 4, 5)

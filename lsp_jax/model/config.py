@@ -1,0 +1,181 @@
+"""Shape and constants of a Llama, read from and written to Hugging Face's `config.json`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lsp_jax.errors import InputError
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE frequencies are stretched beyond the length a model was first trained at."""
+
+    rope_type: str
+    """`linear` (divide by the factor) or `llama3` (long wavelengths divided, short ones kept, the rest blended)."""
+    factor: float
+    """Stretch factor, > 0."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original length / this are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original length / this are kept."""
+    original_max_position_embeddings: int = 8192
+    """llama3: length in tokens before stretching."""
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """One Llama's shape; hashable, so it is a static argument of the jitted functions. Names as in Hugging Face."""
+
+    vocab_size: int
+    """Rows of the embedding, in tokens."""
+    hidden_size: int
+    """Model width D."""
+    intermediate_size: int
+    """MLP width F."""
+    num_hidden_layers: int
+    """Decoder layers L."""
+    num_attention_heads: int
+    """Query heads H."""
+    num_key_value_heads: int
+    """Key and value heads K; H is a multiple of it."""
+    head_dim: int
+    """Width h of one head; H * h may differ from D."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the RoPE frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """None for plain RoPE."""
+    tie_word_embeddings: bool = False
+    """Whether the head is the embedding."""
+    attention_bias: bool = False
+    """Biases on q, k, v and o."""
+    mlp_bias: bool = False
+    """Biases on gate, up and down."""
+    max_position_embeddings: int = 2048
+    """Longest context the model was made for, in tokens."""
+    initializer_range: float = 0.02
+    """Standard deviation of random weights."""
+    bos_token_id: int | None = None
+    """Begin-of-text id, kept for export."""
+    eos_token_id: tuple[int, ...] = ()
+    """End ids, kept for export."""
+    pad_token_id: int | None = None
+    """Padding id, kept for export."""
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                "num_key_value_heads",
+                self.num_key_value_heads,
+                f"must divide num_attention_heads ({self.num_attention_heads})",
+            )
+        if self.head_dim % 2:
+            raise InputError("head_dim", self.head_dim, "must be even, RoPE rotates pairs")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
+        """Reads a Hugging Face `config.json`, with `rope_theta`/`rope_scaling` or the newer `rope_parameters`.
+
+        Raises InputError for another `model_type`, a missing size, another activation, or an unknown RoPE type.
+        """
+        if config.get("model_type") != "llama":
+            raise InputError("model_type", config.get("model_type"), "only Llama models ('llama') are supported")
+        if config.get("hidden_act", "silu") != "silu":
+            raise InputError("hidden_act", config["hidden_act"], "only 'silu' is supported")
+        for field in _SIZES:
+            if not isinstance(config.get(field), int) or config[field] < 1:
+                raise InputError(field, config.get(field), "config.json must give this as a positive whole number")
+        theta, scaling = _read_rope(config)
+        heads = config["num_attention_heads"]
+        eos = config.get("eos_token_id")
+        return cls(
+            **{field: config[field] for field in _SIZES},
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            pad_token_id=config.get("pad_token_id"),
+            **{field: config[field] for field in _OPTIONAL if config.get(field) is not None},
+        )
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """The `config.json` that transformers (either RoPE spelling) and vLLM read; `dtype` is the weights'."""
+        rope: dict[str, Any] = {"rope_type": "default"}
+        if self.rope_scaling is not None:
+            scaling = self.rope_scaling
+            rope = {"rope_type": scaling.rope_type, "factor": scaling.factor}
+            if scaling.rope_type == "llama3":
+                rope |= {field: getattr(scaling, field) for field in _LLAMA3}
+        eos = list(self.eos_token_id)
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "use_cache": True,
+            **{field: getattr(self, field) for field in (*_SIZES, *_OPTIONAL)},
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": None if self.rope_scaling is None else dict(rope),
+            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else eos,
+            "pad_token_id": self.pad_token_id,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+
+    def rope_frequencies(self) -> np.ndarray:
+        """Radians per position of each rotated pair, float64 [head_dim / 2], scaling included."""
+        frequencies = self.rope_theta ** -(np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
+        scaling = self.rope_scaling
+        if scaling is None:
+            return frequencies
+        if scaling.rope_type == "linear":
+            return frequencies / scaling.factor
+        wavelengths = 2 * math.pi / frequencies
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        # 0 at and beyond the longest wavelength kept whole, 1 at and below the shortest one stretched
+        kept = np.clip((scaling.original_max_position_embeddings / wavelengths - low) / (high - low), 0.0, 1.0)
+        return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_OPTIONAL = (
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "max_position_embeddings",
+    "initializer_range",
+)
+_LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    rope = {**old, **new}
+    theta = float(new.get("rope_theta") or config.get("rope_theta") or old.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise InputError("rope_type", kind, f"supported are {', '.join(ROPE_TYPES)}")
+    if kind == "default":
+        return theta, None
+    needed = ("factor", *_LLAMA3) if kind == "llama3" else ("factor",)
+    missing = [field for field in needed if rope.get(field) is None]
+    if missing:
+        raise InputError("rope_scaling", rope, f"rope_type {kind!r} also needs {', '.join(missing)}")
+    lengths = {"original_max_position_embeddings": int(rope[_LLAMA3[2]])} if kind == "llama3" else {}
+    factors = {field: float(rope[field]) for field in needed if field != _LLAMA3[2]}
+    return theta, RopeScaling(kind, **factors, **lengths)

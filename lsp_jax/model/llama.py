@@ -1,0 +1,313 @@
+"""Llama 1 to 3.2: configuration, Flax NNX modules, and the pure functions that the rest of the project calls.
+
+Modules describe parameters and one layer's arithmetic. Outside this file a model is `(params, config)`: `params` a plain
+nested dict with Hugging Face's names, the layers of the decoder stacked on a leading axis, projections stored
+[in, out]; embeddings and an untied head [vocabulary, hidden]. Activations have the dtype of the parameters; norms, RoPE,
+softmax and logits are float32.
+
+1. `forward`: tokens [B, T] -> logits [B, T, V]; `hidden_states` stops before the head.
+2. `extend`: tokens [B, S] after any number of shared prefixes -> hidden [B, S, D] and their own `KVCache`; with no
+   prefix this is the prefill.
+3. `decode_step`: one token a row, written at one column of a growing cache; layers unrolled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lsp_jax.model.attention import Segment, attend, causal_mask, length_mask
+from lsp_jax.model.config import LlamaConfig
+
+Params = dict[str, Any]
+
+
+class KVCache(NamedTuple):
+    """Keys and values of N prompts, each shared by the rows that continue it."""
+
+    keys: jax.Array
+    """[L, N, P, K, h], rotated."""
+    values: jax.Array
+    """[L, N, P, K, h]."""
+    lengths: jax.Array
+    """int32 [N]: the real ones come first, the rest is padding."""
+
+
+class DecodeCache(NamedTuple):
+    """Generated keys and values, one array a layer so that the decode loop updates each in place."""
+
+    keys: tuple[jax.Array, ...]
+    """L arrays [B, T, K, h], rotated."""
+    values: tuple[jax.Array, ...]
+    """L arrays [B, T, K, h]."""
+
+
+# --- modules -----------------------------------------------------------------------------------------------------
+
+
+class Linear(nnx.Module):
+    def __init__(self, inputs: int, outputs: int, bias: bool, scale: float, rngs: nnx.Rngs):
+        self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (inputs, outputs)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.weight[...]
+        return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,)) if hasattr(self, "bias") else y
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, width: int, eps: float):
+        self.weight = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        exact = x.astype(jnp.float32)
+        exact = exact * jax.lax.rsqrt(jnp.mean(exact**2, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,)) * exact.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        width, scale, bias = config.hidden_size, config.initializer_range, config.attention_bias
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias, scale, rngs)
+        self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias, scale, rngs)
+        self.v_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias, scale, rngs)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias, scale, rngs)
+
+    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, S, D] -> rotated queries [B, S, H, h], rotated keys and values [B, S, K, h]."""
+        queries, keys, values = (
+            projection(x).reshape(*x.shape[:2], -1, self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(queries, rotation), rotate(keys, rotation), values
+
+    def output(self, heads: jax.Array) -> jax.Array:
+        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        width, inner, scale = config.hidden_size, config.intermediate_size, config.initializer_range
+        self.gate_proj = Linear(width, inner, config.mlp_bias, scale, rngs)
+        self.up_proj = Linear(width, inner, config.mlp_bias, scale, rngs)
+        self.down_proj = Linear(inner, width, config.mlp_bias, scale, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.self_attn.project(self.input_layernorm(x), rotation)
+
+    def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
+        """The residual stream after attention gave `heads` [B, S, H, h]."""
+        x = x + self.self_attn.output(heads)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape))
+
+
+class Backbone(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap
+        def stack(layer_rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, layer_rngs)
+
+        self.embed_tokens = Embedding(config, rngs)
+        self.layers = stack(rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.model = Backbone(config, rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = Embedding(config, rngs)
+
+
+@lru_cache
+def _layer_graph(config: LlamaConfig) -> nnx.GraphDef[DecoderLayer]:
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, nnx.Rngs(0))))[0]
+
+
+def init_params(config: LlamaConfig, key: jax.Array) -> Params:
+    """Random float32 parameters: normal(0, initializer_range), norms 1, biases 0."""
+    return nnx.to_pure_dict(nnx.state(Llama(config, nnx.Rngs(key)), nnx.Param))
+
+
+def params_shape(config: LlamaConfig) -> Params:
+    """The parameters' shapes as `jax.ShapeDtypeStruct` leaves, without making any array."""
+    return jax.eval_shape(partial(init_params, config), jax.random.key(0))
+
+
+# --- rotary position embedding -----------------------------------------------------------------------------------
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines, float32 [B, S, h / 2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation(positions: jax.Array, config: LlamaConfig) -> Rotation:
+    """RoPE angles of integer `positions` [B, S], in float32 with the config's scaling (Llama 3's by wavelength)."""
+    frequencies = jnp.asarray(config.rope_frequencies(), jnp.float32)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates pairs (i, i + h/2) of `x` [B, S, heads, h], computed in float32 (Hugging Face's order of rows)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rotation.cos[:, :, None, :], rotation.sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+# --- pure functions ----------------------------------------------------------------------------------------------
+
+
+def logits(params: Params, config: LlamaConfig, hidden: jax.Array) -> jax.Array:
+    """The language-model head: normed hidden states [..., D] -> float32 logits [..., V]; tied or untied."""
+    weight = (params["model"]["embed_tokens"] if config.tie_word_embeddings else params["lm_head"])["weight"]
+    return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _norm(params: Params, config: LlamaConfig, x: jax.Array) -> jax.Array:
+    norm = nnx.eval_shape(lambda: RMSNorm(config.hidden_size, config.rms_norm_eps))
+    return nnx.merge(nnx.split(norm)[0], params["model"]["norm"])(x)
+
+
+def _embed(params: Params, tokens: jax.Array) -> jax.Array:
+    return params["model"]["embed_tokens"]["weight"][tokens]
+
+
+def hidden_states(
+    params: Params, config: LlamaConfig, tokens: jax.Array, mask: jax.Array | None = None, remat: bool = False
+) -> jax.Array:
+    """Normed hidden states [B, T, D] of `tokens` [B, T], causal.
+
+    Without `mask` every position counts from the left, which is right for right-padded rows: what follows a real token
+    never reaches it. `mask` (bool [B, T]) marks the real tokens of rows padded anywhere; positions then count real
+    tokens only. `remat` recomputes each layer in the backward pass instead of keeping its activations.
+    """
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
+    visible = causal_mask(length)
+    if mask is not None:
+        positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+        visible = visible & mask[:, None, None, :]
+    angles = rotation(positions, config)
+    graph = _layer_graph(config)
+
+    def body(x: jax.Array, layer_params: Params) -> tuple[jax.Array, None]:
+        layer = nnx.merge(graph, layer_params)
+        queries, keys, values = layer.project(x, angles)
+        return layer.finish(x, attend(queries, (Segment(keys, values, visible),))), None
+
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    x, _ = jax.lax.scan(body, _embed(params, tokens), params["model"]["layers"])
+    return _norm(params, config, x)
+
+
+def forward(params: Params, config: LlamaConfig, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Logits float32 [B, T, V] of `tokens` int32 [B, T]; `mask` as in `hidden_states`. Pure; jit with `config` static."""
+    return logits(params, config, hidden_states(params, config, tokens, mask))
+
+
+def extend(
+    params: Params, config: LlamaConfig, tokens: jax.Array, lengths: jax.Array, prefixes: Sequence[KVCache] = ()
+) -> tuple[jax.Array, KVCache]:
+    """Runs right-padded `tokens` [B, S] with real `lengths` [B] after `prefixes`, without touching those.
+
+    Each prefix has N rows with B a multiple of N; prefixes follow one another (rubric, then body, then branch).
+    Returns normed hidden states [B, S, D] and the tokens' own cache. With no prefix this is the prefill.
+    """
+    batch, length = tokens.shape
+    offset = jnp.zeros(batch, jnp.int32)
+    for prefix in prefixes:
+        offset = offset + jnp.repeat(prefix.lengths, batch // prefix.lengths.shape[0])
+    angles = rotation(offset[:, None] + jnp.arange(length)[None], config)
+    masks = [length_mask(prefix.lengths, prefix.keys.shape[2]) for prefix in prefixes]
+    visible, graph = causal_mask(length), _layer_graph(config)
+
+    def body(x: jax.Array, xs: tuple[Params, list[Any]]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        layer = nnx.merge(graph, xs[0])
+        queries, keys, values = layer.project(x, angles)
+        shared = [Segment(k, v, m) for (k, v), m in zip(xs[1], masks, strict=True)]
+        return layer.finish(x, attend(queries, (*shared, Segment(keys, values, visible)))), (keys, values)
+
+    layered = [(prefix.keys, prefix.values) for prefix in prefixes]
+    x, (keys, values) = jax.lax.scan(body, _embed(params, tokens), (params["model"]["layers"], layered))
+    return _norm(params, config, x), KVCache(keys, values, lengths)
+
+
+def last_hidden(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The hidden state [B, D] of each row's last real token, by its length [B]."""
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+
+def unstack_layers(tree: Any, layers: int) -> tuple[Any, ...]:
+    """Slices stacked layers (parameters or caches) once, so that a decode loop runs them unrolled."""
+    return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(layers))
+
+
+def empty_decode_cache(config: LlamaConfig, batch: int, columns: int, dtype: jnp.dtype) -> DecodeCache:
+    shape = (batch, columns, config.num_key_value_heads, config.head_dim)
+    zeros = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
+    return DecodeCache(zeros, zeros)
+
+
+def decode_step(
+    params: Params,
+    layers: tuple[Params, ...],
+    config: LlamaConfig,
+    tokens: jax.Array,
+    prompt: tuple[KVCache, ...],
+    cache: DecodeCache,
+    column: jax.Array,
+) -> tuple[jax.Array, DecodeCache]:
+    """One token a row: `tokens` [B] at generated position `column` (a scalar, the same for all rows).
+
+    `layers` and `prompt` are `unstack_layers` of the stacked layers and of the prompts' cache. The token's keys and
+    values are written at `column`, and columns up to it are attended. Returns normed hidden states [B, D] and the cache.
+    """
+    batch = tokens.shape[0]
+    lengths = prompt[0].lengths
+    positions = jnp.repeat(lengths, batch // lengths.shape[0]) + column
+    angles = rotation(positions[:, None], config)
+    prompt_mask = length_mask(lengths, prompt[0].keys.shape[1])
+    own_mask = (jnp.arange(cache.keys[0].shape[1]) <= column)[None, None, None, :]
+    graph = _layer_graph(config)
+    x = _embed(params, tokens)[:, None]
+    all_keys, all_values = [], []
+    for layer_params, shared, old_keys, old_values in zip(layers, prompt, cache.keys, cache.values, strict=True):
+        layer = nnx.merge(graph, layer_params)
+        queries, key, value = layer.project(x, angles)
+        keys = jax.lax.dynamic_update_slice_in_dim(old_keys, key, column, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(old_values, value, column, axis=1)
+        segments = (Segment(shared.keys, shared.values, prompt_mask), Segment(keys, values, own_mask))
+        x = layer.finish(x, attend(queries, segments))
+        all_keys.append(keys)
+        all_values.append(values)
+    return _norm(params, config, x)[:, 0], DecodeCache(tuple(all_keys), tuple(all_values))
