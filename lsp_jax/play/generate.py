@@ -1,0 +1,223 @@
+"""Prompts -> completions, as pure functions, and `generate` for people.
+
+1. `extend` (model) prefills each of N prompts once.
+2. `rollout` draws the first token of the G rows of each prompt from the prompt's last hidden state.
+3. A `while_loop` feeds the tokens back, one column at a time, and ends early when every row has stopped.
+4. `generate` puts text in and out around `complete`, with prompts padded to declared buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsp_jax import host
+from lsp_jax.errors import InputError
+from lsp_jax.model import llama
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.play.sampler import Draw, SamplingConfig, row_keys, row_uniforms, sample
+from lsp_jax.policy import Policy
+
+PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+Prompt = str | list[dict[str, str]] | list[int]
+
+
+class Completions(NamedTuple):
+    """What was generated. Leading axes: B, or N, or N and G."""
+
+    tokens: jax.Array
+    """int32 [..., T]; 0 after `lengths`."""
+    lengths: jax.Array
+    """int32 [...]: tokens generated, the one that stopped the row included."""
+    logprobs: jax.Array
+    """float32 [..., T]: of each token under the distribution it was drawn from; 0 after `lengths`."""
+    log_mass: jax.Array
+    """float32 [..., T]: log of the mass that truncation kept; 0 without truncation and after `lengths`."""
+    stopped: jax.Array
+    """bool [...]: ended by a stop token; False means cut off at T."""
+
+
+class _Loop(NamedTuple):
+    column: jax.Array  # of the token drawn last
+    token: jax.Array
+    done: Completions
+    cache: llama.DecodeCache
+
+
+def _record(done: Completions, draw: Draw, column: jax.Array, stop_ids: tuple[int, ...]) -> Completions:
+    alive = ~done.stopped
+
+    def put(array: jax.Array, value: jax.Array) -> jax.Array:
+        value = jnp.where(alive, value, jnp.zeros_like(value))
+        return jax.lax.dynamic_update_slice_in_dim(array, value[:, None], column, axis=1)
+
+    stop = jnp.zeros_like(done.stopped)
+    for stop_id in stop_ids:
+        stop = stop | (draw.token == stop_id)
+    return Completions(
+        tokens=put(done.tokens, draw.token),
+        lengths=done.lengths + alive,
+        logprobs=put(done.logprobs, draw.logprob),
+        log_mass=put(done.log_mass, draw.log_mass),
+        stopped=done.stopped | (alive & stop),
+    )
+
+
+def rollout(
+    params: llama.Params,
+    config: LlamaConfig,
+    prompt: llama.KVCache,
+    last_hidden: jax.Array,
+    keys: jax.Array,
+    sampling: SamplingConfig,
+    columns: int,
+    stop_ids: tuple[int, ...],
+) -> Completions:
+    """Up to `columns` tokens for each of B rows that continue N prefilled prompts (B / N rows a prompt).
+
+    `last_hidden` [N, D] belongs to each prompt's last real token, `keys` [B] are the rows' own. An empty `stop_ids`
+    forces the full length. Returns arrays [B, ...].
+    """
+    rows, repeats = keys.shape[0], keys.shape[0] // last_hidden.shape[0]
+    layers = llama.unstack_layers(params["model"]["layers"], config.num_hidden_layers)
+    shared = tuple(llama.KVCache(k, v, prompt.lengths) for k, v in zip(prompt.keys, prompt.values, strict=True))
+    empty = Completions(
+        tokens=jnp.zeros((rows, columns), jnp.int32),
+        lengths=jnp.zeros(rows, jnp.int32),
+        logprobs=jnp.zeros((rows, columns), jnp.float32),
+        log_mass=jnp.zeros((rows, columns), jnp.float32),
+        stopped=jnp.zeros(rows, bool),
+    )
+    start = jnp.zeros((), jnp.int32)
+    first_logits = jnp.repeat(llama.logits(params, config, last_hidden), repeats, axis=0)
+    first = sample(first_logits, row_uniforms(keys, start), sampling)
+    cache = llama.empty_decode_cache(config, rows, max(columns - 1, 1), last_hidden.dtype)
+    state = _Loop(start, first.token, _record(empty, first, start, stop_ids), cache)
+
+    def going(state: _Loop) -> jax.Array:
+        return (state.column + 1 < columns) & ~jnp.all(state.done.stopped)
+
+    def step(state: _Loop) -> _Loop:
+        hidden, cache = llama.decode_step(params, layers, config, state.token, shared, state.cache, state.column)
+        column = state.column + 1
+        draw = sample(llama.logits(params, config, hidden), row_uniforms(keys, column), sampling)
+        return _Loop(column, draw.token, _record(state.done, draw, column, stop_ids), cache)
+
+    return jax.lax.while_loop(going, step, state).done
+
+
+@partial(jax.jit, static_argnames=("config", "repeats", "sampling", "columns", "stop_ids"))
+def complete(
+    params: llama.Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    key: jax.Array,
+    first_row: jax.Array,
+    *,
+    config: LlamaConfig,
+    repeats: int,
+    sampling: SamplingConfig,
+    columns: int,
+    stop_ids: tuple[int, ...],
+) -> Completions:
+    """`repeats` completions of each right-padded prompt `tokens` [N, P] with `lengths` [N]; arrays [N * repeats, ...].
+
+    Row r draws with `fold_in(key, first_row + r)`, so batches of one list continue one another's noise.
+    """
+    hidden, cache = llama.extend(params, config, tokens, lengths)
+    last = llama.last_hidden(hidden, lengths)
+    rows = first_row + jnp.arange(tokens.shape[0] * repeats)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+    return rollout(params, config, cache, last, keys, sampling, columns, stop_ids)
+
+
+def bucket(size: int, buckets: Sequence[int], field: str) -> int:
+    """The smallest declared bucket that holds `size`; InputError when none does."""
+    for candidate in buckets:
+        if size <= candidate:
+            return candidate
+    raise InputError(field, size, f"longer than the largest bucket ({buckets[-1]} tokens): shorten it")
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [rows, width] right-padded ids and lengths [rows]; rows beyond the prompts repeat the last one."""
+    tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    for row in range(rows):
+        ids = prompts[min(row, len(prompts) - 1)]
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+    return tokens, lengths
+
+
+def generate(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    seed: int = 0,
+    max_completion_length: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop_at_eos: bool = True,
+    batch_size: int = 64,
+) -> list[str]:
+    """One completion of each prompt as text, without the stop token and other control tokens.
+
+    A prompt is a string (one user message, in the chat template), a list of messages (`role`, `content`), or a list of
+    token ids (used as they are). `temperature` 0 is greedy. `stop_at_eos=False` forces `max_completion_length` tokens.
+    The draws depend on `seed` and each prompt's place in the list, not on `batch_size`.
+    Raises InputError for an empty prompt, ids outside the vocabulary, and a prompt longer than the model's context.
+    """
+    sampling = SamplingConfig(temperature, top_k, top_p, min_p)
+    sampling.check("sampling")
+    if max_completion_length < 1:
+        raise InputError("max_completion_length", max_completion_length, "must be at least 1 token")
+    if batch_size < 1:
+        raise InputError("batch_size", batch_size, "must be at least 1 row")
+    ids = [_prompt_ids(policy, prompt, max_completion_length) for prompt in prompts]
+    stop_ids = policy.tokenizer.stop_ids if stop_at_eos else ()
+    texts: list[str] = []
+    for start in range(0, len(ids), batch_size):
+        part = ids[start : start + batch_size]
+        rows = next((b for b in ROW_BUCKETS if len(part) <= b <= batch_size), batch_size)
+        width = bucket(max(map(len, part)), PROMPT_BUCKETS, "prompt length")
+        tokens, lengths = pad_prompts(part, width, rows)
+        out = complete(
+            policy.params,
+            *jax.device_put((tokens, lengths, jax.random.key(seed), np.int32(start))),
+            config=policy.config,
+            repeats=1,
+            sampling=sampling,
+            columns=max_completion_length,
+            stop_ids=stop_ids,
+        )
+        done = host.to_host((out.tokens, out.lengths - out.stopped))
+        rows_ids = [row[:length].tolist() for row, length in zip(*done, strict=True)][: len(part)]
+        texts += [policy.tokenizer.decode(row, skip_special_tokens=True) for row in rows_ids]
+    return texts
+
+
+def _prompt_ids(policy: Policy, prompt: Prompt, new_tokens: int) -> list[int]:
+    if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict)):
+        ids = policy.tokenizer.chat_ids(prompt)  # pyright: ignore[reportArgumentType]
+    else:
+        ids = [int(token) for token in prompt]  # pyright: ignore[reportArgumentType]
+    if not ids:
+        raise InputError("prompt", prompt, "has no tokens: give text, messages or token ids")
+    outside = [token for token in ids if not 0 <= token < policy.config.vocab_size]
+    if outside:
+        raise InputError("prompt", outside[0], f"token id outside the vocabulary (0 to {policy.config.vocab_size - 1})")
+    if len(ids) + new_tokens > policy.config.max_position_embeddings:
+        raise InputError(
+            "prompt length",
+            len(ids),
+            f"with {new_tokens} new tokens exceeds the model's context of {policy.config.max_position_embeddings}",
+        )
+    return ids

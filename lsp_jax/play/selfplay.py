@@ -1,0 +1,145 @@
+"""Self-play: one policy writes queries as Challenger and answers them as Solver; the result is an `Episode`.
+
+1. `challenge`: N queries, all from one prompt that is prefilled once.
+2. `splice_queries`: query ids into the Solver's chat template, as ids, with each query's validity.
+3. `solve`: G answers a query, each query's prompt prefilled once.
+
+All of it is pure and stays on device; the trainer jits each stage, or the whole iteration as one.
+LSP, Algorithm 1, steps 1 and 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lsp_jax.errors import InputError
+from lsp_jax.model import llama
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.play.generate import Completions, rollout
+from lsp_jax.play.sampler import SamplingConfig, row_keys
+from lsp_jax.text.prompts import PlayPrompts, Ragged, contains_sequence, ids_row, pack, splice
+
+CHALLENGER, SOLVER = 0, 1  # folded into the key, so that the roles draw different noise
+
+TEXT, BLANK, CONTROL = 0, 1, 2  # `Tokenizer.token_kinds`
+
+
+@dataclass(frozen=True)
+class PlayConfig:
+    """Sizes of one iteration. Names as in TRL."""
+
+    num_queries: int = 8
+    """N: queries the Challenger writes from its one prompt."""
+    num_generations: int = 8
+    """G: answers the Solver gives to each query."""
+    max_query_length: int = 64
+    """Longest query in sampled tokens, the stop token included; a query cut off here is invalid."""
+    max_completion_length: int = 128
+    """Longest answer in tokens, the stop token included."""
+
+    def check(self, trains_challenger: bool) -> None:
+        """Raises InputError for sizes on which group-relative advantages are all zero, or empty texts."""
+        if self.num_generations < 2:
+            raise InputError(
+                "play.num_generations", self.num_generations, "G must be at least 2: the baseline is the group's mean"
+            )
+        if self.num_queries < 1 or (trains_challenger and self.num_queries < 2):
+            raise InputError(
+                "play.num_queries",
+                self.num_queries,
+                "N must be at least 2 with a Challenger (its baseline is the mean over queries); "
+                "or set loss.alpha_challenger to 0 to train the Solver alone",
+            )
+        for field in ("max_query_length", "max_completion_length"):
+            if getattr(self, field) < 1:
+                raise InputError(f"play.{field}", getattr(self, field), "must be at least 1 token")
+
+
+class Queries(NamedTuple):
+    """What the Challenger wrote."""
+
+    sampled: Completions
+    """[N, T]: the sampled tokens, trained on."""
+    text: Ragged
+    """Fixed beginning and sampled tokens without the stop token: tokens [N, q + T], lengths [N]."""
+    valid: jax.Array
+    """bool [N]: stopped by itself, not blank, free of template tags."""
+
+
+class Episode(NamedTuple):
+    """One iteration's play."""
+
+    queries: Queries
+    prompts: Ragged
+    """The Solver's prompts: tokens [N, P], lengths [N]."""
+    answers: Completions
+    """[N, G, T]."""
+
+    @property
+    def answer_lengths(self) -> jax.Array:
+        """int32 [N, G]: tokens of each answer without the stop token."""
+        return self.answers.lengths - self.answers.stopped
+
+
+def challenge(
+    params: llama.Params,
+    kinds: jax.Array,
+    key: jax.Array,
+    config: LlamaConfig,
+    prompts: PlayPrompts,
+    play: PlayConfig,
+    sampling: SamplingConfig,
+    stop_ids: tuple[int, ...],
+) -> Queries:
+    """N queries from the Challenger's prompt. `kinds` uint8 [V] is `Tokenizer.token_kinds()`."""
+    tokens, lengths = ids_row(prompts.challenger_ids)
+    hidden, cache = llama.extend(params, config, tokens, lengths)
+    keys = row_keys(jax.random.fold_in(key, CHALLENGER), play.num_queries)
+    last = llama.last_hidden(hidden, lengths)
+    sampled = rollout(params, config, cache, last, keys, sampling, play.max_query_length, stop_ids)
+    written = (sampled.tokens, sampled.lengths - sampled.stopped)
+    text = pack((ids_row(prompts.query_prefix_ids), written))
+    return Queries(sampled, text, sampled.stopped & _has_text(written, kinds) & ~_leaks(written, kinds, prompts.tags))
+
+
+def _has_text(written: Ragged, kinds: jax.Array) -> jax.Array:
+    tokens, lengths = written
+    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    return jnp.any(real & (kinds[tokens] == TEXT), axis=-1)
+
+
+def _leaks(written: Ragged, kinds: jax.Array, tags: tuple[tuple[int, ...], ...]) -> jax.Array:
+    tokens, lengths = written
+    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    leaks = jnp.any(real & (kinds[tokens] == CONTROL), axis=-1)
+    for tag in tags:
+        leaks = leaks | contains_sequence(written, tag)
+    return leaks
+
+
+def splice_queries(queries: Queries, prompts: PlayPrompts) -> Ragged:
+    """The Solver's prompts: tokens [N, P] and lengths [N]."""
+    return splice(prompts.solver, queries.text)
+
+
+def solve(
+    params: llama.Params,
+    prompts: Ragged,
+    key: jax.Array,
+    config: LlamaConfig,
+    play: PlayConfig,
+    sampling: SamplingConfig,
+    stop_ids: tuple[int, ...],
+) -> Completions:
+    """G answers to each of the N prompts: arrays [N, G, ...]."""
+    tokens, lengths = prompts
+    hidden, cache = llama.extend(params, config, tokens, lengths)
+    queries, answers = tokens.shape[0], play.num_generations
+    keys = row_keys(jax.random.fold_in(key, SOLVER), queries * answers)
+    last = llama.last_hidden(hidden, lengths)
+    flat = rollout(params, config, cache, last, keys, sampling, play.max_completion_length, stop_ids)
+    return jax.tree.map(lambda x: x.reshape(queries, answers, *x.shape[1:]), flat)

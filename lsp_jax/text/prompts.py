@@ -1,0 +1,227 @@
+"""What each role is shown, as token ids: fixed pieces cut from the chat template once, model text spliced in on device.
+
+A role's prompt is a list of messages with slots. `template_pieces` renders it with several stand-ins for each slot and
+keeps what never changes, so that the ids are exactly `apply_chat_template(tokenize=True)`'s, and a query or an answer
+enters as the ids that the model wrote: no decoding, no second tokenisation.
+
+The wording is ours; the paper's prompts are not copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lsp_jax.errors import InputError
+from lsp_jax.text.tokenizer import Tokenizer
+
+Message = dict[str, str]
+Ragged = tuple[jax.Array, jax.Array]
+"""Tokens int32 [B or 1, W] and their real lengths int32 [B or 1]."""
+
+SLOT = "\0slot\0"  # a NUL cannot stand in a sensible prompt
+_STAND_INS = ("Apples", "Which 2", "question?", "seven things.", "Blue", "Write code")
+
+INSTRUCTION_TASK = """\
+You are testing an assistant that answers written requests. Invent one request for it: something that a real person \
+could want, that can be answered in text alone, and that is hard to answer well. It may come from any field. Write only \
+the request, as the person would write it. Do not answer it, do not explain it and add no hints."""
+
+ARITHMETIC_TASK = """\
+You write questions for an arithmetic test. Write one question about two whole numbers, each between 0 and 99, joined \
+by +, - or *. For example: What is 7 + 15? Write only the question, with other numbers than in the example."""
+
+RUBRIC = """\
+Below are an instruction and then the response that an assistant gave to it. Judge the response by seven criteria, each \
+with yes or no:
+1. The instruction is a clear request that can be understood.
+2. The instruction can be carried out in text, with what it says.
+3. The response deals with what the instruction asks.
+4. The response is correct as far as it goes.
+5. The response is complete.
+6. The response is clear and well written, in the language and form that the instruction calls for.
+7. The response contains nothing useless, repeated or made up.
+
+Instruction:
+"""
+
+VERDICT = "Judge the response above by the seven criteria. Write each number with yes or no."
+
+CRITERIA = 7
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """What the Challenger is asked for."""
+
+    challenger: str = INSTRUCTION_TASK
+    """The Challenger's user message: names the task and the form of one input to it."""
+    query_prefix: str = ""
+    """Fixed beginning of every query, such as `What is `. It belongs to the query; only what follows is sampled."""
+
+
+class TokenTemplate(NamedTuple):
+    """A prompt with one slot: prefix ids, then the slot, then suffix ids."""
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class JudgeTemplate:
+    """The judge's prompt: rubric, query, middle, answer, tail, then one short branch a criterion."""
+
+    rubric_ids: tuple[int, ...]
+    middle_ids: tuple[int, ...]
+    tail_ids: tuple[int, ...]
+    branch_ids: tuple[tuple[int, ...], ...]
+    """CRITERIA tuples: how the judge's turn goes on up to where it says yes or no."""
+    yes_ids: tuple[int, ...]
+    no_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlayPrompts:
+    """Every fixed piece of the game as ids; hashable, a static argument of the jitted stages."""
+
+    challenger_ids: tuple[int, ...]
+    """The Challenger's whole prompt, the query's fixed beginning included."""
+    query_prefix_ids: tuple[int, ...]
+    """That beginning alone; it goes into the Solver's prompt before the sampled tokens."""
+    solver: TokenTemplate
+    """The Solver's chat template around a query."""
+    tags: tuple[tuple[int, ...], ...]
+    """Template tags that are ordinary text (`[INST]`), as the id sequences that spell them."""
+
+    @classmethod
+    def build(cls, tokenizer: Tokenizer, config: PromptConfig) -> PlayPrompts:
+        """Raises InputError when the chat template is missing or changes the text put into it."""
+        prefix, suffix = template_pieces(tokenizer, [{"role": "user", "content": SLOT}])
+        query_prefix = tuple(tokenizer.encode(config.query_prefix))
+        return cls(
+            challenger_ids=(*tokenizer.chat_ids(config.challenger), *query_prefix),
+            query_prefix_ids=query_prefix,
+            solver=TokenTemplate(prefix, suffix),
+            tags=_text_tags(tokenizer, (prefix, suffix)),
+        )
+
+
+def judge_template(tokenizer: Tokenizer, rubric: str = RUBRIC) -> JudgeTemplate:
+    """The judge's prompt as a conversation: the rubric and the query, the answer in its turn, the request to judge.
+
+    Each slot ends where the template puts its own tag, so no token can straddle model text and frame.
+    """
+    messages = [
+        {"role": "user", "content": rubric + SLOT},
+        {"role": "assistant", "content": SLOT},
+        {"role": "user", "content": VERDICT},
+    ]
+    pieces = template_pieces(tokenizer, messages)
+    words = {answer: [answer, answer.capitalize(), " " + answer, " " + answer.capitalize()] for answer in ("yes", "no")}
+    ids = {
+        answer: sorted({tokenizer.encode(form)[0] for form in forms if len(tokenizer.encode(form)) == 1})
+        for answer, forms in words.items()
+    }
+    if not ids["yes"] or not ids["no"]:
+        raise InputError("tokenizer", "yes / no", "the judge needs a vocabulary in which yes and no are single tokens")
+    branches = tuple(tuple(tokenizer.encode(f"{number}.")) for number in range(1, CRITERIA + 1))
+    return JudgeTemplate(*pieces, branch_ids=branches, yes_ids=tuple(ids["yes"]), no_ids=tuple(ids["no"]))
+
+
+def template_pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[tuple[int, ...], ...]:
+    """The fixed ids before, between and after the slots of `messages`, generation prompt included.
+
+    Found by rendering: what stays the same while one slot's text varies is fixed. Raises InputError when a slot's text
+    does not come back out of the ids between the pieces.
+    """
+    slots = sum(message["content"].count(SLOT) for message in messages)
+
+    def render(contents: Sequence[str]) -> list[int]:
+        filling = iter(contents)
+        filled = []
+        for message in messages:
+            parts = message["content"].split(SLOT)
+            text = parts[0] + "".join(next(filling) + part for part in parts[1:])
+            filled.append({**message, "content": text})
+        return tokenizer.chat_ids(filled)
+
+    first = [_STAND_INS[0]] * slots
+    base = render(first)
+    pieces, end = [], 0
+    for slot in range(slots):
+        others = [render([*first[:slot], text, *first[slot + 1 :]]) for text in _STAND_INS[1:]]
+        start = min(_common(base, other) for other in others)
+        after = min(_common(base[::-1], other[::-1]) for other in others)
+        content = tokenizer.decode(base[start : len(base) - after])
+        if content.strip() != _STAND_INS[0]:
+            raise InputError("chat_template", content, f"must hold a message's text as it is ({_STAND_INS[0]!r})")
+        pieces.append(tuple(base[end:start]))
+        end = len(base) - after
+    return (*pieces, tuple(base[end:]))
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def _text_tags(tokenizer: Tokenizer, pieces: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Id sequences of template tags that are spelled in ordinary tokens, with and without a space before them."""
+    runs: list[list[int]] = []
+    for piece in pieces:
+        run: list[int] = []
+        for token in (*piece, None):
+            if token is None or token in tokenizer.special_ids:
+                runs.append(run)
+                run = []
+            else:
+                run.append(token)
+    tags = {tokenizer.decode(run).strip() for run in runs if run}
+    tags = {tag for tag in tags if len(tag) > 1 and tag[0] in "[<#{|"}
+    return tuple(sorted({tuple(tokenizer.encode(lead + tag)) for tag in tags for lead in ("", " ")}))
+
+
+# --- on device ---------------------------------------------------------------------------------------------------
+
+
+def ids_row(ids: Sequence[int]) -> Ragged:
+    """Fixed ids as a part for `pack`: one row shared by all."""
+    return jnp.asarray(ids, jnp.int32).reshape(1, -1), jnp.full(1, len(ids), jnp.int32)
+
+
+def pack(parts: Sequence[Ragged]) -> Ragged:
+    """Joins ragged parts row by row without gaps: tokens [B, sum of widths] padded with 0 at the right, lengths [B]."""
+    rows = max(tokens.shape[0] for tokens, _ in parts)
+    width = sum(tokens.shape[1] for tokens, _ in parts)
+    columns = jnp.arange(width)[None, :]
+    packed, total = jnp.zeros((rows, width), jnp.int32), jnp.zeros(rows, jnp.int32)
+    for tokens, lengths in parts:
+        if tokens.shape[1] == 0:
+            continue
+        index = columns - total[:, None]
+        inside = (index >= 0) & (index < lengths[:, None])
+        source = jnp.broadcast_to(tokens, (rows, tokens.shape[1]))
+        values = jnp.take_along_axis(source, jnp.clip(index, 0, tokens.shape[1] - 1), axis=1)
+        packed, total = jnp.where(inside, values, packed), total + lengths
+    return packed, total
+
+
+def splice(template: TokenTemplate, text: Ragged) -> Ragged:
+    """Token ids [N, T] with lengths [N] into the template's slot: prompts [N, P] and their lengths."""
+    return pack((ids_row(template.prefix_ids), text, ids_row(template.suffix_ids)))
+
+
+def contains_sequence(text: Ragged, sequence: Sequence[int]) -> jax.Array:
+    """bool [B]: whether `sequence` stands in the real tokens of a row."""
+    tokens, lengths = text
+    width, size = tokens.shape[1], len(sequence)
+    if size == 0 or size > width:
+        return jnp.zeros(tokens.shape[0], bool)
+    hits = jnp.ones((tokens.shape[0], width - size + 1), bool)
+    for offset, token in enumerate(sequence):
+        hits = hits & (tokens[:, offset : width - size + 1 + offset] == token)
+    return jnp.any(hits & (jnp.arange(width - size + 1)[None] + size <= lengths[:, None]), axis=-1)
