@@ -1,0 +1,70 @@
+"""Group-relative advantages of both roles (LSP, Algorithm 1 and Section 3; no division by a standard deviation).
+
+With R the weighted task reward and R_Q the quality reward, V(q) and V_Q(q) their means over a query's valid answers:
+
+| | LSP-Zero | LSP |
+|---|---|---|
+| Solver reward | R | R + R_Q |
+| Challenger reward | -V(q) | -V(q) + V_Q(q) |
+
+An advantage is the reward minus its mean over the group: the G answers of the query, the N queries of the iteration.
+The mean includes the sample itself, as in the paper: the expected gradient is (1 - 1/G) of the true one, (1 - 1/N) for
+the Challenger.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Advantages(NamedTuple):
+    """Advantages with the rewards they come from and the rows that count."""
+
+    solver: jax.Array
+    """float32 [N, G]; 0 for a masked answer and for all answers of a query with fewer than two valid ones."""
+    challenger: jax.Array
+    """float32 [N]; 0 for a query that is not counted."""
+    solver_reward: jax.Array
+    """float32 [N, G]; 0 where masked."""
+    challenger_reward: jax.Array
+    """float32 [N]; the penalty for an invalid query, 0 where not counted."""
+    answer_counts: jax.Array
+    """bool [N, G]: in the Solver's loss: a valid answer to a valid query."""
+    query_counts: jax.Array
+    """bool [N]: in the Challenger's loss and mean: invalid, or with at least one valid answer."""
+
+
+def advantages(
+    task: jax.Array,
+    quality: jax.Array,
+    valid_query: jax.Array,
+    valid_answer: jax.Array,
+    invalid_query_penalty: float,
+    use_quality: bool,
+) -> Advantages:
+    """Advantages from `task` and `quality` rewards [N, G] and their validity [N], [N, G] (bool).
+
+    `use_quality` False is LSP-Zero. Values under a False mask are never read, NaN included.
+    """
+    if task.ndim != 2 or task.shape != quality.shape or valid_query.shape != task.shape[:1]:
+        raise ValueError(f"shapes {task.shape}, {quality.shape}, {valid_query.shape}: expected [N, G], [N, G], [N]")
+    counts = valid_answer & valid_query[:, None]
+    task = jnp.where(counts, task, 0.0)
+    quality = jnp.where(counts, quality, 0.0) if use_quality else jnp.zeros_like(task)
+    solver_reward = task + quality
+    answered = jnp.sum(counts, axis=1)
+    per_query = jnp.maximum(answered, 1)
+    centred = solver_reward - (jnp.sum(solver_reward, axis=1) / per_query)[:, None]
+    solver = jnp.where(counts & (answered >= 2)[:, None], centred, 0.0)
+
+    value = jnp.sum(task, axis=1) / per_query
+    quality_value = jnp.sum(quality, axis=1) / per_query
+    query_counts = ~valid_query | (answered > 0)
+    reward = jnp.where(valid_query, quality_value - value, invalid_query_penalty)
+    reward = jnp.where(query_counts, reward, 0.0)
+    mean = jnp.sum(reward) / jnp.maximum(jnp.sum(query_counts), 1)
+    challenger = jnp.where(query_counts, reward - mean, 0.0)
+    return Advantages(solver, challenger, solver_reward, reward, counts, query_counts)

@@ -1,0 +1,80 @@
+"""Log-probabilities, entropy and exact KL of tokens from hidden states, the head applied by chunks.
+
+[tokens, vocabulary] never exists whole, forward or backward: each chunk's logits are recomputed for its gradient.
+Everything is float32. "The policy" here is the tempered one, logits divided by the sampling temperature, so that the
+sampler and the learner speak of the same distribution.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lsp_jax.learn.batch import Rows
+from lsp_jax.model import llama
+from lsp_jax.model.config import LlamaConfig
+
+
+class TokenStatistics(NamedTuple):
+    """Per completion token, float32 [B, T]; meaningless where masked."""
+
+    logprobs: jax.Array
+    """log pi(token | prefix)."""
+    entropy: jax.Array
+    """Entropy of pi(. | prefix) in nats; carries no gradient."""
+    full_kl: jax.Array
+    """sum_v pi(v) (log pi(v) - log pi_ref(v)); 0 unless the reference's hidden states were given."""
+
+
+def completion_hidden(params: llama.Params, config: LlamaConfig, rows: Rows, remat: bool = False) -> jax.Array:
+    """The hidden state [B, T, D] from which each completion token was predicted."""
+    hidden = llama.hidden_states(params, config, rows.tokens, remat=remat)
+    return jnp.take_along_axis(hidden, (rows.positions - 1)[..., None], axis=1)
+
+
+def completion_tokens(rows: Rows) -> jax.Array:
+    """int32 [B, T]: the completion's tokens."""
+    return jnp.take_along_axis(rows.tokens, rows.positions, axis=1)
+
+
+def token_statistics(
+    params: llama.Params,
+    config: LlamaConfig,
+    hidden: jax.Array,
+    targets: jax.Array,
+    temperature: float,
+    chunk: int,
+    reference: tuple[llama.Params, jax.Array] | None = None,
+) -> TokenStatistics:
+    """Statistics of `targets` [B, T] under the head applied to `hidden` [B, T, D], `chunk` tokens at a time.
+
+    `reference` = (its parameters, its hidden states [B, T, D]) adds the exact KL of each token.
+    """
+    shape = targets.shape
+    count = targets.size
+    size = min(chunk, count)
+
+    def chunked(x: jax.Array) -> jax.Array:
+        flat = x.reshape(count, *x.shape[2:])
+        flat = jnp.pad(flat, [(0, -count % size)] + [(0, 0)] * (flat.ndim - 1))
+        return flat.reshape(-1, size, *flat.shape[1:])
+
+    @jax.checkpoint
+    def statistics(part: tuple[jax.Array, ...]) -> TokenStatistics:
+        logp = jax.nn.log_softmax(llama.logits(params, config, part[0]) / temperature, axis=-1)
+        chosen = jnp.take_along_axis(logp, part[1][:, None], axis=-1)[:, 0]
+        stopped = jax.lax.stop_gradient(logp)
+        entropy = -jnp.sum(jnp.exp(stopped) * stopped, axis=-1)
+        kl = jnp.zeros_like(chosen)
+        if reference is not None:
+            ref_logp = jax.nn.log_softmax(llama.logits(reference[0], config, part[2]) / temperature, axis=-1)
+            kl = jnp.sum(jnp.exp(logp) * (logp - ref_logp), axis=-1)
+        return TokenStatistics(chosen, entropy, kl)
+
+    parts = (chunked(hidden), chunked(targets))
+    if reference is not None:
+        parts = (*parts, chunked(reference[1]))
+    out = jax.lax.map(statistics, parts)
+    return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(shape), out)

@@ -1,0 +1,224 @@
+"""One joint gradient for both roles, accumulated over micro-batches inside jit, then clipped AdamW.
+
+1. `reference_statistics`: the frozen reference's log-probabilities of every completion (its hidden states for `full`).
+2. `gradients`: loss and gradient of both roles, micro-batch by micro-batch, weights carrying the denominators.
+3. `update`: clip by global norm, AdamW with warm-up; a step that is not finite changes nothing and is counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lsp_jax.errors import InputError
+from lsp_jax.learn.batch import LearnBatch, Rows, micro_batches
+from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
+from lsp_jax.learn.losses import LossConfig, policy_loss
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.llama import Params
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the way its gradient is made. Names as in TRL."""
+
+    learning_rate: float = 3e-6
+    """Step size after warm-up (LSP: 3e-6; 1e-6 for GRPO)."""
+    warmup_steps: int = 0
+    """Updates over which the step size rises linearly from 0; the first update uses 1 / warmup_steps of it."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on every parameter."""
+    max_grad_norm: float = 1.0
+    """Largest global norm of the gradient; longer ones are scaled down to it."""
+    micro_batch_size: int = 8
+    """Rows whose activations exist at one time; gradients of all micro-batches are added up."""
+    logprob_chunk: int = 512
+    """Tokens whose logits exist at one time."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    def check(self) -> None:
+        """Raises InputError naming the field."""
+        for field in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+            if not getattr(self, field) > 0:
+                raise InputError(f"optimizer.{field}", getattr(self, field), "must be > 0")
+        for field in ("micro_batch_size", "logprob_chunk"):
+            if getattr(self, field) < 1:
+                raise InputError(f"optimizer.{field}", getattr(self, field), "must be at least 1")
+        for field in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise InputError(f"optimizer.{field}", getattr(self, field), "must be in [0, 1)")
+        for field in ("warmup_steps", "weight_decay"):
+            if not getattr(self, field) >= 0:
+                raise InputError(f"optimizer.{field}", getattr(self, field), "must be >= 0")
+
+
+class TrainState(NamedTuple):
+    """All that an update changes; donated to it."""
+
+    params: Params
+    """Master parameters."""
+    opt_state: Any
+    """Optax state: both moments and the count of updates made."""
+    iteration: jax.Array
+    """int32: iterations done, skipped updates included."""
+    skipped: jax.Array
+    """int32: updates skipped because they were not finite."""
+
+
+class Reference(NamedTuple):
+    """What the frozen reference says of one role's rows."""
+
+    logprobs: jax.Array
+    """float32 [B, T]."""
+    hidden: jax.Array | None
+    """[B, T, D] for the `full` KL, else None."""
+
+
+def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW with a linear warm-up. Its count moves only with updates made."""
+    warmup = max(config.warmup_steps, 1)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        return config.learning_rate * jnp.minimum(1.0, (count + 1) / warmup)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            schedule,
+            b1=config.adam_beta1,
+            b2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        ),
+    )
+
+
+def init_state(params: Params, config: OptimizerConfig) -> TrainState:
+    """A fresh state that owns copies of `params` (it is donated; the reference keeps its own)."""
+    params = jax.tree.map(jnp.copy, params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(params, optimizer(config).init(params), zero, zero.copy())
+
+
+def reference_statistics(
+    params: Params, batch: LearnBatch, config: LlamaConfig, loss: LossConfig, opt: OptimizerConfig, temperature: float
+) -> tuple[Reference, Reference | None]:
+    """The reference's log-probabilities for every row, by micro-batches; hidden states too for the `full` KL."""
+
+    def of_role(rows: Rows) -> Reference:
+        count, size = rows.tokens.shape[0], min(opt.micro_batch_size, rows.tokens.shape[0])
+
+        def one(part: Rows) -> Reference:
+            hidden = completion_hidden(params, config, part)
+            targets = completion_tokens(part)
+            stats = token_statistics(params, config, hidden, targets, temperature, opt.logprob_chunk)
+            return Reference(stats.logprobs, hidden if loss.kl_estimator == "full" else None)
+
+        out = jax.lax.map(one, micro_batches(rows, size))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
+
+    return of_role(batch.solver), None if batch.challenger is None else of_role(batch.challenger)
+
+
+def role_gradients(
+    params: Params,
+    reference_params: Params,
+    rows: Rows,
+    reference: Reference,
+    config: LlamaConfig,
+    loss: LossConfig,
+    opt: OptimizerConfig,
+    temperature: float,
+) -> tuple[jax.Array, Metrics, Params]:
+    """Loss, metric sums and gradient of one role's rows, added up over micro-batches."""
+
+    def micro_loss(params: Params, part: tuple[Rows, Reference]) -> tuple[jax.Array, Metrics]:
+        rows, ref = part
+        hidden = completion_hidden(params, config, rows, remat=opt.remat)
+        against = None if ref.hidden is None else (reference_params, ref.hidden)
+        stats = token_statistics(
+            params, config, hidden, completion_tokens(rows), temperature, opt.logprob_chunk, against
+        )
+        return policy_loss(stats, ref.logprobs, rows, loss)
+
+    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+    size = min(opt.micro_batch_size, rows.tokens.shape[0])
+    missing = -rows.tokens.shape[0] % size
+    split_reference = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]), reference
+    )
+    parts = (micro_batches(rows, size), split_reference)
+    if parts[0].tokens.shape[0] == 1:  # no accumulator: one gradient less in memory
+        (value, sums), grads = gradient(params, jax.tree.map(lambda x: x[0], parts))
+        return value, sums, grads
+
+    def add(total: Any, part: tuple[Rows, Reference]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
+    return value, sums, grads
+
+
+def gradients(
+    params: Params,
+    reference_params: Params,
+    batch: LearnBatch,
+    references: tuple[Reference, Reference | None],
+    config: LlamaConfig,
+    loss: LossConfig,
+    opt: OptimizerConfig,
+    temperature: tuple[float, float],
+) -> tuple[Params, Metrics]:
+    """The unclipped joint gradient of L = L_Sol + alpha_Ch * L_Ch, and metrics under `solver/` and `challenger/`."""
+    solver, challenger = references
+    value, sums, grads = role_gradients(
+        params, reference_params, batch.solver, solver, config, loss, opt, temperature[0]
+    )
+    metrics = {"loss": value, **_means("solver", sums, value)}
+    if batch.challenger is not None and challenger is not None:
+        value, sums, more = role_gradients(
+            params, reference_params, batch.challenger, challenger, config, loss, opt, temperature[1]
+        )
+        grads = jax.tree.map(jnp.add, grads, more)
+        metrics |= {"loss": metrics["loss"] + value, **_means("challenger", sums, value)}
+    return grads, metrics
+
+
+def _means(role: str, sums: Metrics, loss: jax.Array) -> Metrics:
+    tokens = jnp.maximum(sums["tokens"], 1)
+    return {
+        f"{role}/loss": loss,
+        f"{role}/kl": sums["kl"] / tokens,
+        f"{role}/entropy": sums["entropy"] / tokens,
+        f"{role}/token_mult_prob_error": sums["prob_error"] / tokens,
+    }
+
+
+def apply_gradients(state: TrainState, grads: Params, loss: jax.Array, opt: OptimizerConfig) -> tuple[TrainState, Metrics]:
+    """One clipped AdamW step; when the loss or the gradient's norm is not finite, nothing moves but the counters."""
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+
+    def step(_: None) -> tuple[Params, Any]:
+        updates, opt_state = optimizer(opt).update(grads, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
+    params, opt_state = jax.lax.cond(finite, step, lambda _: (state.params, state.opt_state), None)
+    skipped = state.skipped + ~finite
+    new = TrainState(params, opt_state, state.iteration + 1, skipped)
+    return new, {"grad_norm": norm, "skipped_updates": skipped.astype(jnp.float32)}
