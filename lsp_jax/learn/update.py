@@ -114,11 +114,19 @@ def init_state(params: Params, config: OptimizerConfig) -> TrainState:
 
 
 def reference_statistics(
-    params: Params, batch: LearnBatch, config: LlamaConfig, loss: LossConfig, opt: OptimizerConfig, temperature: float
+    params: Params,
+    batch: LearnBatch,
+    config: LlamaConfig,
+    loss: LossConfig,
+    opt: OptimizerConfig,
+    temperature: tuple[float, float],
 ) -> tuple[Reference, Reference | None]:
-    """The reference's log-probabilities for every row, by micro-batches; hidden states too for the `full` KL."""
+    """The reference's log-probabilities for every row, by micro-batches; hidden states too for the `full` KL.
 
-    def of_role(rows: Rows) -> Reference:
+    `temperature` is that of the Solver and of the Challenger.
+    """
+
+    def of_role(rows: Rows, temperature: float) -> Reference:
         count, size = rows.tokens.shape[0], min(opt.micro_batch_size, rows.tokens.shape[0])
 
         def one(part: Rows) -> Reference:
@@ -130,7 +138,8 @@ def reference_statistics(
         out = jax.lax.map(one, micro_batches(rows, size))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
 
-    return of_role(batch.solver), None if batch.challenger is None else of_role(batch.challenger)
+    solver = of_role(batch.solver, temperature[0])
+    return solver, None if batch.challenger is None else of_role(batch.challenger, temperature[1])
 
 
 def role_gradients(
@@ -163,13 +172,13 @@ def role_gradients(
     parts = (micro_batches(rows, size), split_reference)
     if parts[0].tokens.shape[0] == 1:  # no accumulator: one gradient less in memory
         (value, sums), grads = gradient(params, jax.tree.map(lambda x: x[0], parts))
-        return value, sums, grads
+        return value, sums, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
 
     def add(total: Any, part: tuple[Rows, Reference]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(params, part)), None
 
     first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
     ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
     return value, sums, grads
 
@@ -184,7 +193,10 @@ def gradients(
     opt: OptimizerConfig,
     temperature: tuple[float, float],
 ) -> tuple[Params, Metrics]:
-    """The unclipped joint gradient of L = L_Sol + alpha_Ch * L_Ch, and metrics under `solver/` and `challenger/`."""
+    """The unclipped joint gradient of L = L_Sol + alpha_Ch * L_Ch, and metrics under `solver/` and `challenger/`.
+
+    `params` may be a lower-precision copy of the master parameters: gradients are added up in float32.
+    """
     solver, challenger = references
     value, sums, grads = role_gradients(
         params, reference_params, batch.solver, solver, config, loss, opt, temperature[0]

