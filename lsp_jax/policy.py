@@ -15,12 +15,11 @@ from huggingface_hub import constants, errors, snapshot_download
 from lsp_jax.errors import InputError
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.llama import Params
-from lsp_jax.model.weights import check_dtype, load_params, read_config, save_params
-from lsp_jax.text.tokenizer import Tokenizer
+from lsp_jax.model.weights import INDEX, check_dtype, load_params, read_config, save_params
+from lsp_jax.text.tokenizer import FILES, Tokenizer
 
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-_EXPORT = ("config.json", "generation_config.json", *_WEIGHTS, *_TOKENIZER, "chat_template*")
+_WEIGHTS = "model*.safetensors"
+_EXPORT = ("config.json", _WEIGHTS, INDEX, *FILES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -125,7 +124,7 @@ def _check_replaceable(target: Path) -> None:
         raise InputError("directory", str(target), "is a file; give a new directory")
     names = sorted(entry.name for entry in target.iterdir())
     foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in _EXPORT)]
-    weights = any(fnmatch(name, "model*.safetensors") for name in names)
+    weights = any(fnmatch(name, _WEIGHTS) for name in names)
     if names and (foreign or not weights or "config.json" not in names):
         first = (foreign or names)[0]
         remedy = f"holds {first} and is not an earlier export; give an empty or new directory"

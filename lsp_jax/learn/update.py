@@ -74,6 +74,8 @@ class TrainState(NamedTuple):
     """Optax state: both moments and the count of updates made."""
     iteration: jax.Array
     """int32: iterations done, skipped updates included."""
+    attempt: jax.Array
+    """int32: rises when an iteration is played anew, so that it draws other noise."""
     skipped: jax.Array
     """int32: updates skipped because they were not finite."""
 
@@ -109,8 +111,8 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def init_state(params: Params, config: OptimizerConfig) -> TrainState:
     """A fresh state that owns copies of `params` (it is donated; the reference keeps its own)."""
     params = jax.tree.map(jnp.copy, params)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, optimizer(config).init(params), zero, zero.copy())
+    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: the state is donated
+    return TrainState(params, optimizer(config).init(params), *counters)
 
 
 def reference_statistics(
@@ -217,7 +219,7 @@ def _means(role: str, sums: Metrics, loss: jax.Array) -> Metrics:
         f"{role}/loss": loss,
         f"{role}/kl": sums["kl"] / tokens,
         f"{role}/entropy": sums["entropy"] / tokens,
-        f"{role}/token_mult_prob_error": sums["prob_error"] / tokens,
+        f"sampling/{role}/token_mult_prob_error": sums["prob_error"] / tokens,
     }
 
 
@@ -232,5 +234,5 @@ def apply_gradients(state: TrainState, grads: Params, loss: jax.Array, opt: Opti
 
     params, opt_state = jax.lax.cond(finite, step, lambda _: (state.params, state.opt_state), None)
     skipped = state.skipped + ~finite
-    new = TrainState(params, opt_state, state.iteration + 1, skipped)
+    new = TrainState(params, opt_state, state.iteration + 1, state.attempt, skipped)
     return new, {"grad_norm": norm, "skipped_updates": skipped.astype(jnp.float32)}

@@ -1,7 +1,7 @@
 """A GGUF file -> an ordinary Hugging Face directory, offline: how the demo model gets onto a machine without a network.
 
-Reads what the demo model needs: architecture `llama`, GPT-2 style byte-level BPE with the pre-tokenizer `smollm`. Anything
-else is refused.
+Reads what the demo model needs: architecture `llama`, GPT-2 style byte-level BPE with the pre-tokenizer `smollm`.
+Anything else is refused.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def demo_model(directory: str | Path) -> Path:
 
 
 def convert_gguf(gguf_path: str | Path, directory: str | Path) -> Path:
-    """Convert a GGUF file into a Hugging Face directory: config, float32 weights, tokenizer, template, generation config.
+    """Convert a GGUF file into a Hugging Face directory: configs, float32 weights, tokenizer, chat template.
 
     The directory appears whole or not at all. One that holds this conversion is left as it is, and the log says so.
 

@@ -187,10 +187,19 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
 # --- pure functions ----------------------------------------------------------------------------------------------
 
 
+def head_weight(params: Params, config: LlamaConfig) -> jax.Array:
+    """The head's matrix [V, D], the embedding itself when tied."""
+    return (params["model"]["embed_tokens"] if config.tie_word_embeddings else params["lm_head"])["weight"]
+
+
 def logits(params: Params, config: LlamaConfig, hidden: jax.Array) -> jax.Array:
-    """The language-model head: normed hidden states [..., D] -> float32 logits [..., V]; tied or untied."""
-    weight = (params["model"]["embed_tokens"] if config.tie_word_embeddings else params["lm_head"])["weight"]
-    return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+    """The language-model head: normed hidden states [..., D] -> float32 logits [..., V]."""
+    return jnp.einsum("...d,vd->...v", hidden, head_weight(params, config), preferred_element_type=jnp.float32)
+
+
+def cast(params: Params, dtype: jnp.dtype | str) -> Params:
+    """The parameters in another dtype; arrays that have it already are not copied."""
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def _norm(params: Params, config: LlamaConfig, x: jax.Array) -> jax.Array:
@@ -268,8 +277,13 @@ def last_hidden(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 def unstack_layers(tree: Any, layers: int) -> tuple[Any, ...]:
-    """Slices stacked layers (parameters or caches) once, so that a decode loop runs them unrolled."""
+    """Slices stacked layers of parameters once, so that a decode loop runs them unrolled."""
     return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(layers))
+
+
+def unstack_cache(cache: KVCache) -> tuple[KVCache, ...]:
+    """One cache a layer, keys and values [N, P, K, h]; the lengths [N] belong to all layers and stay whole."""
+    return tuple(KVCache(cache.keys[i], cache.values[i], cache.lengths) for i in range(cache.keys.shape[0]))
 
 
 def empty_decode_cache(config: LlamaConfig, batch: int, columns: int, dtype: jnp.dtype) -> DecodeCache:
@@ -289,8 +303,8 @@ def decode_step(
 ) -> tuple[jax.Array, DecodeCache]:
     """One token a row: `tokens` [B] at generated position `column` (a scalar, the same for all rows).
 
-    `layers` and `prompt` are `unstack_layers` of the stacked layers and of the prompts' cache. The token's keys and
-    values are written at `column`, and columns up to it are attended. Returns normed hidden states [B, D] and the cache.
+    `layers` is `unstack_layers` of the stacked layers, `prompt` is `unstack_cache`. The token's keys and values are
+    written at `column`, and columns up to it are attended. Returns normed hidden states [B, D] and the cache.
     """
     batch = tokens.shape[0]
     lengths = prompt[0].lengths

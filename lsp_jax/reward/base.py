@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,18 @@ def check_rewards(rewards: Sequence[Reward], use_quality: bool) -> None:
         raise InputError("rewards", names, "at least one component must reach the Solver: add a task reward")
 
 
-def combine(rewards: Sequence[Reward], outputs: Sequence[RewardOutput], episode: Episode) -> Scores:
+class Named(Protocol):
+    """What a sum must know of its terms."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def weight(self) -> float: ...
+
+
+def combine(rewards: Sequence[Named], outputs: Sequence[RewardOutput], episode: Episode) -> Scores:
     """Weighted sums by kind and the joint masks; `outputs` in the order of `rewards`. Pure."""
     shape = episode.answers.lengths.shape
     totals = {"task": jnp.zeros(shape, jnp.float32), "quality": jnp.zeros(shape, jnp.float32)}

@@ -40,10 +40,10 @@ class Tokenizer:
         directory: where it was read from; `save` copies its files from there.
         vocab_size: highest id + 1.
         bos_id: the beginning-of-sequence id, None where there is none. `encode` does not add it.
-        stop_ids: sorted ids that end a completion: `eos_token_id` of generation_config.json (one or several; of config.json
-            where generation_config.json names none), and the tokenizer's own end-of-sequence token.
-        pad_id: an id that fills unused positions: the tokenizer's pad token, else the first stop id. It may be a stop id,
-            so no mask may be made from it.
+        stop_ids: sorted ids that end a completion: every `eos_token_id` of generation_config.json (of config.json where
+            generation_config.json names none), and the tokenizer's own end-of-sequence token.
+        pad_id: an id to fill unused positions: the tokenizer's pad token, else the first stop id. It may be a stop id:
+            no mask may be made from it.
         special_ids: every control token, Llama 3's reserved range and the unknown token included.
     """
 
@@ -78,8 +78,8 @@ class Tokenizer:
         """Ids of `text`, with no token added.
 
         Text that spells a special token is ordinary text, so that what a model wrote cannot end a turn or open one;
-        `allow_special=True` parses it as transformers does, for text from a chat template. Text that the vocabulary cannot
-        spell may still give the unknown token's id.
+        `allow_special=True` parses it as transformers does, for text from a chat template. Text that the vocabulary
+        cannot spell may still give the unknown token's id.
         """
         ids = self._backend.encode(text, allow_special)
         if allow_special or self._control_ids.isdisjoint(ids):
@@ -108,8 +108,8 @@ class Tokenizer:
     def chat_ids(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation in the model's chat template; a string is one user message.
 
-        Equal to transformers' `apply_chat_template(messages, tokenize=True)`: special tokens spelled inside a message are
-        parsed there and here, so text that a model wrote does not belong in `messages` (splice its ids instead).
+        Equal to transformers' `apply_chat_template(messages, tokenize=True)`: special tokens spelled inside a message
+        are parsed there and here, so text that a model wrote does not belong in `messages` (splice its ids instead).
 
         Raises:
             InputError: there is no chat template, no message, or the template refuses the messages.
@@ -148,7 +148,7 @@ class Tokenizer:
         return kinds
 
     def save(self, directory: str | Path) -> None:
-        """Copy the tokenizer's files and generation_config.json, byte for byte, into `directory`, made where missing."""
+        """Copy the tokenizer's files and generation_config.json, byte for byte, into `directory` (made if missing)."""
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         if target.samefile(self.directory):
@@ -219,7 +219,7 @@ class _SentencePieceBackend:
         except (OSError, RuntimeError) as error:
             remedy = f"cannot be read ({_one_line(error)}); restore the original file"
             raise InputError("tokenizer.model", str(directory), remedy) from error
-        config = _read_json(directory / "tokenizer_config.json")
+        config = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
         size: int = self._model.get_piece_size()
         is_control, is_unknown, piece = self._model.is_control, self._model.is_unknown, self._model.id_to_piece
         control = {piece(token): token for token in range(size) if is_control(token) or is_unknown(token)}
@@ -228,9 +228,7 @@ class _SentencePieceBackend:
         self.special_ids = frozenset(control.values()) | {token for token, special in extra.values() if special}
         self._text_of = {token: text for text, token in self._added.items()}
         self._any_added = _alternatives(self._added)
-        self._plain_added = _alternatives(
-            [text for text, token in self._added.items() if token not in self.special_ids]
-        )
+        self._plain_added = _alternatives([text for text, id_ in self._added.items() if id_ not in self.special_ids])
         self.vocab_size = max(size, *(token + 1 for token in self._added.values()))
         defaults = {role: getattr(self._model, f"{role}_id")() for role in ("bos", "eos", "unk", "pad")}
         self.names = {
@@ -246,13 +244,12 @@ class _SentencePieceBackend:
     def _id_of(self, text: str | None) -> int | None:
         if text is None:
             return None
-        token: int = self._added.get(text, self._model.piece_to_id(text))
+        token: Any = self._added.get(text, self._model.piece_to_id(text))
         return token if self._piece(token) == text else None
 
     def _piece(self, token: int) -> str:
-        if token in self._text_of:
-            return self._text_of[token]
-        return self._model.id_to_piece(token) if 0 <= token < self._model.get_piece_size() else ""
+        in_model = 0 <= token < self._model.get_piece_size()
+        return self._text_of.get(token, self._model.id_to_piece(token) if in_model else "")
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
         ids: list[int] = []
@@ -271,9 +268,7 @@ class _SentencePieceBackend:
         # SentencePiece prefixes a space to what it encodes, but not after a newline, whose ids are then cut off.
         ids: list[int] = self._model.encode("\n" + " " * prefix + piece)
         if ids[: len(self._newline)] != self._newline:
-            raise InputError(
-                "tokenizer.model", piece, "its vocabulary joins a newline to what follows; give a tokenizer.json"
-            )
+            raise InputError("tokenizer.model", piece, "its vocabulary joins newlines to text; give a tokenizer.json")
         return ids[len(self._newline) :]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:

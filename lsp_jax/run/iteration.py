@@ -1,0 +1,266 @@
+"""One iteration of LSP as pure stages, each jitted at module level, and `iteration`, the same stages as one function.
+
+1. `challenge`: parameters -> Queries.
+2. `solve`: queries spliced into the Solver's template -> Episode.
+3. `score`: one compiled reward component (host components are scored by the trainer).
+4. `learn_batch`: rewards and masks -> advantages -> rows of both roles, with the metrics of play and reward.
+5. `reference`: the frozen reference's log-probabilities of those rows.
+6. `update`: the joint gradient and one optimiser step; the state is donated.
+
+Everything static is in `Game`, so each stage compiles once. LSP, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lsp_jax.learn.advantages import Advantages, advantages
+from lsp_jax.learn.batch import LearnBatch, make_rows
+from lsp_jax.learn.losses import LossConfig
+from lsp_jax.learn.update import (
+    Metrics,
+    OptimizerConfig,
+    Reference,
+    TrainState,
+    apply_gradients,
+    gradients,
+    reference_statistics,
+)
+from lsp_jax.model import llama
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.play import selfplay
+from lsp_jax.play.generate import Completions
+from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.play.selfplay import Episode, PlayConfig, Queries
+from lsp_jax.reward.base import DeviceReward, Kind, RewardOutput, Scores, combine
+from lsp_jax.text.prompts import PlayPrompts, ids_row
+
+
+@dataclass(frozen=True)
+class Game:
+    """All that is fixed during a run; hashable, the static argument of every stage."""
+
+    model: LlamaConfig
+    prompts: PlayPrompts
+    play: PlayConfig
+    solver_sampling: SamplingConfig
+    challenger_sampling: SamplingConfig
+    stop_ids: tuple[int, ...]
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    compute_dtype: str
+    """dtype of forward and backward passes; master parameters keep theirs."""
+
+    @property
+    def trains_challenger(self) -> bool:
+        return self.loss.alpha_challenger > 0
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Of the Solver and of the Challenger: the policies in the loss are the tempered ones."""
+        return self.solver_sampling.temperature, self.challenger_sampling.temperature
+
+
+class RewardSpec(NamedTuple):
+    """What `learn_batch` must know of a component; hashable."""
+
+    name: str
+    kind: Kind
+    weight: float
+
+
+class Learnable(NamedTuple):
+    """What the stages before the update hand on."""
+
+    batch: LearnBatch
+    advantages: Advantages
+    scores: Scores
+    metrics: Metrics
+
+
+@jax.jit
+def iteration_key(seed_key: jax.Array, state: TrainState) -> jax.Array:
+    """The iteration's own key, from counters in the checkpoint: a resumed run draws what it would have drawn."""
+    return jax.random.fold_in(jax.random.fold_in(seed_key, state.iteration), state.attempt)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _cast(params: llama.Params, dtype: str) -> llama.Params:
+    return llama.cast(params, dtype)
+
+
+def rollout_params(params: llama.Params, game: Game) -> llama.Params:
+    """The parameters that play: one jitted cast, or the master parameters themselves when they have the dtype."""
+    same = all(leaf.dtype == game.compute_dtype for leaf in jax.tree.leaves(params))
+    return params if same else _cast(params, game.compute_dtype)
+
+
+@partial(jax.jit, static_argnames="game")
+def challenge(params: llama.Params, kinds: jax.Array, key: jax.Array, game: Game) -> Queries:
+    """N queries; `kinds` uint8 [V] tells text, blank and control tokens apart."""
+    return selfplay.challenge(
+        params, kinds, key, game.model, game.prompts, game.play, game.challenger_sampling, game.stop_ids
+    )
+
+
+@partial(jax.jit, static_argnames="game")
+def solve(params: llama.Params, queries: Queries, key: jax.Array, game: Game) -> Episode:
+    """The episode: G answers to each query."""
+    prompts = selfplay.splice_queries(queries, game.prompts)
+    answers = selfplay.solve(params, prompts, key, game.model, game.play, game.solver_sampling, game.stop_ids)
+    return Episode(queries, prompts, answers)
+
+
+@partial(jax.jit, static_argnames="score")
+def score(score: Callable[[Any, Episode], RewardOutput], params: Any, episode: Episode) -> RewardOutput:
+    """One compiled component's output."""
+    return score(params, episode)
+
+
+@partial(jax.jit, static_argnames=("specs", "game"))
+def learn_batch(
+    episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], game: Game
+) -> Learnable:
+    """Rewards -> advantages -> the rows of both roles, and the metrics of play and reward."""
+    scores = combine(specs, outputs, episode)
+    loss = game.loss
+    result = advantages(
+        scores.task,
+        scores.quality,
+        scores.valid_query,
+        scores.valid_answer,
+        loss.invalid_query_penalty,
+        loss.use_quality,
+    )
+    per_token = loss.aggregation == "token_mean"
+    repeats = game.play.num_generations
+    answers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), episode.answers)
+    solver = make_rows(
+        jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), episode.prompts),
+        (answers.tokens, answers.lengths),
+        answers.logprobs,
+        answers.log_mass,
+        result.solver.reshape(-1),
+        result.answer_counts.reshape(-1),
+        1.0,
+        per_token,
+    )
+    challenger = None
+    if game.trains_challenger:
+        sampled = episode.queries.sampled
+        challenger = make_rows(
+            ids_row(game.prompts.challenger_ids),
+            (sampled.tokens, sampled.lengths),
+            sampled.logprobs,
+            sampled.log_mass,
+            result.challenger,
+            result.query_counts,
+            loss.alpha_challenger,
+            per_token,
+        )
+    metrics = play_metrics(episode, scores, result)
+    return Learnable(LearnBatch(solver, challenger), result, scores, metrics)
+
+
+def _mean_std(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    number = jnp.maximum(jnp.sum(counts), 1)
+    mean = jnp.sum(jnp.where(counts, values, 0.0)) / number
+    return mean, jnp.sqrt(jnp.sum(jnp.where(counts, (values - mean) ** 2, 0.0)) / number)
+
+
+def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metrics:
+    """Means over what counts; names are listed in `run/metrics.py`."""
+    metrics: Metrics = {}
+    for role, values, counts in (
+        ("solver", result.solver_reward, result.answer_counts),
+        ("challenger", result.challenger_reward, result.query_counts),
+    ):
+        metrics[f"{role}/reward"], metrics[f"{role}/reward_std"] = _mean_std(values, counts)
+    played: tuple[tuple[str, Completions], ...] = (("solver", episode.answers), ("challenger", episode.queries.sampled))
+    for role, completions in played:
+        metrics[f"{role}/completions/mean_length"] = jnp.mean(completions.lengths.astype(jnp.float32))
+        metrics[f"{role}/completions/clipped_ratio"] = jnp.mean(~completions.stopped)
+    for name, values in scores.components.items():
+        mean_std = _mean_std(values, result.answer_counts & jnp.isfinite(values))
+        metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = mean_std
+    flat = jnp.max(jnp.abs(result.solver), axis=1) == 0
+    metrics["solver/frac_reward_zero_std"] = jnp.mean(flat)
+    metrics["queries/valid_fraction"] = jnp.mean(scores.valid_query)
+    metrics["queries/unique_fraction"] = _unique_fraction(episode.queries)
+    metrics["answers/valid_fraction"] = jnp.mean(scores.valid_answer)
+    tokens = jnp.sum(episode.answers.lengths) + jnp.sum(episode.queries.sampled.lengths)
+    metrics["completions/tokens"] = tokens
+    return {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+
+def _unique_fraction(queries: Queries) -> jax.Array:
+    """Distinct queries over N, by their ids."""
+    tokens, lengths = queries.text
+    real = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, -1)
+    same = jnp.all(real[:, None] == real[None], axis=-1)
+    earlier = jnp.tril(same, -1)
+    return jnp.mean(~jnp.any(earlier, axis=-1))
+
+
+@partial(jax.jit, static_argnames="game")
+def reference(params: llama.Params, batch: LearnBatch, game: Game) -> tuple[Reference, Reference | None]:
+    """The frozen reference's log-probabilities of every row."""
+    return reference_statistics(params, batch, game.model, game.loss, game.optimizer, game.temperatures)
+
+
+@partial(jax.jit, static_argnames="game")
+def joint_gradient(
+    params: llama.Params,
+    reference_params: llama.Params,
+    batch: LearnBatch,
+    references: tuple[Reference, Reference | None],
+    game: Game,
+) -> tuple[llama.Params, Metrics]:
+    """The unclipped gradient of both roles, float32, and its metrics."""
+    compute = llama.cast(params, game.compute_dtype)
+    return gradients(
+        compute, reference_params, batch, references, game.model, game.loss, game.optimizer, game.temperatures
+    )
+
+
+@partial(jax.jit, static_argnames="game", donate_argnames="state")
+def update(
+    state: TrainState,
+    reference_params: llama.Params,
+    batch: LearnBatch,
+    references: tuple[Reference, Reference | None],
+    game: Game,
+) -> tuple[TrainState, Metrics]:
+    """One joint gradient step; the old state is consumed."""
+    grads, metrics = joint_gradient(state.params, reference_params, batch, references, game)
+    state, more = apply_gradients(state, grads, metrics["loss"], game.optimizer)
+    errors = [value for name, value in metrics.items() if name.endswith("token_mult_prob_error")]
+    metrics["sampling/token_mult_prob_error"] = jnp.max(jnp.stack(errors))
+    return state, metrics | more
+
+
+def iteration(
+    state: TrainState,
+    reference_params: llama.Params,
+    reward_params: Sequence[Any],
+    kinds: jax.Array,
+    seed_key: jax.Array,
+    rewards: Sequence[DeviceReward],
+    game: Game,
+) -> tuple[TrainState, Learnable, Metrics]:
+    """A whole iteration with compiled rewards; composes under `jax.jit` (close over `rewards` and `game`)."""
+    key = iteration_key(seed_key, state)
+    params = rollout_params(state.params, game)
+    episode = solve(params, challenge(params, kinds, key, game), key, game)
+    outputs = tuple(score(reward.score, p, episode) for reward, p in zip(rewards, reward_params, strict=True))
+    specs = tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in rewards)
+    learnable = learn_batch(episode, outputs, specs, game)
+    references = reference(reference_params, learnable.batch, game)
+    state, metrics = update(state, reference_params, learnable.batch, references, game)
+    return state, learnable, learnable.metrics | metrics
