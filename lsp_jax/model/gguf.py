@@ -71,11 +71,12 @@ def convert_gguf(gguf_path: str | Path, directory: str | Path) -> Path:
         InputError: the file is missing, not GGUF or of a kind not supported, or `directory` holds something else.
     """
     target = Path(directory)
+    _refuse_other_content(target)
     reader = _open(Path(gguf_path))
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = _config(fields, [tensor.name for tensor in reader.tensors])
     if _occupied(target):
-        _check_same(target, config)
+        _refuse_other_model(target, config)
         log.info("%s already holds the converted %s", target, Path(gguf_path).name)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,11 +118,16 @@ def _occupied(target: Path) -> bool:
     return target.exists() and (not target.is_dir() or any(target.iterdir()))
 
 
-def _check_same(target: Path, config: dict[str, Any]) -> None:
-    """A directory appears whole, so all files and the same config.json mean that this conversion ended there."""
-    whole = all((target / name).is_file() for name in FILES)
-    if not whole or (target / "config.json").read_text(encoding="utf-8") != _json_text(config):
+def _refuse_other_content(target: Path) -> None:
+    if _occupied(target) and not all((target / name).is_file() for name in FILES):
         raise InputError("directory", str(target), "holds something else; give a new or empty directory")
+
+
+def _refuse_other_model(target: Path, config: dict[str, Any]) -> None:
+    """Nothing shows halfway written, so all files and the same config.json mean that this conversion ended there."""
+    _refuse_other_content(target)
+    if (target / "config.json").read_text(encoding="utf-8") != _json_text(config):
+        raise InputError("directory", str(target), "holds another model; give a new or empty directory")
 
 
 def _publish(scratch: Path, target: Path, config: dict[str, Any]) -> None:
@@ -130,7 +136,7 @@ def _publish(scratch: Path, target: Path, config: dict[str, Any]) -> None:
     except OSError:
         if not _occupied(target):
             raise
-        _check_same(target, config)  # another process was first
+        _refuse_other_model(target, config)  # another process was first
 
 
 def _config(fields: dict[str, Any], tensor_names: list[str]) -> dict[str, Any]:

@@ -281,11 +281,6 @@ def unstack_layers(tree: Any, layers: int) -> tuple[Any, ...]:
     return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(layers))
 
 
-def unstack_cache(cache: KVCache) -> tuple[KVCache, ...]:
-    """One cache a layer, keys and values [N, P, K, h]; the lengths [N] belong to all layers and stay whole."""
-    return tuple(KVCache(cache.keys[i], cache.values[i], cache.lengths) for i in range(cache.keys.shape[0]))
-
-
 def empty_decode_cache(config: LlamaConfig, batch: int, columns: int, dtype: jnp.dtype) -> DecodeCache:
     shape = (batch, columns, config.num_key_value_heads, config.head_dim)
     zeros = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
@@ -303,8 +298,9 @@ def decode_step(
 ) -> tuple[jax.Array, DecodeCache]:
     """One token a row: `tokens` [B] at generated position `column` (a scalar, the same for all rows).
 
-    `layers` is `unstack_layers` of the stacked layers, `prompt` is `unstack_cache`. The token's keys and values are
-    written at `column`, and columns up to it are attended. Returns normed hidden states [B, D] and the cache.
+    `layers` is `unstack_layers` of the stacked layers; `prompt` the prompts' cache as one `KVCache` a layer, keys and
+    values [N, P, K, h], each with all lengths [N]. The token's keys and values are written at `column`, and
+    columns up to it are attended. Returns normed hidden states [B, D] and the cache.
     """
     batch = tokens.shape[0]
     lengths = prompt[0].lengths

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from contextlib import ExitStack
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,13 +102,18 @@ def load_params(directory: str | Path, config: LlamaConfig, dtype: str = "float3
             _check_tensor(handles[found[tensor.name]], tensor)
         params: Params = {}
         for path, shape in _leaves(config).items():
-            leaf = np.empty(shape, jnp.dtype(dtype))
-            for tensor in (tensor for tensor in tensors if tensor.path == path):
-                value = _read(handles[found[tensor.name]], tensor.name)
-                leaf[... if tensor.layer is None else tensor.layer] = value.T if tensor.transposed else value
-            # a copy that the device owns: an aliased host buffer could not be donated later
-            _insert(params, path, jax.block_until_ready(jax.device_put(leaf, may_alias=False)))
+            parts = [(tensor, handles[found[tensor.name]]) for tensor in tensors if tensor.path == path]
+            _insert(params, path, _load_leaf(parts, shape, dtype))
         return params
+
+
+def _load_leaf(parts: list[tuple[_Tensor, Any]], shape: tuple[int, ...], dtype: str) -> jax.Array:
+    leaf = np.empty(shape, jnp.dtype(dtype))
+    for tensor, handle in parts:
+        value = _read(handle, tensor.name)
+        leaf[... if tensor.layer is None else tensor.layer] = value.T if tensor.transposed else value
+    # a copy that the device owns: an aliased host buffer could not be donated later
+    return jax.block_until_ready(jax.device_put(leaf, may_alias=False))
 
 
 def check_dtype(dtype: str) -> None:
@@ -117,6 +122,7 @@ def check_dtype(dtype: str) -> None:
         raise InputError("dtype", dtype, f"one of {', '.join(DTYPES)}")
 
 
+@lru_cache
 def _leaves(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every leaf of the parameters by its path, in the table's order."""
     flat = jax.tree.flatten_with_path(params_shape(config))[0]

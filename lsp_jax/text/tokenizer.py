@@ -204,11 +204,12 @@ class _FastBackend:
 class _SentencePieceBackend:
     """tokenizer.model, run by SentencePiece, with the ids that transformers' LlamaTokenizer gives for the same files.
 
-    What is equal: text is cut at the special and added tokens, and each piece encoded on its own. The dummy prefix (a
-    space before the text) goes to the first piece of a text only; with `"legacy": true` in tokenizer_config.json before
-    every piece; with `"add_prefix_space": false` before none; and never before a piece that begins with a space, where
-    SentencePiece alone would make it two. What is not: a normalizer inside tokenizer.model (Llama's and Mistral's do
-    nothing) is applied here and ignored there.
+    Equal: text is cut at the special and added tokens, and each piece encoded on its own. The dummy prefix (a space before
+    the text) goes to the first piece of a text only; with `"legacy": true` in tokenizer_config.json to every piece; with
+    `"add_prefix_space": false` to none; and never to a piece that begins with a space, where SentencePiece alone would
+    make it two. Different: transformers 5 ranks the merges of a tokenizer.model by id, SentencePiece, with which the model was
+    trained, by score, which shows before a word after two or more spaces (SentencePiece is followed here); and a
+    normalizer inside tokenizer.model (Llama's and Mistral's do nothing) is applied here and ignored there.
     """
 
     def __init__(self, directory: Path):

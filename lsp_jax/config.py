@@ -1,0 +1,183 @@
+"""The configuration of a run: one frozen dataclass made of the parts' own.
+
+The command line shows every field (`--play.num-generations 4`), a run's folder holds it as `config.json`, and a notebook
+builds the same objects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lsp_jax.errors import InputError
+from lsp_jax.learn.losses import LossConfig
+from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.play.selfplay import PlayConfig
+from lsp_jax.text.prompts import PromptConfig
+
+RESUMES = ("never", "auto", "must")
+REPORTERS = ("tensorboard", "wandb", "trackio")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Which components score an episode, and their weights. A weight of 0 leaves a component out."""
+
+    quality_weight: float = 1.0
+    """The reference's quality score 0..7 (kind quality)."""
+    arithmetic_weight: float = 0.0
+    """1 for the right final number of an arithmetic question, else 0 (kind task)."""
+    callable: str = ""
+    """A Python function `package.module:function` or `file.py:function`, (queries, answers) -> rewards [N, G]."""
+    callable_weight: float = 1.0
+    """Weight of that function's rewards."""
+    callable_kind: Literal["task", "quality"] = "task"
+    """task: the Challenger gets it negated; quality: as it is."""
+    judge_rows: int = 16
+    """Answers that the quality judge reads at one time."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run of Language Self-Play. Names as in TRL where it has them."""
+
+    model: str = ""
+    """Directory of a Hugging Face Llama (safetensors), or a hub id."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; empty is its default branch."""
+    output_dir: str = "runs/lsp"
+    """Where the run writes; must not hold another run unless it is resumed."""
+    max_steps: int = 100
+    """Iterations to run in all, a resumed run's earlier ones included."""
+    save_steps: int = 50
+    """Iterations between checkpoints; the last iteration is always saved."""
+    save_total_limit: int = 2
+    """Newest checkpoints kept."""
+    resume: Literal["never", "auto", "must"] = "never"
+    """never: start a new run; auto: go on from the newest checkpoint if there is one; must: fail without one."""
+    seed: int = 0
+    """Of all noise; the same seed twice gives the same run."""
+    report_to: tuple[str, ...] = ()
+    """Further reporters: tensorboard, wandb, trackio. JSONL files are always written."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of master parameters and moments."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of forward and backward passes; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    play: PlayConfig = field(default_factory=PlayConfig)
+    """Sizes of an iteration."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    """What the Challenger is asked for."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the Solver samples."""
+    challenger_sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the Challenger samples."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """What an answer is worth."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The objective."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How the parameters move."""
+
+    def check(self) -> None:
+        """Raises InputError naming the first field that cannot be used; touches no file and no device."""
+        if not self.model:
+            raise InputError("model", self.model, "give a Hugging Face Llama directory or a hub id")
+        if not self.output_dir:
+            raise InputError("output_dir", self.output_dir, "give a directory to write to")
+        for name in ("max_steps", "save_steps", "save_total_limit"):
+            if getattr(self, name) < 1:
+                raise InputError(name, getattr(self, name), "must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError("seed", self.seed, "must be in 0 .. 2**32 - 1")
+        _one_of("resume", self.resume, RESUMES)
+        _one_of("param_dtype", self.param_dtype, DTYPES[:2])
+        _one_of("compute_dtype", self.compute_dtype, ("auto", *DTYPES[:2]))
+        for reporter in self.report_to:
+            _one_of("report_to", reporter, REPORTERS)
+        _one_of("reward.callable_kind", self.reward.callable_kind, ("task", "quality"))
+        if self.reward.judge_rows < 1:
+            raise InputError("reward.judge_rows", self.reward.judge_rows, "must be at least 1")
+        self.loss.check()
+        self.optimizer.check()
+        self.play.check(trains_challenger=self.loss.alpha_challenger > 0)
+        self.sampling.check("sampling", greedy=False)
+        self.challenger_sampling.check("challenger_sampling", greedy=False)
+
+    def to_json(self) -> str:
+        """The configuration as JSON, every field."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "config.json") -> TrainConfig:
+        """Reads what `to_json` wrote; InputError names an unknown field or a value of another type."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(source, str(error), "must be a run's config.json") from error
+        return _build(cls, data, source)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Reads a run's `config.json`."""
+        path = Path(path)
+        if not path.is_file():
+            raise InputError("config", str(path), "no such file: a run's folder holds config.json")
+        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+MAY_CHANGE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "resume", "report_to")
+"""Fields that a resumed run may change: they do not decide what the next iteration computes."""
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Dotted names of the fields, other than MAY_CHANGE, in which two configurations differ."""
+    left, right = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    return [name for name in left if left[name] != right[name] and name not in MAY_CHANGE]
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(name, value, f"must be one of {', '.join(allowed)}")
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise InputError(where, data, f"must be an object with the fields of {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise InputError(f"{where}: {unknown[0]}", data[unknown[0]], f"{cls.__name__} has no such field")
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), value, f"{where}: {name}")
+        elif typing.get_origin(hint) is tuple:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise InputError(f"{where}: {name}", value, "must be a list of strings")
+            values[name] = tuple(value)
+        else:
+            values[name] = _plain(hint, value, f"{where}: {name}")
+    return cls(**values)
+
+
+def _plain(hint: Any, value: Any, where: str) -> Any:
+    kind = str if typing.get_origin(hint) is Literal else hint
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise InputError(where, value, f"must be of type {kind.__name__}")
+    return value

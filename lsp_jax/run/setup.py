@@ -1,0 +1,178 @@
+"""From a configuration to everything a run needs, with every check that can be made before long work starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lsp_jax import config as configs
+from lsp_jax.config import TrainConfig
+from lsp_jax.errors import InputError
+from lsp_jax.learn.update import TrainState, init_state
+from lsp_jax.model.llama import Params
+from lsp_jax.play.selfplay import CONTROL
+from lsp_jax.policy import Policy, load_pretrained
+from lsp_jax.reward.base import HostReward, Reward, check_rewards
+from lsp_jax.reward.quality import quality_reward
+from lsp_jax.reward.verify import arithmetic_reward, callable_reward, load_callable, probe_callable
+from lsp_jax.run.checkpoint import Checkpoints, abstract_state
+from lsp_jax.run.iteration import Game, RewardSpec
+from lsp_jax.text.prompts import PlayPrompts
+
+CHECKPOINTS, BASE, EXPORT = "checkpoints", "base", "export"
+_RUN_FILES = ("config.json", "metrics.jsonl", "transcripts.jsonl", CHECKPOINTS)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the host loop works with."""
+
+    config: TrainConfig
+    policy: Policy
+    """The policy as loaded: what training starts from."""
+    reference: Params
+    """The frozen reference in the compute dtype; the loaded arrays themselves when that is theirs."""
+    game: Game
+    rewards: tuple[Reward, ...]
+    kinds: jax.Array
+    """uint8 [V]: text, blank or control, over the model's vocabulary."""
+    seed_key: jax.Array
+    directory: Path
+
+    @property
+    def specs(self) -> tuple[RewardSpec, ...]:
+        return tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in self.rewards)
+
+
+def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | None = None) -> Run:
+    """Checks everything, loads the model unless `policy` is given, and writes the run's `config.json`.
+
+    `rewards` are further components beside the configured ones. Raises InputError with nothing overwritten.
+    """
+    config.check()
+    directory = Path(config.output_dir).expanduser()
+    _check_output(config, directory)
+    host_rewards = _host_rewards(config)
+    if policy is None:
+        policy = load_pretrained(config.model, dtype=config.param_dtype, revision=config.revision or None)
+    game = make_game(config, policy)
+    kinds = token_kinds(policy)
+    reference = jax.tree.map(lambda x: x.astype(game.compute_dtype), policy.params)
+    components: list[Reward] = [*host_rewards, *rewards]
+    if config.reward.quality_weight:
+        components.append(
+            quality_reward(
+                reference,
+                policy.config,
+                policy.tokenizer,
+                kinds,
+                config.reward.quality_weight,
+                config.reward.judge_rows,
+            )
+        )
+    check_rewards(components, config.loss.use_quality)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
+    _write_base(policy, directory / BASE)
+    seed_key = jax.device_put(jax.random.key(config.seed))
+    return Run(config, policy, reference, game, tuple(components), kinds, seed_key, directory)
+
+
+def make_game(config: TrainConfig, policy: Policy) -> Game:
+    """The static part of every stage; checks that prompts and completions fit the model's context."""
+    compute = config.compute_dtype
+    if compute == "auto":
+        compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    prompts = PlayPrompts.build(policy.tokenizer, config.prompts)
+    solver = len(prompts.solver.prefix_ids) + len(prompts.query_prefix_ids) + len(prompts.solver.suffix_ids)
+    play, context = config.play, policy.config.max_position_embeddings
+    lengths = {
+        "prompts.challenger": len(prompts.challenger_ids) + play.max_query_length,
+        "play.max_completion_length": solver + play.max_query_length + play.max_completion_length,
+    }
+    for field, length in lengths.items():
+        if length > context:
+            raise InputError(
+                field,
+                length,
+                f"tokens of prompt and completion exceed the model's context of {context}: shorten one of them",
+            )
+    return Game(
+        model=policy.config,
+        prompts=prompts,
+        play=play,
+        solver_sampling=config.sampling,
+        challenger_sampling=config.challenger_sampling,
+        stop_ids=policy.tokenizer.stop_ids,
+        loss=config.loss,
+        optimizer=config.optimizer,
+        compute_dtype=compute,
+    )
+
+
+def token_kinds(policy: Policy) -> jax.Array:
+    """`Tokenizer.token_kinds` on device; rows of the embedding beyond the tokenizer count as control ids."""
+    kinds = np.full(policy.config.vocab_size, CONTROL, np.uint8)
+    known = policy.tokenizer.token_kinds()
+    kinds[: len(known)] = known
+    return jax.device_put(kinds)
+
+
+def start_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
+    """The newest checkpoint's state and host part, or a fresh state and None."""
+    make = partial(init_state, run.policy.params, run.config.optimizer)
+    latest = checkpoints.latest() if run.config.resume != "never" else None
+    if latest is None:
+        if run.config.resume == "must":
+            raise InputError("resume", "must", f"no checkpoint in {checkpoints.directory}; use auto or never to start")
+        return jax.jit(make)(), None
+    return checkpoints.restore(latest, abstract_state(make))
+
+
+def _check_output(config: TrainConfig, directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise InputError("output_dir", config.output_dir, "is a file; give a directory")
+    found = [name for name in _RUN_FILES if (directory / name).exists()]
+    if config.resume == "never" and found:
+        raise InputError(
+            "output_dir",
+            config.output_dir,
+            f"holds another run ({found[0]}); give a new directory, or --resume auto to go on with it",
+        )
+    if config.resume == "must" and "config.json" not in found:
+        raise InputError("resume", "must", f"{directory} holds no run; use auto or never to start one")
+    if "config.json" in found:
+        changed = configs.differences(TrainConfig.load(directory / "config.json"), config)
+        if changed:
+            raise InputError(
+                "resume",
+                config.resume,
+                f"the run in {directory} was started with another {', '.join(changed)}; "
+                "use the same values or a new output_dir",
+            )
+
+
+def _host_rewards(config: TrainConfig) -> list[HostReward]:
+    reward, components = config.reward, []
+    if reward.arithmetic_weight:
+        components.append(arithmetic_reward(reward.arithmetic_weight))
+    if reward.callable:
+        function = load_callable(reward.callable)
+        component = callable_reward(function, "callable", reward.callable_kind, reward.callable_weight)
+        probe_callable(component)
+        components.append(component)
+    return components
+
+
+def _write_base(policy: Policy, directory: Path) -> None:
+    """Configuration and tokenizer of the base model, so that a run can be exported without it."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(policy.config.to_hf(), indent=2) + "\n", encoding="utf-8")
+    policy.tokenizer.save(directory)

@@ -1,0 +1,189 @@
+"""The host loop: play -> reward -> reference -> update -> log -> save.
+
+All numbers are made by the jitted stages of `run/iteration.py`; this file calls them in order, times them, scores host
+rewards, and writes. With compiled rewards nothing is read from the device before the metrics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+
+from lsp_jax import host
+from lsp_jax.config import TrainConfig
+from lsp_jax.learn.update import TrainState
+from lsp_jax.play.selfplay import Episode
+from lsp_jax.policy import Policy, save_pretrained
+from lsp_jax.reward.base import (
+    DeviceReward,
+    EpisodeTexts,
+    HostReward,
+    Reward,
+    RewardOutput,
+    episode_texts,
+    score_on_host,
+)
+from lsp_jax.run import iteration as stages
+from lsp_jax.run.checkpoint import Checkpoints
+from lsp_jax.run.iteration import Learnable
+from lsp_jax.run.metrics import Console, MetricsWriter
+from lsp_jax.run.setup import CHECKPOINTS, EXPORT, Run, prepare, start_state
+from lsp_jax.run.transcripts import records
+
+
+class IterationEvent(NamedTuple):
+    """What a callback is given after each iteration."""
+
+    iteration: int
+    """1 for the first."""
+    metrics: dict[str, float]
+    transcripts: list[dict[str, Any]]
+    """One record a query, as written to `transcripts.jsonl`."""
+    state: TrainState
+    """The state after the update; donated to the next one, so copy what you keep."""
+
+
+Callback = Callable[[IterationEvent], None]
+
+
+class Phases:
+    """Seconds of each phase of one iteration; a phase ends when its arrays are there."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Played(NamedTuple):
+    """One iteration's results, still on device."""
+
+    state: TrainState
+    episode: Episode
+    learnable: Learnable
+    metrics: dict[str, jax.Array]
+    texts: EpisodeTexts | None
+    """Decoded already when a host reward needed them."""
+
+
+def train(
+    config: TrainConfig,
+    *,
+    rewards: Sequence[Reward] = (),
+    callbacks: Sequence[Callback] = (),
+    policy: Policy | None = None,
+) -> TrainState:
+    """Runs Language Self-Play as `config` says and returns the final state; everything written is in `output_dir`.
+
+    `rewards` are components beside the configured ones, `policy` replaces loading `config.model`. Raises InputError
+    before any long work when something cannot be used.
+    """
+    run = prepare(config, rewards, policy)
+    checkpoints = Checkpoints(run.directory / CHECKPOINTS, config.save_total_limit)
+    writer = MetricsWriter(run.directory, config.report_to)
+    try:
+        state, saved = start_state(run, checkpoints)
+        writer.cut_back(saved["offsets"] if saved else {})
+        done = saved["iteration"] if saved else 0
+        with Console(config.max_steps, done) as console:
+            console.start(run.directory, resumed=done, resume=config.resume)
+            for number in range(done + 1, config.max_steps + 1):
+                state = _one(run, state, number, writer, checkpoints, callbacks, console)
+            _finish(run, state, checkpoints, console, trained=done < config.max_steps)
+    finally:
+        writer.close()
+        checkpoints.close()
+    return state
+
+
+def _one(
+    run: Run,
+    state: TrainState,
+    number: int,
+    writer: MetricsWriter,
+    checkpoints: Checkpoints,
+    callbacks: Sequence[Callback],
+    console: Console,
+) -> TrainState:
+    """Iteration `number`, logged and, when due, saved."""
+    phases, reads, compiled = Phases(), host.reads(), host.compiles()
+    start = time.perf_counter()
+    played = play_and_learn(run, state, phases)
+    playing_reads = host.reads() - reads
+    with phases("log"):
+        texts = played.texts or episode_texts(played.episode, run.policy.tokenizer)
+        values, learned = host.to_host(
+            (played.metrics, (played.learnable.advantages, played.learnable.scores, played.episode.answers.stopped))
+        )
+        metrics = {name: float(value) for name, value in values.items()}
+        tokens = metrics.pop("completions/tokens")
+        lines = records(number, texts, *learned)
+    metrics |= {f"time/{name}": seconds for name, seconds in phases.seconds.items()}
+    metrics["time/iteration"] = time.perf_counter() - start
+    metrics["tokens_per_second"] = tokens / (phases.seconds["challenge"] + phases.seconds["solve"])
+    metrics["learning_rate"] = _learning_rate(run.config, number, metrics)
+    metrics["host_reads"] = playing_reads
+    now = host.compiles()
+    metrics["compile/count"], metrics["compile/seconds"] = now[0] - compiled[0], now[1] - compiled[1]
+    writer.write(number, metrics)
+    writer.write_transcripts(lines)
+    if number % run.config.save_steps == 0 or number == run.config.max_steps:
+        checkpoints.save(number, played.state, {"iteration": number, "offsets": writer.offsets()})
+    console.iteration(number, metrics, lines)
+    for callback in callbacks:
+        callback(IterationEvent(number, metrics, lines, played.state))
+    return played.state
+
+
+def play_and_learn(run: Run, state: TrainState, phases: Phases) -> Played:
+    """One iteration's stages in order; consumes `state`."""
+    game, reference = run.game, run.reference
+    key = stages.iteration_key(run.seed_key, state)
+    params = stages.rollout_params(state.params, game)
+    with phases("challenge"):
+        queries = jax.block_until_ready(stages.challenge(params, run.kinds, key, game))
+    with phases("solve"):
+        episode = jax.block_until_ready(stages.solve(params, queries, key, game))
+    del params
+    texts = None
+    with phases("reward"):
+        if any(isinstance(reward, HostReward) for reward in run.rewards):
+            texts = episode_texts(episode, run.policy.tokenizer)
+        outputs = tuple(_score(reward, episode, texts) for reward in run.rewards)
+        learnable = jax.block_until_ready(stages.learn_batch(episode, outputs, run.specs, game))
+    with phases("reference"):
+        references = jax.block_until_ready(stages.reference(reference, learnable.batch, game))
+    with phases("update"):
+        state, metrics = jax.block_until_ready(stages.update(state, reference, learnable.batch, references, game))
+    return Played(state, episode, learnable, learnable.metrics | metrics, texts)
+
+
+def _score(reward: Reward, episode: Episode, texts: EpisodeTexts | None) -> RewardOutput:
+    if isinstance(reward, DeviceReward):
+        return stages.score(reward.score, reward.params, episode)
+    assert texts is not None
+    return score_on_host(reward, texts)
+
+
+def _learning_rate(config: TrainConfig, number: int, metrics: dict[str, float]) -> float:
+    """The step size of this iteration's update: warm-up counts updates made, not iterations."""
+    made = number - metrics["skipped_updates"]
+    return config.optimizer.learning_rate * min(1.0, made / max(config.optimizer.warmup_steps, 1))
+
+
+def _finish(run: Run, state: TrainState, checkpoints: Checkpoints, console: Console, trained: bool) -> None:
+    """Waits for the last checkpoint, exports the policy, and says what lies where."""
+    checkpoints.wait()
+    export = run.directory / EXPORT
+    if trained or not export.exists():
+        save_pretrained(replace(run.policy, params=state.params), export)
+    console.finish(run.directory)
