@@ -1,0 +1,32 @@
+"""Language Self-Play (arXiv 2509.07414) in JAX and Flax.
+
+    import lsp_jax as lsp
+    policy = lsp.load_pretrained("path-or-hub-id")                # .config .params .tokenizer
+    logits = lsp.forward(policy.params, policy.config, tokens)    # [B, T] -> [B, T, V]
+    texts = lsp.generate(policy, ["What is 3 + 4?"], temperature=0.0)
+    state = lsp.train(lsp.presets.quickstart())
+
+Importing the package touches no device and reads no flag.
+"""
+
+from lsp_jax import presets
+from lsp_jax.config import TrainConfig
+from lsp_jax.errors import InputError
+from lsp_jax.model.llama import forward
+from lsp_jax.play.generate import generate
+from lsp_jax.policy import Policy, load_pretrained, save_pretrained
+from lsp_jax.run.trainer import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InputError",
+    "Policy",
+    "TrainConfig",
+    "forward",
+    "generate",
+    "load_pretrained",
+    "presets",
+    "save_pretrained",
+    "train",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST = 200  # characters of a value worth showing
+
 
 class InputError(ValueError):
     """Input that cannot be used: names the field, the value found and what would be right.
@@ -11,4 +13,7 @@ class InputError(ValueError):
 
     def __init__(self, field: str, value: object, remedy: str):
         self.field, self.value, self.remedy = field, value, remedy
-        super().__init__(f"{field} = {value!r}: {remedy}")
+        shown = repr(value)
+        if len(shown) > LONGEST:
+            shown = shown[:LONGEST] + "..."
+        super().__init__(f"{field} = {shown}: {remedy}")

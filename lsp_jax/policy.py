@@ -108,7 +108,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         raise InputError("revision", revision, f"no such branch, tag or commit of {hub_id}") from None
     except errors.RepositoryNotFoundError:
         remedy = "no such local directory, and no such model on the hub, or a private one: set HF_TOKEN to your token"
-    except Exception as error:  # noqa: BLE001  any network failure; its text may quote the token's header: left out
+    except Exception as error:  # any network failure; its text may quote the token's header: left out
         offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         remedy = (
             f"no such local directory, and the Hugging Face hub could not be read{offline}, {type(error).__name__}: "

@@ -1,9 +1,9 @@
 """Llama 1 to 3.2: configuration, Flax NNX modules, and the pure functions that the rest of the project calls.
 
-Modules describe parameters and one layer's arithmetic. Outside this file a model is `(params, config)`: `params` a plain
-nested dict with Hugging Face's names, the layers of the decoder stacked on a leading axis, projections stored
-[in, out]; embeddings and an untied head [vocabulary, hidden]. Activations have the dtype of the parameters; norms, RoPE,
-softmax and logits are float32.
+Modules describe parameters and one layer's arithmetic. Outside this file a model is `(params, config)`: `params` a
+plain nested dict with Hugging Face's names, the layers of the decoder stacked on a leading axis, projections stored
+[in, out]; embeddings and an untied head [vocabulary, hidden]. Activations have the dtype of the parameters; norms,
+RoPE, softmax and logits are float32.
 
 1. `forward`: tokens [B, T] -> logits [B, T, V]; `hidden_states` stops before the head.
 2. `extend`: tokens [B, S] after any number of shared prefixes -> hidden [B, S, D] and their own `KVCache`; with no
@@ -240,7 +240,7 @@ def hidden_states(
 
 
 def forward(params: Params, config: LlamaConfig, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Logits float32 [B, T, V] of `tokens` int32 [B, T]; `mask` as in `hidden_states`. Pure; jit with `config` static."""
+    """Logits float32 [B, T, V] of `tokens` int32 [B, T]; `mask` as in `hidden_states`. Pure; `config` is static."""
     return logits(params, config, hidden_states(params, config, tokens, mask))
 
 

@@ -88,7 +88,8 @@ def load_params(directory: str | Path, config: LlamaConfig, dtype: str = "float3
     """The parameters of a Hugging Face directory on the default device, cast to `dtype`.
 
     Reads `model.safetensors`, or the shards named by `model.safetensors.index.json`, in float32, bfloat16 or float16.
-    All names, types and shapes are checked before the first tensor is read. The host never holds more than one leaf.
+    All names, types and shapes are checked before the first tensor is read. The host holds one leaf at a time, which
+    on the CPU becomes the parameter, and one tensor of a file.
     Raises InputError for a name, shape or type that `config` does not expect, a missing tensor, or a damaged file.
     """
     check_dtype(dtype)
@@ -108,12 +109,19 @@ def load_params(directory: str | Path, config: LlamaConfig, dtype: str = "float3
 
 
 def _load_leaf(parts: list[tuple[_Tensor, Any]], shape: tuple[int, ...], dtype: str) -> jax.Array:
-    leaf = np.empty(shape, jnp.dtype(dtype))
+    leaf = _aligned_empty(shape, jnp.dtype(dtype))
     for tensor, handle in parts:
         value = _read(handle, tensor.name)
         leaf[... if tensor.layer is None else tensor.layer] = value.T if tensor.transposed else value
-    # a copy that the device owns: an aliased host buffer could not be donated later
-    return jax.block_until_ready(jax.device_put(leaf, may_alias=False))
+    return jax.block_until_ready(jax.device_put(leaf))
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array at a multiple of 64 bytes, which JAX's CPU backend takes over without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def check_dtype(dtype: str) -> None:
@@ -234,8 +242,8 @@ def save_params(
 ) -> None:
     """Writes `config.json` and `model.safetensors` into `directory`, made where missing; existing ones are replaced.
 
-    Above `max_shard_bytes` (of tensors) the weights become `model-0000i-of-0000N.safetensors` and an index. `dtype` None
-    keeps that of the parameters. One shard at a time is on the host.
+    Above `max_shard_bytes` (of tensors) the weights become `model-0000i-of-0000N.safetensors` and an index. `dtype`
+    None keeps that of the parameters. One shard at a time is on the host.
     """
     if dtype is not None:
         check_dtype(dtype)

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState
+from lsp_jax.model.llama import Params
 
 
 class Checkpoints:
@@ -35,25 +36,36 @@ class Checkpoints:
         """The newest whole checkpoint's iteration, None without one."""
         return self._open().latest_step() if self.directory.is_dir() else None
 
+    def steps(self) -> list[int]:
+        """Iterations of all whole checkpoints, oldest first."""
+        return sorted(self._open().all_steps()) if self.directory.is_dir() else []
+
     def save(self, iteration: int, state: TrainState, host_state: dict[str, Any]) -> None:
         """Saves `state` as of `iteration`; returns once the arrays are copied, the writing goes on."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host_state))
-        self._open().save(iteration, args=args)
+        items = {name: ocp.args.StandardSave(part) for name, part in _split(state).items()}
+        self._open().save(iteration, args=ocp.args.Composite(**items, host=ocp.args.JsonSave(host_state)))
 
     def restore(self, iteration: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state in the shapes, dtypes and shardings of `abstract`, and the host's part.
 
         Raises InputError when the checkpoint cannot be read or belongs to a model of another shape.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
+        items = {name: ocp.args.StandardRestore(part) for name, part in _split(abstract).items()}
+        restored = self._restore(iteration, ocp.args.Composite(**items, host=ocp.args.JsonRestore()))
+        return TrainState(restored["params"], **restored["training"]), restored["host"]
+
+    def restore_params(self, iteration: int, abstract: Params) -> Params:
+        """The policy's parameters alone."""
+        return self._restore(iteration, ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))["params"]
+
+    def _restore(self, iteration: int, args: ocp.args.Composite) -> Any:
         try:
-            restored = self._open().restore(iteration, args=args)
+            return self._open().restore(iteration, args=args)
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise InputError(
                 "checkpoint", f"{self.directory}/{iteration}", f"cannot be restored ({reason}); is it of another model?"
             ) from error
-        return restored["state"], restored["host"]
 
     def wait(self) -> None:
         """Returns when every save is on disk."""
@@ -68,8 +80,14 @@ class Checkpoints:
             self._manager = None
 
 
-def abstract_state(make: Callable[[], TrainState]) -> TrainState:
-    """Shapes, dtypes and the placement of the state that `make` would build, without building it."""
+def _split(state: TrainState) -> dict[str, Any]:
+    """Two items, so that an export reads the parameters without the moments."""
+    rest = {name: getattr(state, name) for name in TrainState._fields if name != "params"}
+    return {"params": state.params, "training": rest}
+
+
+def abstract(make: Callable[[], Any]) -> Any:
+    """Shapes, dtypes and the placement of what `make` would build, without building it."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

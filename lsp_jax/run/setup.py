@@ -16,15 +16,17 @@ from lsp_jax import config as configs
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState, init_state
-from lsp_jax.model.llama import Params
+from lsp_jax.model.llama import Params, cast, init_params
 from lsp_jax.play.selfplay import CONTROL
-from lsp_jax.policy import Policy, load_pretrained
+from lsp_jax.model.weights import read_config
+from lsp_jax.policy import Policy, load_pretrained, save_pretrained
 from lsp_jax.reward.base import HostReward, Reward, check_rewards
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.reward.verify import arithmetic_reward, callable_reward, load_callable, probe_callable
-from lsp_jax.run.checkpoint import Checkpoints, abstract_state
+from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.iteration import Game, RewardSpec
 from lsp_jax.text.prompts import PlayPrompts
+from lsp_jax.text.tokenizer import Tokenizer
 
 CHECKPOINTS, BASE, EXPORT = "checkpoints", "base", "export"
 _RUN_FILES = ("config.json", "metrics.jsonl", "transcripts.jsonl", CHECKPOINTS)
@@ -133,7 +135,7 @@ def start_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[st
         if run.config.resume == "must":
             raise InputError("resume", "must", f"no checkpoint in {checkpoints.directory}; use auto or never to start")
         return jax.jit(make)(), None
-    return checkpoints.restore(latest, abstract_state(make))
+    return checkpoints.restore(latest, abstract(make))
 
 
 def _check_output(config: TrainConfig, directory: Path) -> None:
@@ -176,3 +178,26 @@ def _write_base(policy: Policy, directory: Path) -> None:
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(policy.config.to_hf(), indent=2) + "\n", encoding="utf-8")
     policy.tokenizer.save(directory)
+
+
+def export_run(run: str | Path, directory: str | Path, step: int | None = None, dtype: str | None = None) -> int:
+    """Writes the policy of a run's checkpoint (the newest without `step`) as a Hugging Face directory.
+
+    Returns the checkpoint's iteration. Raises InputError when the folder holds no run or no such checkpoint.
+    """
+    run = Path(run).expanduser()
+    config = TrainConfig.load(run / "config.json")
+    checkpoints = Checkpoints(run / CHECKPOINTS, config.save_total_limit)
+    try:
+        saved = checkpoints.steps()
+        if not saved or (step is not None and step not in saved):
+            raise InputError("step", step, f"{run} has checkpoints {saved or 'none'}; give one of them or none")
+        step = max(saved) if step is None else step
+        model = read_config(run / BASE)
+        tokenizer = Tokenizer.from_pretrained(run / BASE)
+        shapes = abstract(lambda: cast(init_params(model, jax.random.key(0)), config.param_dtype))
+        params = checkpoints.restore_params(step, shapes)
+    finally:
+        checkpoints.close()
+    save_pretrained(Policy(model, params, tokenizer, str(run)), directory, dtype)
+    return step

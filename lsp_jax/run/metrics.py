@@ -1,0 +1,252 @@
+"""What a run writes about itself: `metrics.jsonl` and `transcripts.jsonl` always, trackers when asked, the console.
+
+Every metric has its meaning in `METRICS`; one that is not there is not written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from tqdm import tqdm
+
+from lsp_jax.errors import InputError
+
+PHASES = ("challenge", "solve", "reward", "reference", "update", "log", "save")
+
+_ROLE_METRICS = {
+    "reward": "mean reward of the {role}, over what counts in its loss",
+    "reward_std": "standard deviation of the {role}'s rewards over what counts in its loss",
+    "loss": "the {role}'s part of the loss",
+    "kl": "KL to the reference, k3's value per token whichever estimator is differentiated",
+    "entropy": "entropy of the {role}'s distribution, nats per token",
+    "completions/mean_length": "mean tokens of a completion of the {role}, its stop token included",
+    "completions/clipped_ratio": "fraction of the {role}'s completions cut off at the maximum length",
+}
+
+METRICS: dict[str, str] = {
+    "iteration": "iterations done, this one included",
+    **{
+        f"{role}/{name}": text.format(role=role.capitalize())
+        for role in ("challenger", "solver")
+        for name, text in _ROLE_METRICS.items()
+    },
+    "solver/frac_reward_zero_std": "fraction of queries whose answers' advantages are all zero: nothing to learn there",
+    "queries/valid_fraction": "fraction of queries that stopped by themselves, are not blank, leak no tag and are on task",
+    "queries/unique_fraction": "distinct queries over all queries of the iteration",
+    "answers/valid_fraction": "fraction of answers that every reward component could score",
+    "rewards/<name>/mean": "mean of the component <name> before its weight, over answers in the Solver's loss",
+    "rewards/<name>/std": "standard deviation of the component <name> before its weight, over the same answers",
+    "sampling/token_mult_prob_error": "mean over tokens of exp|learner - sampler log-probability|, the worse role's; "
+    "1 is exact, above 1.05 is an alarm",
+    "sampling/<role>/token_mult_prob_error": "the same for one role",
+    "loss": "joint loss of both roles, minimised",
+    "grad_norm": "global norm of the joint gradient before clipping",
+    "skipped_updates": "updates skipped since the start because loss or gradient was not finite",
+    "learning_rate": "step size of this update",
+    "completions/tokens": "tokens sampled in this iteration by both roles",
+    "tokens_per_second": "tokens sampled over the seconds of the whole iteration",
+    **{f"time/{phase}": f"seconds in the phase {phase}" for phase in PHASES},
+    "time/iteration": "seconds of the whole iteration",
+    "host_reads": "reads from device to host in this iteration",
+    "compile/count": "programs compiled since the start",
+    "compile/seconds": "seconds spent compiling since the start",
+}
+"""Meaning of every metric by name; `<...>` in a name stands for anything."""
+
+_PATTERNS = [(re.compile(re.sub(r"<\w+>", ".+", name)), meaning) for name, meaning in METRICS.items() if "<" in name]
+
+METRICS_FILE, TRANSCRIPTS_FILE = "metrics.jsonl", "transcripts.jsonl"
+_TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}  # report_to -> package
+
+
+def describe(name: str) -> str:
+    """The meaning of a metric; raises KeyError when it is not in `METRICS`."""
+    if name in METRICS and "<" not in name:
+        return METRICS[name]
+    for pattern, meaning in _PATTERNS:
+        if pattern.fullmatch(name):
+            return meaning
+    raise KeyError(f"{name!r} is not in lsp_jax.run.metrics.METRICS: add it there with its meaning")
+
+
+class MetricsWriter:
+    """Appends to the two files of a run's directory and to the trackers asked for. Make one in one process only."""
+
+    def __init__(self, directory: str | Path, report_to: tuple[str, ...] = ()):
+        """`report_to` holds any of "tensorboard", "wandb", "trackio"; each is imported only here.
+
+        Raises:
+            InputError: an unknown tracker, or one that is not installed.
+        """
+        self.directory = Path(directory)
+        modules = [(name, _import_tracker(name)) for name in report_to]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._trackers = [_open_tracker(name, module, self.directory) for name, module in modules]
+
+    def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
+        """One line of `metrics.jsonl`: numbers by name (Python's or numpy's), null for one that is not finite.
+
+        Raises KeyError, with nothing written, for a name that is not in `METRICS`.
+        """
+        for name in metrics:
+            describe(name)
+        values = _plain({"iteration": iteration, **metrics})
+        self._append(METRICS_FILE, [values])
+        for log, _ in self._trackers:
+            log(iteration, {name: value for name, value in values.items() if value is not None})
+
+    def write_transcripts(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """One line of `transcripts.jsonl` a record, all of them in one write; arrays become lists."""
+        self._append(TRANSCRIPTS_FILE, [_plain(record) for record in records])
+
+    def _append(self, name: str, records: list[dict[str, Any]]) -> None:
+        # ASCII: model text may hold characters that readers take for line ends
+        lines = "".join(json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n" for record in records)
+        with (self.directory / name).open("ab") as file:
+            file.write(lines.encode())
+
+    def offsets(self) -> dict[str, int]:
+        """Bytes in each file, on disk for good: what a checkpoint keeps for `cut_back`."""
+        sizes = {}
+        for name in (METRICS_FILE, TRANSCRIPTS_FILE):
+            with (self.directory / name).open("ab") as file:
+                os.fsync(file.fileno())
+                sizes[name] = file.tell()
+        return sizes
+
+    def cut_back(self, offsets: Mapping[str, int]) -> None:
+        """Truncates both files to `offsets`, so that a resumed run goes on where its checkpoint was taken.
+
+        Raises:
+            InputError: a file is missing or shorter than its offset, or the offset is not the end of a line; then
+                neither file is touched.
+        """
+        for name, offset in offsets.items():
+            path = self.directory / name
+            if not path.is_file():
+                raise InputError(name, str(self.directory), "is missing; restore it, or start in an empty directory")
+            with path.open("rb") as file:
+                file.seek(max(offset - 1, 0))
+                end = file.read(1)
+            if offset > 0 and end != b"\n":
+                remedy = f"does not have the {offset} bytes of whole lines that the checkpoint saw; restore the file"
+                raise InputError(name, f"{path.stat().st_size} bytes", remedy)
+        for name, offset in offsets.items():
+            os.truncate(self.directory / name, offset)
+
+    def close(self) -> None:
+        """Closes the trackers; the files are closed after each line."""
+        for _, finish in self._trackers:
+            finish()
+        self._trackers = []
+
+
+def _plain(value: Any) -> Any:
+    """Python's own types, None for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _import_tracker(name: str) -> Any:
+    if name not in _TRACKERS:
+        raise InputError("report_to", name, f"must be among {', '.join(_TRACKERS)}")
+    try:
+        return importlib.import_module(_TRACKERS[name])
+    except ImportError as error:
+        raise InputError("report_to", name, f'is not installed; run pip install "lsp-jax[{name}]"') from error
+
+
+_Log = Callable[[int, dict[str, Any]], None]
+
+
+def _open_tracker(name: str, module: Any, directory: Path) -> tuple[_Log, Callable[[], None]]:
+    """How to log to a tracker, and how to close it."""
+    if name == "tensorboard":
+        board = module.SummaryWriter(logdir=str(directory / "tensorboard"))
+
+        def scalars(iteration: int, values: dict[str, Any]) -> None:
+            for key, value in values.items():
+                board.add_scalar(key, value, iteration)
+            board.flush()
+
+        return scalars, board.close
+    module.init(project="lsp_jax", name=directory.name)  # wandb, and trackio has its interface
+    return lambda iteration, values: module.log(values, step=iteration), module.finish
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """`text` on one line of at most `limit` characters, harmless on a terminal.
+
+    Whatever Python does not call printable is shown as its escape: line ends, ANSI and C1 control characters, bidi
+    overrides, zero-width and private characters, lone surrogates. A longer text ends in "...".
+    """
+    pieces = [
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text[: limit + 1]
+    ]
+    if sum(map(len, pieces)) <= limit:
+        return "".join(pieces)
+    room = limit - len("...")
+    while pieces and sum(map(len, pieces)) > room:
+        pieces.pop()
+    return "".join(pieces) + "..."[: max(limit, 0)]
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """The numbers of one iteration on one line; those that are absent are left out."""
+    shown = (
+        ("solver/reward", "solver {:+.3f}"),
+        ("challenger/reward", "challenger {:+.3f}"),
+        ("queries/valid_fraction", "valid {:.2f}"),
+        ("solver/kl", "kl {:.4f}"),
+        ("tokens_per_second", "{:.0f} tok/s"),
+        ("time/iteration", "{:.1f}s"),
+    )
+    parts = [form.format(float(metrics[name])) for name, form in shown if name in metrics]
+    phases = [f"{phase} {float(metrics[f'time/{phase}']):.1f}" for phase in PHASES if f"time/{phase}" in metrics]
+    return "  ".join(parts) + (f" ({', '.join(phases)})" if phases else "")
+
+
+class Console:
+    """Progress of a run: a live bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total: int, start: int = 0, stream: TextIO | None = None):
+        """`total` iterations of which `start` are done; `stream` is standard error unless given."""
+        self._total, self._stream = total, stream or sys.stderr
+        self._bar = None
+        if self._stream.isatty():
+            form = "{n_fmt}/{total_fmt} {bar:10} {elapsed}<{remaining}{postfix}"
+            self._bar = tqdm(total=total, initial=start, file=self._stream, dynamic_ncols=True, bar_format=form)
+
+    def step(self, iteration: int, metrics: Mapping[str, Any], sample: tuple[str, str] | None = None) -> None:
+        """Shows iteration number `iteration` (from 1) and one sample (query, answer), which may hold anything."""
+        texts = [] if sample is None else [f"  Q {printable(sample[0], 100)}", f"  A {printable(sample[1], 150)}"]
+        if self._bar is None:
+            for line in (f"{iteration}/{self._total}  {summary(metrics)}", *texts):
+                print(line, file=self._stream, flush=True)
+            return
+        for line in texts:
+            self._bar.write(line, file=self._stream)
+        self._bar.set_postfix_str(summary(metrics), refresh=False)
+        self._bar.update(iteration - self._bar.n)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
