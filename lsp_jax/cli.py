@@ -84,7 +84,8 @@ def generate(arguments: Sequence[str]) -> None:
     )
     for text in texts:
         # a terminal obeys what it is sent, so model text goes there line by line without control characters
-        print("\n".join(printable(line) for line in text.split("\n")) if sys.stdout.isatty() else text)
+        lines = [printable(line, limit=len(text) * 10) for line in text.split("\n")]
+        print("\n".join(lines) if sys.stdout.isatty() else text)
 
 
 @dataclasses.dataclass(frozen=True)

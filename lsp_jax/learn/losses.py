@@ -82,12 +82,13 @@ def policy_loss(
     logprobs = jnp.where(mask, statistics.logprobs, 0.0)
     reference = jnp.where(mask, reference_logprobs, 0.0)
     full_kl = jnp.where(mask, statistics.full_kl, 0.0)
+    advantages = jnp.where(rows.weights > 0, rows.advantages, 0.0)
     kl = jnp.sum(kl_terms(logprobs, reference, config.kl_estimator, full_kl), axis=-1)
     log_ratio = logprobs - jax.lax.stop_gradient(logprobs)
     if config.aggregation == "sequence":
-        gain = jnp.exp(jnp.sum(log_ratio, axis=-1)) * rows.advantages
+        gain = jnp.exp(jnp.sum(log_ratio, axis=-1)) * advantages
     else:
-        gain = jnp.sum(jnp.where(mask, jnp.exp(log_ratio), 0.0), axis=-1) * rows.advantages
+        gain = jnp.sum(jnp.where(mask, jnp.exp(log_ratio), 0.0), axis=-1) * advantages
     loss = -jnp.sum(rows.weights * (gain - config.beta * kl))
 
     behaviour = jnp.where(mask, rows.behaviour_logprobs, 0.0)

@@ -40,7 +40,7 @@ METRICS: dict[str, str] = {
         for name, text in _ROLE_METRICS.items()
     },
     "solver/frac_reward_zero_std": "fraction of queries whose answers' advantages are all zero: nothing to learn there",
-    "queries/valid_fraction": "fraction of queries that stopped by themselves, are not blank, leak no tag and are on task",
+    "queries/valid_fraction": "fraction of queries that ended by themselves, have text, leak no tag and are on task",
     "queries/unique_fraction": "distinct queries over all queries of the iteration",
     "answers/valid_fraction": "fraction of answers that every reward component could score",
     "rewards/<name>/mean": "mean of the component <name> before its weight, over answers in the Solver's loss",
@@ -53,10 +53,10 @@ METRICS: dict[str, str] = {
     "skipped_updates": "updates skipped since the start because loss or gradient was not finite",
     "learning_rate": "step size of this update",
     "completions/tokens": "tokens sampled in this iteration by both roles",
-    "tokens_per_second": "tokens sampled over the seconds of the whole iteration",
+    "tokens_per_second": "tokens sampled over the seconds of challenge and solve, prefill included",
     **{f"time/{phase}": f"seconds in the phase {phase}" for phase in PHASES},
     "time/iteration": "seconds of the whole iteration",
-    "host_reads": "reads from device to host in this iteration",
+    "host_reads": "reads from device to host before the metrics; 0 with compiled rewards",
     "compile/count": "programs compiled since the start",
     "compile/seconds": "seconds spent compiling since the start",
 }
@@ -122,6 +122,10 @@ class MetricsWriter:
                 os.fsync(file.fileno())
                 sizes[name] = file.tell()
         return sizes
+
+    def existing(self) -> list[str]:
+        """The names of those files that are there."""
+        return [name for name in (METRICS_FILE, TRANSCRIPTS_FILE) if (self.directory / name).is_file()]
 
     def cut_back(self, offsets: Mapping[str, int]) -> None:
         """Truncates both files to `offsets`, so that a resumed run goes on where its checkpoint was taken.
@@ -224,29 +228,39 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 
 class Console:
-    """Progress of a run: a live bar on a terminal, plain lines elsewhere."""
+    """Progress of a run: a line an iteration with a sample of the play, and below them a bar on a terminal."""
 
     def __init__(self, total: int, start: int = 0, stream: TextIO | None = None):
         """`total` iterations of which `start` are done; `stream` is standard error unless given."""
         self._total, self._stream = total, stream or sys.stderr
         self._bar = None
         if self._stream.isatty():
-            form = "{n_fmt}/{total_fmt} {bar:10} {elapsed}<{remaining}{postfix}"
-            self._bar = tqdm(total=total, initial=start, file=self._stream, dynamic_ncols=True, bar_format=form)
+            form = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}"
+            # a fixed size: terminals that say they have 0 columns and rows would not show the bar
+            self._bar = tqdm(
+                total=total,
+                initial=start,
+                file=self._stream,
+                ncols=60,
+                nrows=20,
+                bar_format=form,
+                mininterval=0,
+                leave=False,
+            )
 
     def step(self, iteration: int, metrics: Mapping[str, Any], sample: tuple[str, str] | None = None) -> None:
         """Shows iteration number `iteration` (from 1) and one sample (query, answer), which may hold anything."""
-        texts = [] if sample is None else [f"  Q {printable(sample[0], 100)}", f"  A {printable(sample[1], 150)}"]
+        lines = [f"{iteration}/{self._total}  {summary(metrics)}"]
+        if sample is not None:
+            lines += [f"  Q {printable(sample[0], 100)}", f"  A {printable(sample[1], 150)}"]
+        text = "\n".join(lines)
         if self._bar is None:
-            for line in (f"{iteration}/{self._total}  {summary(metrics)}", *texts):
-                print(line, file=self._stream, flush=True)
-            return
-        for line in texts:
-            self._bar.write(line, file=self._stream)
-        self._bar.set_postfix_str(summary(metrics), refresh=False)
-        self._bar.update(iteration - self._bar.n)
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.write(text, file=self._stream)
+            self._bar.update(iteration - self._bar.n)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Takes the bar away; the lines stay."""
         if self._bar is not None:
             self._bar.close()

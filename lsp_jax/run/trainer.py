@@ -31,8 +31,8 @@ from lsp_jax.reward.base import (
 from lsp_jax.run import iteration as stages
 from lsp_jax.run.checkpoint import Checkpoints
 from lsp_jax.run.iteration import Learnable
-from lsp_jax.run.metrics import Console, MetricsWriter
-from lsp_jax.run.setup import CHECKPOINTS, EXPORT, Run, prepare, start_state
+from lsp_jax.run.metrics import METRICS_FILE, TRANSCRIPTS_FILE, Console, MetricsWriter, printable
+from lsp_jax.run.setup import BASE, CHECKPOINTS, EXPORT, Run, prepare, start_state
 from lsp_jax.run.transcripts import records
 
 
@@ -47,6 +47,15 @@ class IterationEvent(NamedTuple):
     state: TrainState
     """The state after the update; donated to the next one, so copy what you keep."""
 
+
+WRITTEN = {
+    "config.json": "every setting of the run",
+    f"{METRICS_FILE}": "one line an iteration",
+    f"{TRANSCRIPTS_FILE}": "one line a query: its answers, R, R_Q, advantages, validity",
+    f"{CHECKPOINTS}/": "to resume from (--resume auto)",
+    f"{BASE}/": "configuration and tokenizer of the base model",
+    f"{EXPORT}/": "the trained policy as a Hugging Face directory",
+}
 
 Callback = Callable[[IterationEvent], None]
 
@@ -92,17 +101,38 @@ def train(
     writer = MetricsWriter(run.directory, config.report_to)
     try:
         state, saved = start_state(run, checkpoints)
-        writer.cut_back(saved["offsets"] if saved else {})
+        # a run that died before its first checkpoint begins again: its lines go
+        writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
         done = saved["iteration"] if saved else 0
-        with Console(config.max_steps, done) as console:
-            console.start(run.directory, resumed=done, resume=config.resume)
-            for number in range(done + 1, config.max_steps + 1):
-                state = _one(run, state, number, writer, checkpoints, callbacks, console)
-            _finish(run, state, checkpoints, console, trained=done < config.max_steps)
+        _announce(run, done)
+        console = Console(config.max_steps, done)
+        for number in range(done + 1, config.max_steps + 1):
+            state = _one(run, state, number, writer, checkpoints, callbacks, console)
+        _finish(run, state, checkpoints, trained=done < config.max_steps)
     finally:
         writer.close()
         checkpoints.close()
     return state
+
+
+def _announce(run: Run, done: int) -> None:
+    """What will run, and from where, before the first long wait."""
+    config, play = run.config, run.config.play
+    method = "LSP" if config.loss.use_quality else "LSP-Zero"
+    if not run.game.trains_challenger:
+        method = "Solver alone"
+    device = jax.devices()[0]
+    print(
+        f"{method}: {printable(config.model)}, {play.num_queries} queries x {play.num_generations} answers, "
+        f"rewards {', '.join(reward.name for reward in run.rewards)}, {device.platform} ({run.game.compute_dtype}), "
+        f"{config.max_steps} iterations -> {run.directory}"
+    )
+    if done:
+        print(f"going on after iteration {done}")
+    elif config.resume == "auto":
+        print("no checkpoint yet: starting from the model")
+    if done < config.max_steps:
+        print("the first iteration also compiles every program", flush=True)
 
 
 def _one(
@@ -115,7 +145,7 @@ def _one(
     console: Console,
 ) -> TrainState:
     """Iteration `number`, logged and, when due, saved."""
-    phases, reads, compiled = Phases(), host.reads(), host.compiles()
+    phases, reads = Phases(), host.reads()
     start = time.perf_counter()
     played = play_and_learn(run, state, phases)
     playing_reads = host.reads() - reads
@@ -125,20 +155,20 @@ def _one(
             (played.metrics, (played.learnable.advantages, played.learnable.scores, played.episode.answers.stopped))
         )
         metrics = {name: float(value) for name, value in values.items()}
-        tokens = metrics.pop("completions/tokens")
         lines = records(number, texts, *learned)
     metrics |= {f"time/{name}": seconds for name, seconds in phases.seconds.items()}
     metrics["time/iteration"] = time.perf_counter() - start
-    metrics["tokens_per_second"] = tokens / (phases.seconds["challenge"] + phases.seconds["solve"])
+    metrics["tokens_per_second"] = metrics["completions/tokens"] / (
+        phases.seconds["challenge"] + phases.seconds["solve"]
+    )
     metrics["learning_rate"] = _learning_rate(run.config, number, metrics)
     metrics["host_reads"] = playing_reads
-    now = host.compiles()
-    metrics["compile/count"], metrics["compile/seconds"] = now[0] - compiled[0], now[1] - compiled[1]
+    metrics["compile/count"], metrics["compile/seconds"] = host.compiles()
     writer.write(number, metrics)
     writer.write_transcripts(lines)
     if number % run.config.save_steps == 0 or number == run.config.max_steps:
         checkpoints.save(number, played.state, {"iteration": number, "offsets": writer.offsets()})
-    console.iteration(number, metrics, lines)
+    console.step(number, metrics, (lines[0]["query"], lines[0]["answers"][0]["text"]))
     for callback in callbacks:
         callback(IterationEvent(number, metrics, lines, played.state))
     return played.state
@@ -180,10 +210,12 @@ def _learning_rate(config: TrainConfig, number: int, metrics: dict[str, float]) 
     return config.optimizer.learning_rate * min(1.0, made / max(config.optimizer.warmup_steps, 1))
 
 
-def _finish(run: Run, state: TrainState, checkpoints: Checkpoints, console: Console, trained: bool) -> None:
+def _finish(run: Run, state: TrainState, checkpoints: Checkpoints, trained: bool) -> None:
     """Waits for the last checkpoint, exports the policy, and says what lies where."""
     checkpoints.wait()
     export = run.directory / EXPORT
     if trained or not export.exists():
         save_pretrained(replace(run.policy, params=state.params), export)
-    console.finish(run.directory)
+    print(f"wrote {run.directory}/")
+    for name, meaning in WRITTEN.items():
+        print(f"  {name:20} {meaning}")

@@ -20,15 +20,8 @@ from lsp_jax.errors import InputError
 
 TEXT, BLANK, SPECIAL = 0, 1, 2  # the values of Tokenizer.token_kinds
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+FILES = (*_TOKENIZER_FILES, "added_tokens.json", "chat_template.jinja", "generation_config.json")
 
 Messages = str | list[dict[str, str]]
 
@@ -141,7 +134,7 @@ class Tokenizer:
 
     @cached_property
     def _kinds(self) -> np.ndarray:
-        texts = self._backend.decode_each(range(self.vocab_size))
+        texts = (self._backend.decode([token], skip_special_tokens=False) for token in range(self.vocab_size))
         kinds = np.array([TEXT if text.strip() else BLANK for text in texts], dtype=np.uint8)
         kinds[list(self.special_ids)] = SPECIAL
         kinds.flags.writeable = False
@@ -181,35 +174,26 @@ class _FastBackend:
         self.chat_template: str | None = template
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=not allow_special, verbose=False)[
-            "input_ids"
-        ]
+        options = {"add_special_tokens": False, "split_special_tokens": not allow_special, "verbose": False}
+        return self._tokenizer(text, **options)["input_ids"]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-
-    def decode_each(self, ids: range) -> list[str]:
-        return self._tokenizer.backend_tokenizer.decode_batch([[token] for token in ids], skip_special_tokens=False)
+        return self._tokenizer.decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False)
 
     def chat_ids(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
-        return self._tokenizer.apply_chat_template(
-            messages,
-            tokenize=True,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=True,
-            tokenizer_kwargs={"split_special_tokens": False},
-        )["input_ids"]
+        options = {"add_generation_prompt": add_generation_prompt, "tokenizer_kwargs": {"split_special_tokens": False}}
+        return self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
 
 
 class _SentencePieceBackend:
     """tokenizer.model, run by SentencePiece, with the ids that transformers' LlamaTokenizer gives for the same files.
 
-    Equal: text is cut at the special and added tokens, and each piece encoded on its own. The dummy prefix (a space before
-    the text) goes to the first piece of a text only; with `"legacy": true` in tokenizer_config.json to every piece; with
-    `"add_prefix_space": false` to none; and never to a piece that begins with a space, where SentencePiece alone would
-    make it two. Different: transformers 5 ranks the merges of a tokenizer.model by id, SentencePiece, with which the model was
-    trained, by score, which shows before a word after two or more spaces (SentencePiece is followed here); and a
-    normalizer inside tokenizer.model (Llama's and Mistral's do nothing) is applied here and ignored there.
+    Equal: text is cut at the special and added tokens, and each piece encoded on its own. The dummy prefix (a space
+    before the text) goes to the first piece of a text only; with `"legacy": true` in tokenizer_config.json to every
+    piece; with `"add_prefix_space": false` to none; and never to a piece that begins with a space, where SentencePiece
+    alone would make it two. Different: transformers 5 ranks the merges of a tokenizer.model by id, SentencePiece, with
+    which the model was trained, by score, which shows before a word after two or more spaces (SentencePiece is followed
+    here); and a normalizer inside tokenizer.model (Llama's and Mistral's do nothing) is applied here, ignored there.
     """
 
     def __init__(self, directory: Path):
@@ -284,16 +268,12 @@ class _SentencePieceBackend:
         text += _decode_bytes(pending)
         return text.removeprefix(" ") if self._prefix_space else text
 
-    def decode_each(self, ids: range) -> list[str]:
-        return [self.decode([token], skip_special_tokens=False) for token in ids]
-
     def chat_ids(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         names: dict[str, Any] = {f"{role}_token": text for role, text in self.names.items() if text is not None}
-        rendered, _ = render_jinja_template(
-            [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **names
-        )
+        names |= {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
+        rendered, _ = render_jinja_template([messages], **names)
         return self.encode(rendered[0], allow_special=True)
 
 

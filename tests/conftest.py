@@ -1,0 +1,31 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse implicit rank promotion: an added axis that was not meant is an error in every test."""
+    import jax
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model as a Hugging Face directory, converted once for all workers; read only."""
+    from lsp_jax.model.gguf import demo_model
+
+    given = os.environ.get("LSP_JAX_DEMO_MODEL", "")
+    if given and Path(given).is_dir():
+        return Path(given)
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / "demo-model.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker converts, the others wait and find it done
+        return demo_model(shared / "demo-model")
