@@ -30,7 +30,7 @@ _LEAD_IN = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _TOKEN = re.compile(
-    r"\s*(?:([0-9]{1,4})(?![0-9])|(plus|minus|times|multiplied\s+by)(?![a-z])|([-−+*x×()=?.]))",
+    r"\s*(?:([0-9]{1,4})|(plus|minus|times|multiplied\s+by)(?![a-z])|([-−+*x×()=?.]))",
     re.ASCII | re.IGNORECASE,
 )
 _OPERATORS = {"plus": "+", "minus": "-", "−": "-", "times": "*", "multiplied": "*", "x": "*", "×": "*"}
@@ -39,7 +39,7 @@ _OPERATORS = {"plus": "+", "minus": "-", "−": "-", "times": "*", "multiplied":
 # joined by commas tries to read the run as thousands, for the same reason.
 _NUMBER = re.compile(
     r"(?<![A-Za-z_\d])(?<!\d\.)"
-    r"(?>(?>(?<!\d,)[1-9][0-9]{0,2}(?:,[0-9]{3})++(?!,?\d)|[0-9]++)(?:\.[0-9]++)?+|(?<![\w.])\.[0-9]++)"
+    r"(?>(?>(?<!\d,)[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|(?<![\w.])\.[0-9]++)"
     r"(?![A-Za-z_]*+\d)(?!\.\d)"
 )
 

@@ -86,10 +86,10 @@ def _split(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "training": rest}
 
 
-def abstract(make: Callable[[], Any]) -> Any:
-    """Shapes, dtypes and the placement of what `make` would build, without building it."""
+def abstract(make: Callable[..., Any], *arguments: Any) -> Any:
+    """Shapes, dtypes and the placement of what `make(*arguments)` would build, without building it."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(make),
+        jax.eval_shape(make, *arguments),
     )

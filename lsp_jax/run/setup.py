@@ -129,13 +129,13 @@ def token_kinds(policy: Policy) -> jax.Array:
 
 def start_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
     """The newest checkpoint's state and host part, or a fresh state and None."""
-    make = partial(init_state, run.policy.params, run.config.optimizer)
+    make = partial(init_state, config=run.config.optimizer)
     latest = checkpoints.latest() if run.config.resume != "never" else None
     if latest is None:
         if run.config.resume == "must":
             raise InputError("resume", "must", f"no checkpoint in {checkpoints.directory}; use auto or never to start")
-        return jax.jit(make)(), None
-    return checkpoints.restore(latest, abstract(make))
+        return jax.jit(make)(run.policy.params), None
+    return checkpoints.restore(latest, abstract(make, run.policy.params))
 
 
 def _check_output(config: TrainConfig, directory: Path) -> None:
