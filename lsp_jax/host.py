@@ -28,11 +28,11 @@ def compiles() -> tuple[int, float]:
     return _compiles, _compile_seconds
 
 
-def _on_event(event: str, seconds: float, **_: Any) -> None:
+def _on_event(event: str, duration_secs: float, **_: Any) -> None:
     global _compiles, _compile_seconds
     if event == "/jax/core/compile/backend_compile_duration":
         _compiles += 1
-        _compile_seconds += seconds
+        _compile_seconds += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_on_event)

@@ -93,7 +93,7 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW with a linear warm-up. Its count moves only with updates made."""
     warmup = max(config.warmup_steps, 1)
 
-    def schedule(count: jax.Array) -> jax.Array:
+    def schedule(count: Any) -> jax.Array:
         return config.learning_rate * jnp.minimum(1.0, (count + 1) / warmup)
 
     return optax.chain(
@@ -223,12 +223,14 @@ def _means(role: str, sums: Metrics, loss: jax.Array) -> Metrics:
     }
 
 
-def apply_gradients(state: TrainState, grads: Params, loss: jax.Array, opt: OptimizerConfig) -> tuple[TrainState, Metrics]:
+def apply_gradients(
+    state: TrainState, grads: Params, loss: jax.Array, opt: OptimizerConfig
+) -> tuple[TrainState, Metrics]:
     """One clipped AdamW step; when the loss or the gradient's norm is not finite, nothing moves but the counters."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
-    def step(_: None) -> tuple[Params, Any]:
+    def step(_: None) -> tuple[Any, Any]:
         updates, opt_state = optimizer(opt).update(grads, state.opt_state, state.params)
         return optax.apply_updates(state.params, updates), opt_state
 

@@ -20,7 +20,7 @@ from lsp_jax import host
 from lsp_jax.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.play.sampler import Draw, SamplingConfig, row_keys, row_uniforms, sample
+from lsp_jax.play.sampler import Draw, SamplingConfig, row_uniforms, sample
 from lsp_jax.policy import Policy
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -1,8 +1,8 @@
 """Logits -> one token a row, with its log-probability under the distribution that was really sampled.
 
 Temperature, then top-k, top-p and min-p in the order (and with the meaning) of transformers' logits warpers. The draw
-inverts the cumulative distribution in two levels, block then token, with two uniforms a row instead of V Gumbels: exact,
-and the cost of sampling no longer shows beside the head.
+inverts the cumulative distribution in two levels, block then token, with two uniforms a row instead of V Gumbels:
+exact, and the cost of sampling no longer shows beside the head.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The quality self-reward R_Q in 0..7: the frozen reference judges each answer by seven yes/no criteria (`logits` mode).
+"""The quality self-reward R_Q in 0..7, `logits` mode: the frozen reference judges answers by seven yes/no criteria.
 
 1. The rubric is prefilled once a run, its cache shared by every query of every iteration.
 2. Each query continues the rubric, once for its G answers.

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lsp_jax.errors import InputError
 
-PHASES = ("challenge", "solve", "reward", "reference", "update", "log", "save")
+PHASES = ("challenge", "solve", "reward", "reference", "update", "log")
 
 _ROLE_METRICS = {
     "reward": "mean reward of the {role}, over what counts in its loss",

@@ -17,8 +17,8 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState, init_state
 from lsp_jax.model.llama import Params, cast, init_params
-from lsp_jax.play.selfplay import CONTROL
 from lsp_jax.model.weights import read_config
+from lsp_jax.play.selfplay import CONTROL
 from lsp_jax.policy import Policy, load_pretrained, save_pretrained
 from lsp_jax.reward.base import HostReward, Reward, check_rewards
 from lsp_jax.reward.quality import quality_reward

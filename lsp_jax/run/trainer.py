@@ -99,6 +99,7 @@ def train(
     run = prepare(config, rewards, policy)
     checkpoints = Checkpoints(run.directory / CHECKPOINTS, config.save_total_limit)
     writer = MetricsWriter(run.directory, config.report_to)
+    console = None
     try:
         state, saved = start_state(run, checkpoints)
         # a run that died before its first checkpoint begins again: its lines go
@@ -110,6 +111,8 @@ def train(
             state = _one(run, state, number, writer, checkpoints, callbacks, console)
         _finish(run, state, checkpoints, trained=done < config.max_steps)
     finally:
+        if console is not None:
+            console.close()
         writer.close()
         checkpoints.close()
     return state

@@ -28,16 +28,16 @@ _STAND_INS = ("Apples", "Which 2", "question?", "seven things.", "Blue", "Write 
 
 INSTRUCTION_TASK = """\
 You are testing an assistant that answers written requests. Invent one request for it: something that a real person \
-could want, that can be answered in text alone, and that is hard to answer well. It may come from any field. Write only \
-the request, as the person would write it. Do not answer it, do not explain it and add no hints."""
+could want, that can be answered in text alone, and that is hard to answer well. It may come from any field. Write \
+only the request, as the person would write it. Do not answer it, do not explain it and add no hints."""
 
 ARITHMETIC_TASK = """\
 You write questions for an arithmetic test. Write one question about two whole numbers, each between 0 and 99, joined \
 by +, - or *. For example: What is 7 + 15? Write only the question, with other numbers than in the example."""
 
 RUBRIC = """\
-Below are an instruction and then the response that an assistant gave to it. Judge the response by seven criteria, each \
-with yes or no:
+Below are an instruction and then the response that an assistant gave to it. Judge the response by seven criteria, \
+each with yes or no:
 1. The instruction is a clear request that can be understood.
 2. The instruction can be carried out in text, with what it says.
 3. The response deals with what the instruction asks.

@@ -1,0 +1,421 @@
+"""An exact game: on five tokens the joint LSP gradient is enumerated and compared with the mean of sampled gradients.
+
+The sampled side is the real code path, stage by stage as in `run/iteration.py`, over thousands of iterations. The exact
+side knows nothing of it: every query and every answer is listed, its probability comes from plain `llama.forward` calls
+on whole sequences, and jax differentiates the objective as the paper writes it, with the factors 1 - 1/G and 1 - 1/N of
+baselines that include the sample itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from lsp_jax.learn.losses import LossConfig
+from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
+from lsp_jax.model import llama
+from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.play.selfplay import BLANK, CONTROL, TEXT, Episode, PlayConfig
+from lsp_jax.reward.base import DeviceReward, RewardOutput
+from lsp_jax.run import iteration as stages
+from lsp_jax.run.iteration import Game, RewardSpec
+from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
+from tiny import tiny_config, tiny_params
+
+STOP, A, B, SPACE, TAG = range(5)
+KINDS = np.array([CONTROL, TEXT, TEXT, BLANK, CONTROL], np.uint8)
+SPELLED_TAG = (B, A)  # a template tag in ordinary tokens
+PROMPTS = PlayPrompts(
+    challenger_ids=(TAG, B, SPACE, A),
+    query_prefix_ids=(A,),
+    solver=TokenTemplate(prefix_ids=(TAG, SPACE), suffix_ids=(TAG,)),
+    tags=(SPELLED_TAG,),
+)
+MODEL = tiny_config(
+    vocab_size=5,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    initializer_range=0.5,
+)
+PLAY = PlayConfig(num_queries=3, num_generations=4, max_query_length=3, max_completion_length=2)
+TASK_WEIGHT, QUALITY_WEIGHT = 1.5, 0.5
+FEW, MANY = 4096, 32768  # sampled gradients
+BOUND = 5.0  # of |z|, over some 500 parameters and 4 directions: passed by chance once in 3000 such tests
+
+
+class Tables(NamedTuple):
+    """The rewards of every (query, answer), by their codes; NaN says that an answer cannot be scored."""
+
+    task: np.ndarray
+    quality: np.ndarray
+    on_task: np.ndarray
+    """bool [query codes]: whether the query is one of the task."""
+
+
+def make_tables(masked: bool) -> Tables:
+    rng = np.random.default_rng(7)
+    shape = (MODEL.vocab_size**PLAY.max_query_length, MODEL.vocab_size**PLAY.max_completion_length)
+    task, quality, on_task = rng.normal(0.5, 1.0, shape), rng.normal(0.0, 2.0, shape), np.ones(shape[0], bool)
+    if masked:
+        task[rng.random(shape) < 0.4] = np.nan
+        on_task[rng.random(shape[0]) < 0.3] = False
+    return Tables(task.astype(np.float32), quality.astype(np.float32), on_task)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One game; `masked` has answers that cannot be scored and queries off the task."""
+
+    loss: LossConfig = field(default_factory=lambda: LossConfig(beta=0.4, alpha_challenger=0.7))
+    solver: SamplingConfig = field(default_factory=SamplingConfig)
+    challenger: SamplingConfig = field(default_factory=SamplingConfig)
+    masked: bool = False
+
+    @property
+    def game(self) -> Game:
+        return Game(
+            model=MODEL,
+            prompts=PROMPTS,
+            play=PLAY,
+            solver_sampling=self.solver,
+            challenger_sampling=self.challenger,
+            stop_ids=(STOP,),
+            loss=self.loss,
+            optimizer=OptimizerConfig(micro_batch_size=8, logprob_chunk=16, remat=False),
+            compute_dtype="float32",
+        )
+
+
+LSP = Setting()
+LSP_ZERO = Setting(replace(LSP.loss, use_quality=False))
+TEMPERED = Setting(solver=SamplingConfig(temperature=0.7), challenger=SamplingConfig(temperature=1.4))
+
+
+@cache
+def policy() -> llama.Params:
+    return tiny_params(MODEL, seed=20)  # a third of its queries are valid
+
+
+@cache
+def reference_policy() -> llama.Params:
+    """Near enough to the policy that the KL is a moderate number, far enough that it matters."""
+    other = tiny_params(MODEL, seed=4)
+    return jax.tree.map(lambda x, y: x + 0.4 * (y - x), policy(), other)
+
+
+# --- the sampled side: the stages of `run/iteration.py` ------------------------------------------------------------
+
+
+def code(tokens: jax.Array) -> jax.Array:
+    """A number for each completion; what follows the end is 0, as is the stop token."""
+    powers = jnp.asarray(MODEL.vocab_size ** np.arange(tokens.shape[-1]), jnp.int32)
+    return tokens @ powers
+
+
+def score(kind: str, tables: Any, episode: Episode) -> RewardOutput:
+    query, answer = code(episode.queries.sampled.tokens), code(episode.answers.tokens)
+    values = tables[kind][query[:, None], answer]
+    return RewardOutput(values, jnp.ones(values.shape, bool), tables["on_task"][query])
+
+
+REWARDS = (
+    DeviceReward("task", "task", TASK_WEIGHT, partial(score, "task")),
+    DeviceReward("quality", "quality", QUALITY_WEIGHT, partial(score, "quality")),
+)
+SPECS = tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in REWARDS)
+
+
+def sampled_gradient(
+    iteration: jax.Array, state: TrainState, reference: llama.Params, tables: Any, game: Game
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The joint gradient of one iteration, flat, and the metrics of play."""
+    key = stages.iteration_key(jax.random.key(11), state._replace(iteration=iteration))
+    params = stages.rollout_params(state.params, game)
+    episode = stages.solve(params, stages.challenge(params, jnp.asarray(KINDS), key, game), key, game)
+    outputs = tuple(stages.score(reward.score, tables, episode) for reward in REWARDS)
+    learnable = stages.learn_batch(episode, outputs, SPECS, game)
+    references = stages.reference(reference, learnable.batch, game)
+    gradient, _ = stages.joint_gradient(state.params, reference, learnable.batch, references, game)
+    return ravel_pytree(gradient)[0], learnable.metrics
+
+
+@cache
+def sampled(setting: Setting, draws: int) -> tuple[np.ndarray, dict[str, float]]:
+    """Gradients [draws, P] and the mean of each metric."""
+    game = setting.game
+    state = init_state(policy(), game.optimizer)
+    tables = {name: jnp.asarray(table) for name, table in make_tables(setting.masked)._asdict().items()}
+
+    @jax.jit
+    def run(state: TrainState, reference: llama.Params, tables: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def one(iteration: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return sampled_gradient(iteration, state, reference, tables, game)
+
+        return jax.lax.map(one, jnp.arange(draws), batch_size=min(draws, 512))
+
+    gradients, metrics = jax.device_get(run(state, reference_policy(), tables))
+    return gradients, {name: float(np.mean(values)) for name, values in metrics.items()}
+
+
+# --- the exact side: enumeration -----------------------------------------------------------------------------------
+
+
+def completions(longest: int) -> list[tuple[int, ...]]:
+    """All that can be sampled: ended by the stop token, or cut off at `longest`."""
+    others = range(1, MODEL.vocab_size)
+    ended = [(*text, STOP) for length in range(longest) for text in itertools.product(others, repeat=length)]
+    return ended + list(itertools.product(others, repeat=longest))
+
+
+def is_valid(query: Sequence[int]) -> bool:
+    """Ended by itself, with a word in it, and no template tag."""
+    *text, last = query
+    tagged = any(tuple(text[i : i + 2]) == SPELLED_TAG for i in range(len(text)))
+    return last == STOP and (A in text or B in text) and TAG not in text and not tagged
+
+
+QUERIES, ANSWERS = completions(PLAY.max_query_length), completions(PLAY.max_completion_length)
+VALID = np.array([is_valid(query) for query in QUERIES])
+
+
+class Sequences(NamedTuple):
+    """Rows [prompt | completion], padded at the right."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    """[R, T]: where each completion token stands."""
+    mask: np.ndarray
+    """[R, T]."""
+
+
+def sequences(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Sequences:
+    width, longest = max(len(p) + len(c) for p, c in pairs), max(len(c) for _, c in pairs)
+    tokens = np.zeros((len(pairs), width), np.int32)
+    for row, (prompt, completion) in enumerate(pairs):
+        tokens[row, : len(prompt) + len(completion)] = (*prompt, *completion)
+    starts = np.array([len(prompt) for prompt, _ in pairs])
+    mask = np.arange(longest)[None] < np.array([len(completion) for _, completion in pairs])[:, None]
+    return Sequences(tokens, np.where(mask, starts[:, None] + np.arange(longest)[None], 1), mask)
+
+
+def solver_prompt(query: tuple[int, ...]) -> tuple[int, ...]:
+    return (*PROMPTS.solver.prefix_ids, *PROMPTS.query_prefix_ids, *query[:-1], *PROMPTS.solver.suffix_ids)
+
+
+QUERY_ROWS = sequences([(PROMPTS.challenger_ids, query) for query in QUERIES])
+ANSWER_ROWS = sequences([(solver_prompt(q), a) for q in itertools.compress(QUERIES, VALID) for a in ANSWERS])
+
+
+def next_token(params: llama.Params, rows: Sequences, temperature: float) -> jax.Array:
+    """log pi(. | prefix) [R, T, V] before each token of the completions."""
+    logits = llama.forward(params, MODEL, jnp.asarray(rows.tokens))
+    before = jnp.take_along_axis(logits, jnp.asarray(rows.positions - 1)[..., None], axis=1)
+    return jax.nn.log_softmax(before / temperature)
+
+
+def chosen(log_policy: jax.Array, rows: Sequences) -> jax.Array:
+    """log pi(token | prefix) [R, T], 0 after the completion."""
+    tokens = np.take_along_axis(rows.tokens, rows.positions, axis=1)
+    return jnp.where(rows.mask, jnp.take_along_axis(log_policy, tokens[..., None], axis=-1)[..., 0], 0.0)
+
+
+def by_codes(table: np.ndarray) -> np.ndarray:
+    """A reward table's entries [valid queries, answers]."""
+
+    def number(completion: tuple[int, ...]) -> int:
+        return sum(token * MODEL.vocab_size**place for place, token in enumerate(completion))
+
+    return np.array([[table[number(q), number(a)] for a in ANSWERS] for q in itertools.compress(QUERIES, VALID)])
+
+
+TERMS = ("solver", "challenger", "solver KL", "challenger KL")
+
+
+def paper_terms(params: llama.Params, reference: llama.Params, setting: Setting) -> jax.Array:
+    """[4]: what both players maximise and the KL they pay, so written that the gradient of each is the exact one.
+
+    The Challenger's probabilities are constants to the Solver, and the other way round; the KL of a token is exact and
+    its prefix a constant, as in the sum of per-token estimators.
+    """
+    stop = jax.lax.stop_gradient
+    roles = ((QUERY_ROWS, setting.challenger.temperature), (ANSWER_ROWS, setting.solver.temperature))
+    probabilities, divergences = [], []
+    for rows, temperature in roles:
+        log_policy, log_reference = (next_token(p, rows, temperature) for p in (params, reference))
+        probability = jnp.exp(jnp.sum(chosen(log_policy, rows), axis=1))
+        per_prefix = {
+            "k1": jnp.zeros(rows.mask.shape),
+            "k2": jnp.sum(jnp.exp(log_policy) * (log_policy - log_reference), axis=-1),
+            "k3": jnp.sum(jnp.exp(log_reference) * (log_reference - log_policy), axis=-1),
+        }
+        per_prefix["full"] = per_prefix["k2"]
+        divergence = jnp.sum(jnp.where(rows.mask, per_prefix[setting.loss.kl_estimator], 0.0), axis=1)
+        probabilities.append(probability)
+        divergences.append(stop(probability) * divergence)
+    query, answer = probabilities[0], probabilities[1].reshape(-1, len(ANSWERS))
+    played = stop(query)[VALID]
+
+    tables = make_tables(masked=False)
+    task = TASK_WEIGHT * by_codes(tables.task)
+    quality = QUALITY_WEIGHT * by_codes(tables.quality) * setting.loss.use_quality
+    value = jnp.sum(answer * task, axis=1)
+    quality_value = jnp.sum(answer * quality, axis=1)
+    reward = jnp.full(len(QUERIES), setting.loss.invalid_query_penalty).at[np.flatnonzero(VALID)]
+    reward = reward.set(quality_value - value)
+    return jnp.stack(
+        [
+            jnp.sum(played * jnp.sum(answer * (task + quality), axis=1)),
+            jnp.sum(query * stop(reward)),
+            jnp.sum(played * jnp.sum(divergences[1].reshape(answer.shape), axis=1)),
+            jnp.sum(divergences[0]),
+        ]
+    )
+
+
+def shrunk(p: float | jax.Array, group: int) -> float | jax.Array:
+    """E[1 - 1/m] of a group of `group` of which one counts and each other with probability p; 1 - 1/group at p = 1."""
+    others = group - 1
+    return sum(math.comb(others, k) * p**k * (1 - p) ** (others - k) * k / (k + 1) for k in range(group))
+
+
+def estimator_terms(params: llama.Params, reference: llama.Params, setting: Setting) -> jax.Array:
+    """[4], as `paper_terms` but with each sample's expected weight on its log-probability, baselines included.
+
+    It also holds where tokens are cut off in sampling (the log-probability is then the tempered one, without the kept
+    mass: a biased gradient, but a defined one) and where some answers cannot be scored. KL estimator k2.
+    """
+    stop = jax.lax.stop_gradient
+    roles = ((QUERY_ROWS, setting.challenger), (ANSWER_ROWS, setting.solver))
+    drawn, logs, divergences = [], [], []
+    for rows, sampling in roles:
+        log_policy, log_reference = (next_token(p, rows, sampling.temperature) for p in (params, reference))
+        rank = jnp.argsort(jnp.argsort(-log_policy, axis=-1), axis=-1)
+        kept = rank < (sampling.top_k or MODEL.vocab_size)
+        behaviour = jax.nn.log_softmax(jnp.where(kept, log_policy, -jnp.inf))
+        taken = chosen(log_policy, rows)
+        drawn.append(stop(jnp.exp(jnp.sum(chosen(behaviour, rows), axis=1))))
+        logs.append(jnp.sum(taken, axis=1))
+        divergences.append(jnp.sum(0.5 * (taken - chosen(log_reference, rows)) ** 2, axis=1))
+    shape = (-1, len(ANSWERS))
+    query, answer = drawn[0], drawn[1].reshape(shape)
+
+    tables = make_tables(setting.masked)
+    on_task = np.array([by_codes(np.broadcast_to(tables.on_task[:, None], tables.task.shape))[:, 0]])[0]
+    task, quality = TASK_WEIGHT * by_codes(tables.task), QUALITY_WEIGHT * by_codes(tables.quality)
+    counts = np.isfinite(task) & on_task[:, None]
+    task, quality = (np.where(counts, x, 0.0) for x in (task, quality * setting.loss.use_quality))
+    share = jnp.sum(answer * counts, axis=1)
+    some = jnp.where(share > 0, share, 1.0)
+    value, quality_value = (jnp.sum(answer * x, axis=1) / some for x in (task, quality))
+    centred = shrunk(share, PLAY.num_generations)[:, None] * (task + quality - (value + quality_value)[:, None])
+    played = query[VALID][:, None] * answer * counts
+
+    where = np.flatnonzero(VALID)
+    penalty = setting.loss.invalid_query_penalty
+    counted = jnp.ones(len(QUERIES)).at[where].set(jnp.where(on_task, 1 - (1 - share) ** PLAY.num_generations, 1.0))
+    reward = jnp.full(len(QUERIES), penalty).at[where].set(jnp.where(on_task, quality_value - value, penalty))
+    total = jnp.sum(query * counted)
+    weight = query * counted * shrunk(total, PLAY.num_queries) * (reward - jnp.sum(query * counted * reward) / total)
+    return jnp.stack(
+        [
+            jnp.sum(stop(played * centred) * logs[1].reshape(shape)),
+            jnp.sum(stop(weight) * logs[0]),
+            jnp.sum(stop(played) * divergences[1].reshape(shape)),
+            jnp.sum(stop(query * counted) * divergences[0]),
+        ]
+    )
+
+
+@cache
+def exact(setting: Setting, terms: Any) -> np.ndarray:
+    """Gradients [4, P] of `terms`."""
+    start, unravel = ravel_pytree(policy())
+
+    @jax.jit
+    def jacobian(flat: jax.Array, reference: llama.Params) -> jax.Array:
+        return jax.jacrev(lambda x: terms(unravel(x), reference, setting))(flat)
+
+    return np.asarray(jacobian(start, reference_policy()), np.float64)
+
+
+def joint(gradients: np.ndarray, factors: Sequence[float], setting: Setting) -> np.ndarray:
+    """The expected gradient of the loss: of -(L_Sol + alpha L_Ch), each player's part times its factor."""
+    solver, challenger, solver_kl, challenger_kl = gradients
+    alpha, beta = setting.loss.alpha_challenger, setting.loss.beta
+    return -factors[0] * solver - alpha * factors[1] * challenger + beta * (solver_kl + alpha * challenger_kl)
+
+
+PAPER = (1 - 1 / PLAY.num_generations, 1 - 1 / PLAY.num_queries)
+
+
+class Comparison(NamedTuple):
+    z: float
+    """Largest |difference of means| / standard error, over parameters and along the gradient of each exact term."""
+    relative: float
+    """Norm of the difference over that of the expected gradient."""
+    noise: float
+    """What `relative` is expected to be from sampling noise alone."""
+
+
+def compare(samples: np.ndarray, expected: np.ndarray, directions: np.ndarray) -> Comparison:
+    directions = directions[np.linalg.norm(directions, axis=1) > 0]
+    directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    samples = samples.astype(np.float64)
+    difference = samples.mean(0) - expected
+    error = samples.std(0, ddof=1) / np.sqrt(len(samples))
+    assert error.min() > 0  # every parameter moves
+    along = (samples @ directions.T).std(0, ddof=1) / np.sqrt(len(samples))
+    z = np.concatenate([difference / error, directions @ difference / along])
+    norm = np.linalg.norm(expected)
+    return Comparison(
+        float(np.abs(z).max()), float(np.linalg.norm(difference) / norm), float(np.linalg.norm(error) / norm)
+    )
+
+
+def check(setting: Setting, draws: int, terms: Any, factors: Sequence[float]) -> Comparison:
+    samples, _ = sampled(setting, draws)
+    gradients = exact(setting, terms)
+    result = compare(samples, joint(gradients, factors, setting), gradients)
+    assert result.z < BOUND, result
+    assert result.relative < 1.5 * result.noise, result
+    return result
+
+
+def test_enumeration_is_complete() -> None:
+    """Probabilities of all queries, and of all answers to each, add up to one; a fraction of the queries is valid."""
+    params = policy()
+    queries = np.exp(np.sum(chosen(next_token(params, QUERY_ROWS, 1.0), QUERY_ROWS), axis=1))
+    answers = np.exp(np.sum(chosen(next_token(params, ANSWER_ROWS, 1.0), ANSWER_ROWS), axis=1))
+    np.testing.assert_allclose(queries.sum(), 1, rtol=1e-5)
+    np.testing.assert_allclose(answers.reshape(-1, len(ANSWERS)).sum(1), 1, rtol=1e-5)
+    assert 0.15 < queries[VALID].sum() < 0.85
+    assert len(QUERIES) == 85 and VALID.sum() == 9 and len(ANSWERS) == 21
+
+
+if __name__ == "__main__":
+    import time
+
+    test_enumeration_is_complete()
+    queries = np.exp(np.sum(chosen(next_token(policy(), QUERY_ROWS, 1.0), QUERY_ROWS), axis=1))
+    print("valid", queries[VALID].sum(), np.sort(queries)[::-1][:8])
+    for name, s, t in (("lsp", LSP, paper_terms), ("lsp", LSP, estimator_terms)):
+        start = time.time()
+        e = exact(s, t)
+        t1 = time.time()
+        x, m = sampled(s, FEW)
+        t2 = time.time()
+        f = PAPER if t is paper_terms else (1, 1)
+        print(name, compare(x, joint(e, f, s), e), np.linalg.norm(e, axis=1), x.shape, t1 - start, t2 - t1, m)
