@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen dataclass made of the parts' own.
 
-The command line shows every field (`--play.num-generations 4`), a run's folder holds it as `config.json`, and a notebook
-builds the same objects.
+The command line shows every field (`--play.num-generations 4`), a run's folder holds it as `config.json`, and a
+notebook builds the same objects.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -45,13 +45,19 @@ def load_pretrained(path_or_hub_id: str | Path, dtype: str = "float32", revision
     do not fit each other, and for weights that do not fit the configuration.
     """
     check_dtype(dtype)
+    directory, policy = open_pretrained(path_or_hub_id, revision)
+    return replace(policy, params=load_params(directory, policy.config, dtype))
+
+
+def open_pretrained(path_or_hub_id: str | Path, revision: str | None = None) -> tuple[Path, Policy]:
+    """What `load_pretrained` loads without the weights (`params` is empty), and the directory that holds them."""
     directory = _locate(str(path_or_hub_id), revision)
     config = read_config(directory)
     tokenizer = Tokenizer.from_pretrained(directory)
     if tokenizer.vocab_size > config.vocab_size:
         remedy = f"more than the model's vocab_size {config.vocab_size}; the tokenizer belongs to another model"
         raise InputError("tokenizer.vocab_size", tokenizer.vocab_size, remedy)
-    return Policy(config, load_params(directory, config, dtype), tokenizer, str(path_or_hub_id))
+    return directory, Policy(config, {}, tokenizer, str(path_or_hub_id))
 
 
 def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = None) -> None:

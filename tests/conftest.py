@@ -16,6 +16,15 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True)
+def _quick_compiles(request: pytest.FixtureRequest) -> None:
+    """Tiny models spend their time in the compiler: half of it is saved, and arithmetic stays what it is."""
+    import jax
+
+    heavy = any(request.node.get_closest_marker(name) for name in ("full", "slow"))
+    jax.config.update("jax_disable_most_optimizations", not heavy)
+
+
 @pytest.fixture(scope="session")
 def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model as a Hugging Face directory, converted once for all workers; read only."""

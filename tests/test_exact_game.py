@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.flatten_util import ravel_pytree
 
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
+from lsp_jax.learn.update import OptimizerConfig, init_state
 from lsp_jax.model import llama
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import BLANK, CONTROL, TEXT, Episode, PlayConfig
@@ -52,7 +53,7 @@ MODEL = tiny_config(
 )
 PLAY = PlayConfig(num_queries=3, num_generations=4, max_query_length=3, max_completion_length=2)
 TASK_WEIGHT, QUALITY_WEIGHT = 1.5, 0.5
-FEW, MANY = 4096, 32768  # sampled gradients
+FEW, MANY = 8192, 16384  # sampled gradients
 BOUND = 5.0  # of |z|, over some 500 parameters and 4 directions: passed by chance once in 3000 such tests
 
 
@@ -68,7 +69,7 @@ class Tables(NamedTuple):
 def make_tables(masked: bool) -> Tables:
     rng = np.random.default_rng(7)
     shape = (MODEL.vocab_size**PLAY.max_query_length, MODEL.vocab_size**PLAY.max_completion_length)
-    task, quality, on_task = rng.normal(0.5, 1.0, shape), rng.normal(0.0, 2.0, shape), np.ones(shape[0], bool)
+    task, quality, on_task = rng.normal(0.5, 2.0, shape), rng.normal(0.0, 2.0, shape), np.ones(shape[0], bool)
     if masked:
         task[rng.random(shape) < 0.4] = np.nan
         on_task[rng.random(shape[0]) < 0.3] = False
@@ -79,7 +80,7 @@ def make_tables(masked: bool) -> Tables:
 class Setting:
     """One game; `masked` has answers that cannot be scored and queries off the task."""
 
-    loss: LossConfig = field(default_factory=lambda: LossConfig(beta=0.4, alpha_challenger=0.7))
+    loss: LossConfig = field(default_factory=lambda: LossConfig(beta=0.2, alpha_challenger=0.7))
     solver: SamplingConfig = field(default_factory=SamplingConfig)
     challenger: SamplingConfig = field(default_factory=SamplingConfig)
     masked: bool = False
@@ -138,36 +139,38 @@ REWARDS = (
 SPECS = tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in REWARDS)
 
 
-def sampled_gradient(
-    iteration: jax.Array, state: TrainState, reference: llama.Params, tables: Any, game: Game
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The joint gradient of one iteration, flat, and the metrics of play."""
-    key = stages.iteration_key(jax.random.key(11), state._replace(iteration=iteration))
-    params = stages.rollout_params(state.params, game)
-    episode = stages.solve(params, stages.challenge(params, jnp.asarray(KINDS), key, game), key, game)
-    outputs = tuple(stages.score(reward.score, tables, episode) for reward in REWARDS)
-    learnable = stages.learn_batch(episode, outputs, SPECS, game)
-    references = stages.reference(reference, learnable.batch, game)
-    gradient, _ = stages.joint_gradient(state.params, reference, learnable.batch, references, game)
-    return ravel_pytree(gradient)[0], learnable.metrics
+def batched(one: Any, xs: Any) -> Any:
+    """`one` of each element of `xs`, on the host; 512 at a time so that memory stays small."""
+    return jax.device_get(jax.jit(lambda xs: jax.lax.map(one, xs, batch_size=512))(xs))
 
 
 @cache
-def sampled(setting: Setting, draws: int) -> tuple[np.ndarray, dict[str, float]]:
-    """Gradients [draws, P] and the mean of each metric."""
-    game = setting.game
+def episodes(solver: SamplingConfig, challenger: SamplingConfig, draws: int) -> Episode:
+    """The play of iterations 0, 1, ...: it depends on nothing but the policy and how it samples."""
+    game = Setting(solver=solver, challenger=challenger).game
     state = init_state(policy(), game.optimizer)
+
+    def play(iteration: jax.Array) -> Episode:
+        key = stages.iteration_key(jax.random.key(11), state._replace(iteration=iteration))
+        params = stages.rollout_params(state.params, game)
+        return stages.solve(params, stages.challenge(params, jnp.asarray(KINDS), key, game), key, game)
+
+    return batched(play, jnp.arange(draws))
+
+
+@cache
+def sampled(setting: Setting, draws: int) -> np.ndarray:
+    """Joint gradients [draws, P]."""
+    game, params, reference = setting.game, policy(), reference_policy()
     tables = {name: jnp.asarray(table) for name, table in make_tables(setting.masked)._asdict().items()}
 
-    @jax.jit
-    def run(state: TrainState, reference: llama.Params, tables: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        def one(iteration: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return sampled_gradient(iteration, state, reference, tables, game)
+    def learn(episode: Episode) -> jax.Array:
+        outputs = tuple(stages.score(reward.score, tables, episode) for reward in REWARDS)
+        batch = stages.learn_batch(episode, outputs, SPECS, game).batch
+        references = stages.reference(reference, batch, game)
+        return ravel_pytree(stages.joint_gradient(params, reference, batch, references, game)[0])[0]
 
-        return jax.lax.map(one, jnp.arange(draws), batch_size=min(draws, 512))
-
-    gradients, metrics = jax.device_get(run(state, reference_policy(), tables))
-    return gradients, {name: float(np.mean(values)) for name, values in metrics.items()}
+    return batched(learn, episodes(setting.solver, setting.challenger, draws))
 
 
 # --- the exact side: enumeration -----------------------------------------------------------------------------------
@@ -219,7 +222,7 @@ QUERY_ROWS = sequences([(PROMPTS.challenger_ids, query) for query in QUERIES])
 ANSWER_ROWS = sequences([(solver_prompt(q), a) for q in itertools.compress(QUERIES, VALID) for a in ANSWERS])
 
 
-def next_token(params: llama.Params, rows: Sequences, temperature: float) -> jax.Array:
+def next_token(params: llama.Params, rows: Sequences, temperature: float | jax.Array) -> jax.Array:
     """log pi(. | prefix) [R, T, V] before each token of the completions."""
     logits = llama.forward(params, MODEL, jnp.asarray(rows.tokens))
     before = jnp.take_along_axis(logits, jnp.asarray(rows.positions - 1)[..., None], axis=1)
@@ -244,17 +247,28 @@ def by_codes(table: np.ndarray) -> np.ndarray:
 TERMS = ("solver", "challenger", "solver KL", "challenger KL")
 
 
-def paper_terms(params: llama.Params, reference: llama.Params, setting: Setting) -> jax.Array:
+class Logs(NamedTuple):
+    """log pi(. | prefix) [R, T, V] of all queries and of all answers."""
+
+    queries: jax.Array
+    answers: jax.Array
+
+
+@jax.jit
+def log_policies(params: llama.Params, temperatures: tuple[float, float]) -> Logs:
+    """`temperatures` are the Challenger's and the Solver's."""
+    return Logs(next_token(params, QUERY_ROWS, temperatures[0]), next_token(params, ANSWER_ROWS, temperatures[1]))
+
+
+def paper_terms(policy: Logs, reference: Logs, setting: Setting) -> jax.Array:
     """[4]: what both players maximise and the KL they pay, so written that the gradient of each is the exact one.
 
     The Challenger's probabilities are constants to the Solver, and the other way round; the KL of a token is exact and
     its prefix a constant, as in the sum of per-token estimators.
     """
     stop = jax.lax.stop_gradient
-    roles = ((QUERY_ROWS, setting.challenger.temperature), (ANSWER_ROWS, setting.solver.temperature))
     probabilities, divergences = [], []
-    for rows, temperature in roles:
-        log_policy, log_reference = (next_token(p, rows, temperature) for p in (params, reference))
+    for rows, log_policy, log_reference in zip((QUERY_ROWS, ANSWER_ROWS), policy, reference, strict=True):
         probability = jnp.exp(jnp.sum(chosen(log_policy, rows), axis=1))
         per_prefix = {
             "k1": jnp.zeros(rows.mask.shape),
@@ -291,7 +305,7 @@ def shrunk(p: float | jax.Array, group: int) -> float | jax.Array:
     return sum(math.comb(others, k) * p**k * (1 - p) ** (others - k) * k / (k + 1) for k in range(group))
 
 
-def estimator_terms(params: llama.Params, reference: llama.Params, setting: Setting) -> jax.Array:
+def estimator_terms(policy: Logs, reference: Logs, setting: Setting) -> jax.Array:
     """[4], as `paper_terms` but with each sample's expected weight on its log-probability, baselines included.
 
     It also holds where tokens are cut off in sampling (the log-probability is then the tempered one, without the kept
@@ -300,8 +314,7 @@ def estimator_terms(params: llama.Params, reference: llama.Params, setting: Sett
     stop = jax.lax.stop_gradient
     roles = ((QUERY_ROWS, setting.challenger), (ANSWER_ROWS, setting.solver))
     drawn, logs, divergences = [], [], []
-    for rows, sampling in roles:
-        log_policy, log_reference = (next_token(p, rows, sampling.temperature) for p in (params, reference))
+    for (rows, sampling), log_policy, log_reference in zip(roles, policy, reference, strict=True):
         rank = jnp.argsort(jnp.argsort(-log_policy, axis=-1), axis=-1)
         kept = rank < (sampling.top_k or MODEL.vocab_size)
         behaviour = jax.nn.log_softmax(jnp.where(kept, log_policy, -jnp.inf))
@@ -339,16 +352,24 @@ def estimator_terms(params: llama.Params, reference: llama.Params, setting: Sett
     )
 
 
+@jax.jit
+def pull_back(params: llama.Params, temperatures: tuple[float, float], cotangents: Logs) -> jax.Array:
+    """Gradients [4, P] from those with respect to the log-probabilities.
+
+    One after the other: under `vmap` XLA's CPU backend (jaxlib 0.10.2) gets the backward pass of this scan wrong.
+    """
+    flat, unravel = ravel_pytree(params)
+    _, backward = jax.vjp(lambda x: log_policies(unravel(x), temperatures), flat)
+    return jax.lax.map(lambda cotangent: backward(cotangent)[0], cotangents)
+
+
 @cache
 def exact(setting: Setting, terms: Any) -> np.ndarray:
     """Gradients [4, P] of `terms`."""
-    start, unravel = ravel_pytree(policy())
-
-    @jax.jit
-    def jacobian(flat: jax.Array, reference: llama.Params) -> jax.Array:
-        return jax.jacrev(lambda x: terms(unravel(x), reference, setting))(flat)
-
-    return np.asarray(jacobian(start, reference_policy()), np.float64)
+    temperatures = (setting.challenger.temperature, setting.solver.temperature)
+    ours, theirs = (log_policies(params, temperatures) for params in (policy(), reference_policy()))
+    cotangents = jax.jacrev(lambda logs: terms(logs, theirs, setting))(ours)
+    return np.asarray(pull_back(policy(), temperatures, cotangents), np.float64)
 
 
 def joint(gradients: np.ndarray, factors: Sequence[float], setting: Setting) -> np.ndarray:
@@ -385,37 +406,104 @@ def compare(samples: np.ndarray, expected: np.ndarray, directions: np.ndarray) -
     )
 
 
-def check(setting: Setting, draws: int, terms: Any, factors: Sequence[float]) -> Comparison:
-    samples, _ = sampled(setting, draws)
+def check(setting: Setting, draws: int, terms: Any, factors: Sequence[float]) -> None:
     gradients = exact(setting, terms)
-    result = compare(samples, joint(gradients, factors, setting), gradients)
+    result = compare(sampled(setting, draws), joint(gradients, factors, setting), gradients)
+    print(f"{draws} gradients: {result}")
     assert result.z < BOUND, result
     assert result.relative < 1.5 * result.noise, result
-    return result
 
 
-def test_enumeration_is_complete() -> None:
-    """Probabilities of all queries, and of all answers to each, add up to one; a fraction of the queries is valid."""
-    params = policy()
-    queries = np.exp(np.sum(chosen(next_token(params, QUERY_ROWS, 1.0), QUERY_ROWS), axis=1))
-    answers = np.exp(np.sum(chosen(next_token(params, ANSWER_ROWS, 1.0), ANSWER_ROWS), axis=1))
+def probabilities() -> tuple[np.ndarray, np.ndarray]:
+    """Of all queries, and [valid queries, answers] of all answers, at temperature 1."""
+    logs = log_policies(policy(), (1.0, 1.0))
+    queries, answers = (
+        np.exp(np.asarray(jnp.sum(chosen(log, rows), axis=1)))
+        for log, rows in zip(logs, (QUERY_ROWS, ANSWER_ROWS), strict=True)
+    )
+    return queries, answers.reshape(-1, len(ANSWERS))
+
+
+def test_everything_is_enumerated() -> None:
+    queries, answers = probabilities()
+    assert (len(QUERIES), VALID.sum(), len(ANSWERS)) == (85, 9, 21)
     np.testing.assert_allclose(queries.sum(), 1, rtol=1e-5)
-    np.testing.assert_allclose(answers.reshape(-1, len(ANSWERS)).sum(1), 1, rtol=1e-5)
-    assert 0.15 < queries[VALID].sum() < 0.85
-    assert len(QUERIES) == 85 and VALID.sum() == 9 and len(ANSWERS) == 21
+    np.testing.assert_allclose(answers.sum(1), 1, rtol=1e-5)
 
 
-if __name__ == "__main__":
-    import time
+def test_valid_queries_come_as_often_as_enumerated() -> None:
+    """The fraction that the sampler and `queries.valid` give is that of the list above, within its standard error."""
+    valid = episodes(LSP.solver, LSP.challenger, FEW).queries.valid
+    expected = probabilities()[0][VALID].sum()
+    assert 0.3 < expected < 0.7
+    assert abs(valid.mean() - expected) < 4 * np.sqrt(expected * (1 - expected) / valid.size)
 
-    test_enumeration_is_complete()
-    queries = np.exp(np.sum(chosen(next_token(policy(), QUERY_ROWS, 1.0), QUERY_ROWS), axis=1))
-    print("valid", queries[VALID].sum(), np.sort(queries)[::-1][:8])
-    for name, s, t in (("lsp", LSP, paper_terms), ("lsp", LSP, estimator_terms)):
-        start = time.time()
-        e = exact(s, t)
-        t1 = time.time()
-        x, m = sampled(s, FEW)
-        t2 = time.time()
-        f = PAPER if t is paper_terms else (1, 1)
-        print(name, compare(x, joint(e, f, s), e), np.linalg.norm(e, axis=1), x.shape, t1 - start, t2 - t1, m)
+
+def test_lsp_gradient() -> None:
+    check(LSP, FEW, paper_terms, PAPER)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(LSP, id="lsp"),
+        pytest.param(LSP_ZERO, id="lsp-zero"),
+        pytest.param(Setting(replace(LSP.loss, alpha_challenger=0.0)), id="solver-alone"),
+        pytest.param(Setting(replace(LSP.loss, kl_estimator="k3")), id="k3"),
+        pytest.param(TEMPERED, id="temperature"),
+    ],
+)
+def test_gradient(setting: Setting) -> None:
+    """LSP, LSP-Zero, the Solver alone, another KL, and roles that sample at unequal temperatures other than 1."""
+    check(setting, MANY, paper_terms, PAPER)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(replace(LSP, masked=True), id="masked"),
+        pytest.param(replace(TEMPERED, solver=SamplingConfig(0.7, top_k=3)), id="top-k"),
+    ],
+)
+def test_gradient_of_the_estimator(setting: Setting) -> None:
+    """Answers without a score and queries off the task drop out as DESIGN.md says; truncated sampling weighs as it draws."""
+    check(setting, MANY, estimator_terms, (1, 1))
+
+
+def test_both_enumerations_agree() -> None:
+    """Where nothing is cut off or masked, the expected weights of the samples give the paper's gradient."""
+    for setting in (LSP, TEMPERED):
+        paper, estimator = exact(setting, paper_terms), exact(setting, estimator_terms)
+        expected = paper * np.array([*PAPER, 1, 1])[:, None]
+        np.testing.assert_allclose(estimator, expected, atol=2e-5 * np.abs(expected).max())
+
+
+MUTANTS = {
+    "without 1 - 1/G": (1, PAPER[1], 1, 1),
+    "without 1 - 1/N": (PAPER[0], 1, 1, 1),
+    "Challenger's sign": (PAPER[0], -PAPER[1], 1, 1),
+    "no KL for the Solver": (*PAPER, 0, 1),
+    "no KL for the Challenger": (*PAPER, 1, 0),
+    "alpha not on the Challenger's KL": (*PAPER, 1, 1 / LSP.loss.alpha_challenger),
+}
+
+
+@pytest.mark.parametrize("factors", MUTANTS.values(), ids=MUTANTS)
+def test_a_wrong_factor_is_seen(factors: tuple[float, ...]) -> None:
+    """The comparison of `test_lsp_gradient` fails when one factor of the four terms is wrong."""
+    gradients = exact(LSP, paper_terms)
+    wrong = joint(gradients * np.array(factors)[:, None], (1, 1), LSP)
+    result = compare(sampled(LSP, FEW), wrong, gradients)
+    print(result)
+    assert result.z > 1.5 * BOUND, result
+
+
+@pytest.mark.parametrize("change", [{"use_quality": False}, {"invalid_query_penalty": 0.0}, {"kl_estimator": "k3"}])
+def test_another_objective_is_seen(change: dict[str, Any]) -> None:
+    other = replace(LSP, loss=replace(LSP.loss, **change))
+    gradients = exact(other, paper_terms)
+    result = compare(sampled(LSP, FEW), joint(gradients, PAPER, other), gradients)
+    print(result)
+    assert result.z > 1.5 * BOUND, result

@@ -225,6 +225,15 @@ def test_uniform_zero_gives_the_first_and_one_below_the_last_positive_token() ->
     np.testing.assert_array_equal(index, np.flatnonzero(weights)[[0, -1]])
 
 
+def test_uniforms_on_the_borders_belong_to_the_token_that_begins_there() -> None:
+    """Equal weights, all sums exact: u = i / n is the first of token i's own n-th of the unit interval."""
+    first = jnp.arange(4) / 4
+    index, _ = jitted_draw(jnp.ones((4, 4)), jnp.stack([first, first], axis=1))
+    np.testing.assert_array_equal(index, [0, 1, 2, 3])
+    index, _ = jitted_draw(jnp.ones((4, 4 * BLOCK)), jnp.stack([first, first], axis=1))
+    np.testing.assert_array_equal(index, [block * BLOCK + block * BLOCK // 4 for block in range(4)])
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_never_a_masked_token(config: SamplingConfig) -> None:
     logits = logits_rows()

@@ -1,12 +1,12 @@
 """Policy-gradient loss with a KL to the reference: arrays in, (loss, metrics) out, no model call.
 
-LSP maximises, per row, ratio * A - beta * KL (LSP, Section 3); we minimise its negative. The ratio is the policy over its
-own stopped gradient, so its value is 1 and its gradient that of the log-probability.
+LSP maximises, per row, ratio * A - beta * KL (LSP, Section 3); we minimise its negative. The ratio is the policy over
+its own stopped gradient, so its value is 1 and its gradient that of the log-probability.
 
 The KL term as the paper prints it, -beta * log(pi / pi_ref) differentiated directly (`k1`), has expected gradient zero:
 no pull to the reference, only variance. On-policy, per token and with the prefix fixed, `k2` has the gradient of
-KL(pi || ref), `full` is that KL itself, and `k3` (TRL's) has the gradient of KL(ref || pi). Sums over tokens leave out the
-effect of a token on later ones, whichever the estimator.
+KL(pi || ref), `full` is that KL itself, and `k3` (TRL's) has the gradient of KL(ref || pi). Sums over tokens leave out
+the effect of a token on later ones, whichever the estimator.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LossConfig:
     beta: float = 0.05
     """Weight of the KL to the reference, >= 0 (LSP: 0.05)."""
     kl_estimator: Literal["k1", "k2", "k3", "full"] = "k2"
-    """k1: as the paper prints it; k2: on-policy the gradient of KL(pi || ref); k3: TRL's; full: exact over the vocabulary."""
+    """k1: as the paper prints it; k2: on-policy the gradient of KL(pi || ref); k3: TRL's; full: exact."""
     aggregation: Literal["sequence", "token_mean"] = "sequence"
     """sequence: each row's sum over tokens, divided by N*G (N), as in the paper; token_mean: mean over all tokens."""
     use_quality: bool = True

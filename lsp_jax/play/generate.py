@@ -175,6 +175,8 @@ def generate(
     The draws depend on `seed` and each prompt's place in the list, not on `batch_size`.
     Raises InputError for an empty prompt, ids outside the vocabulary, and a prompt longer than the model's context.
     """
+    if isinstance(prompts, str):
+        raise InputError("prompts", prompts, "must be a list; put a single prompt into one")
     sampling = SamplingConfig(temperature, top_k, top_p, min_p)
     sampling.check("sampling")
     if max_completion_length < 1:

@@ -167,6 +167,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def check_trackers(report_to: tuple[str, ...]) -> None:
+    """Raises InputError for an unknown tracker, or one that is not installed."""
+    for name in report_to:
+        _import_tracker(name)
+
+
 def _import_tracker(name: str) -> Any:
     if name not in _TRACKERS:
         raise InputError("report_to", name, f"must be among {', '.join(_TRACKERS)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState, init_state
 from lsp_jax.model.llama import Params, cast, init_params
-from lsp_jax.model.weights import read_config
+from lsp_jax.model.weights import load_params, read_config
 from lsp_jax.play.selfplay import CONTROL
-from lsp_jax.policy import Policy, load_pretrained, save_pretrained
+from lsp_jax.policy import Policy, open_pretrained, save_pretrained
 from lsp_jax.reward.base import HostReward, Reward, check_rewards
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.reward.verify import arithmetic_reward, callable_reward, load_callable, probe_callable
 from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.iteration import Game, RewardSpec
+from lsp_jax.run.metrics import check_trackers
 from lsp_jax.text.prompts import PlayPrompts
 from lsp_jax.text.tokenizer import Tokenizer
 
@@ -59,11 +60,14 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     `rewards` are further components beside the configured ones. Raises InputError with nothing overwritten.
     """
     config.check()
+    check_trackers(config.report_to)
     directory = Path(config.output_dir).expanduser()
     _check_output(config, directory)
     host_rewards = _host_rewards(config)
     if policy is None:
-        policy = load_pretrained(config.model, dtype=config.param_dtype, revision=config.revision or None)
+        source, opened = open_pretrained(config.model, config.revision or None)
+        make_game(config, opened)  # what does not fit is said before gigabytes are read
+        policy = replace(opened, params=load_params(source, opened.config, config.param_dtype))
     game = make_game(config, policy)
     kinds = token_kinds(policy)
     reference = jax.tree.map(lambda x: x.astype(game.compute_dtype), policy.params)
@@ -132,8 +136,6 @@ def start_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[st
     make = partial(init_state, config=run.config.optimizer)
     latest = checkpoints.latest() if run.config.resume != "never" else None
     if latest is None:
-        if run.config.resume == "must":
-            raise InputError("resume", "must", f"no checkpoint in {checkpoints.directory}; use auto or never to start")
         return jax.jit(make)(run.policy.params), None
     return checkpoints.restore(latest, abstract(make, run.policy.params))
 
@@ -148,8 +150,10 @@ def _check_output(config: TrainConfig, directory: Path) -> None:
             config.output_dir,
             f"holds another run ({found[0]}); give a new directory, or --resume auto to go on with it",
         )
-    if config.resume == "must" and "config.json" not in found:
-        raise InputError("resume", "must", f"{directory} holds no run; use auto or never to start one")
+    if config.resume == "must" and not _has_checkpoint(directory):
+        raise InputError("resume", "must", f"no checkpoint in {directory / CHECKPOINTS}; use auto or never to start")
+    if found and "config.json" not in found:
+        raise InputError("output_dir", config.output_dir, f"holds {found[0]} but no config.json; give a new directory")
     if "config.json" in found:
         changed = configs.differences(TrainConfig.load(directory / "config.json"), config)
         if changed:
@@ -159,6 +163,14 @@ def _check_output(config: TrainConfig, directory: Path) -> None:
                 f"the run in {directory} was started with another {', '.join(changed)}; "
                 "use the same values or a new output_dir",
             )
+
+
+def _has_checkpoint(directory: Path) -> bool:
+    checkpoints = Checkpoints(directory / CHECKPOINTS)
+    try:
+        return checkpoints.latest() is not None
+    finally:
+        checkpoints.close()
 
 
 def _host_rewards(config: TrainConfig) -> list[HostReward]:

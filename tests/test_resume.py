@@ -1,0 +1,280 @@
+"""A run that stops and goes on is the run that never stopped: bit for bit, or an error that says why not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+import lsp_jax as lsp
+from lsp_jax import host, policy
+from lsp_jax.config import RewardConfig, TrainConfig
+from lsp_jax.errors import InputError
+from lsp_jax.learn.update import TrainState
+from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.run import setup
+from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits, tree_hash
+
+K = 2
+CLOCKS = ("time/", "compile/", "tokens_per_second")
+FILES = ("metrics.jsonl", "transcripts.jsonl")
+
+
+def config_of(model: Path, directory: Path, **changes: Any) -> TrainConfig:
+    """2k steps, a checkpoint each k; the host reward alone unless said otherwise: fewer programs."""
+    fields = {"max_steps": 2 * K, "save_steps": K, "reward": RewardConfig(quality_weight=0.0), **changes}
+    return game_config(model, directory, **fields)
+
+
+def train(config: TrainConfig) -> TrainState:
+    return lsp.train(config, rewards=[host_reward()])
+
+
+def without_clocks(directory: Path) -> list[dict[str, Any]]:
+    lines = read_lines(directory / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if not name.startswith(CLOCKS)} for line in lines]
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    assert (left / "transcripts.jsonl").read_bytes() == (right / "transcripts.jsonl").read_bytes()
+    assert without_clocks(left) == without_clocks(right)
+    assert tree_hash(left / "export") == tree_hash(right / "export")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return game_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+    """The uninterrupted run of 2k steps."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    return directory, train(config_of(model, directory))
+
+
+@pytest.fixture(scope="module")
+def first_half(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of k steps; tests work on copies of it."""
+    directory = tmp_path_factory.mktemp("half") / "run"
+    train(config_of(model, directory, max_steps=K))
+    return directory
+
+
+@pytest.fixture
+def half(first_half: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(first_half, tmp_path / "copy"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("weights were read before the input was checked")
+
+    monkeypatch.setattr(policy, "load_params", fail)
+    monkeypatch.setattr(setup, "load_params", fail)
+
+
+def test_resume_after_k_of_2k_steps(
+    whole: tuple[Path, TrainState], half: Path, model: Path, capsys: pytest.CaptureFixture[str]
+):
+    directory, state = whole
+    resumed = train(config_of(model, half, resume="must"))
+    assert f"going on after iteration {K}" in capsys.readouterr().out
+    assert same_bits(resumed.params, state.params)
+    assert same_bits(resumed.opt_state, state.opt_state)  # both moments and the count of the warm-up
+    assert same_bits(resumed, state)
+    assert_same_run(half, directory)
+    assert [line["iteration"] for line in without_clocks(half)] == [1, 2, 3, 4]
+    assert TrainConfig.load(half / "config.json").max_steps == 2 * K
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"iteration": 3, "half a li'], ids=["whole lines", "a torn line"])
+def test_what_was_written_after_the_checkpoint_is_cut_off(
+    tail: bytes, whole: tuple[Path, TrainState], half: Path, model: Path
+):
+    for name in FILES:
+        with (half / name).open("ab") as file:
+            file.write(b'{"iteration": 3, "query": "never saved"}\n' * 3 + tail)
+    resumed = train(config_of(model, half, resume="auto"))
+    assert same_bits(resumed, whole[1])
+    assert_same_run(half, whole[0])
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(
+    whole: tuple[Path, TrainState], half: Path, model: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.rmtree(half / "checkpoints")
+    resumed = train(config_of(model, half, resume="auto"))
+    assert "no checkpoint yet: starting from the model" in capsys.readouterr().out
+    assert same_bits(resumed, whole[1])
+    assert_same_run(half, whole[0])
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_auto_in_an_empty_directory_starts_and_says_so(
+    exists: bool, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: tuple[Path, TrainState]
+):
+    directory = tmp_path / "new" / "run"
+    if exists:
+        directory.mkdir(parents=True)
+    train(config_of(model, directory, resume="auto", max_steps=1))
+    out = capsys.readouterr().out
+    assert "no checkpoint yet: starting from the model" in out and "going on" not in out
+    assert without_clocks(directory) == without_clocks(whole[0])[:1]
+
+
+def test_never_says_nothing_of_checkpoints(
+    first_half: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    train(config_of(model, tmp_path / "run", max_steps=1))
+    out = capsys.readouterr().out
+    assert "checkpoint yet" not in out and "going on" not in out
+
+
+def test_a_finished_run_is_left_as_it_is(half: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+    before, times = tree_hash(half, ["config.json"]), {path: path.stat().st_mtime_ns for path in half.rglob("export/*")}
+    calls = []
+    state = lsp.train(
+        config_of(model, half, resume="auto", max_steps=K), rewards=[host_reward()], callbacks=[calls.append]
+    )
+    assert int(state.iteration) == K and calls == []
+    assert tree_hash(half, ["config.json"]) == before
+    assert times and {path: path.stat().st_mtime_ns for path in half.rglob("export/*")} == times
+    shutil.rmtree(half / "export")  # a run killed after its last checkpoint
+    train(config_of(model, half, resume="must", max_steps=K))
+    assert tree_hash(half, ["config.json"]) == before
+
+
+# --- refused, with nothing touched and nothing loaded ---------------------------------------------------------------
+
+
+def refused(config: TrainConfig, *words: str) -> None:
+    directory = Path(config.output_dir)
+    before, compiled = tree_hash(directory), host.compiles()[0]
+    with pytest.raises(InputError) as error:
+        train(config)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert tree_hash(directory) == before and host.compiles()[0] == compiled
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("damage", ["missing", "empty", "no checkpoint", "no whole checkpoint"])
+def test_must_needs_a_checkpoint(damage: str, half: Path, model: Path):
+    if damage in ("missing", "empty"):
+        shutil.rmtree(half)
+    if damage == "empty":
+        half.mkdir()
+    if damage == "no checkpoint":
+        shutil.rmtree(half / "checkpoints")
+    if damage == "no whole checkpoint":
+        for step in (half / "checkpoints").iterdir():
+            shutil.rmtree(step)
+    refused(config_of(model, half, resume="must"), "resume", "must", "auto")
+    assert half.exists() == (damage != "missing")
+
+
+CHANGES: dict[str, Callable[[TrainConfig], TrainConfig]] = {
+    "optimizer.learning_rate": lambda c: replace(c, optimizer=replace(c.optimizer, learning_rate=2e-3)),
+    "seed": lambda c: replace(c, seed=1),
+    "play.num_generations": lambda c: replace(c, play=replace(c.play, num_generations=8)),
+    "prompts.query_prefix": lambda c: replace(c, prompts=replace(c.prompts, query_prefix="Add ")),
+    "sampling.top_p, challenger_sampling.temperature": lambda c: replace(
+        c, sampling=replace(c.sampling, top_p=0.5), challenger_sampling=SamplingConfig()
+    ),
+}
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_a_changed_field_is_named(name: str, resume: str, half: Path, model: Path):
+    refused(CHANGES[name](config_of(model, half, resume=resume)), name, str(half), "same value", "new output_dir")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_never_refuses_the_folder_of_a_run(half: Path, model: Path):
+    refused(config_of(model, half), "output_dir", str(half), "holds another run", "--resume auto")
+
+
+def test_what_does_not_decide_the_numbers_may_change(
+    whole: tuple[Path, TrainState], half: Path, model: Path, tmp_path: Path
+):
+    moved = half.rename(tmp_path / "moved elsewhere")
+    config = config_of(model, moved, resume="auto", max_steps=K + 1, save_steps=1, save_total_limit=1)
+    assert int(train(config).iteration) == K + 1
+    assert without_clocks(moved) == without_clocks(whole[0])[: K + 1]
+    assert [path.name for path in (moved / "checkpoints").iterdir() if path.name.isdigit()] == [str(K + 1)]
+    assert same_bits(train(replace(config, max_steps=2 * K)), whole[1])
+
+
+def test_a_lost_or_shortened_file_is_not_resumed_over(half: Path, model: Path):
+    path = half / "transcripts.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    kept = {name: (half / name).read_bytes() for name in FILES}
+    with pytest.raises(InputError, match=r"transcripts\.jsonl.*checkpoint saw"):
+        train(config_of(model, half, resume="must"))
+    assert {name: (half / name).read_bytes() for name in FILES} == kept
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_auto_does_not_empty_files_of_someone_else(model: Path, tmp_path: Path):
+    """No config.json: whatever wrote metrics.jsonl, it was not a run that could be resumed."""
+    directory = tmp_path / "results"
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text('{"precious": 1}\n')
+    refused(config_of(model, directory, resume="auto"), "output_dir", "metrics.jsonl")
+
+
+# --- another process, killed ----------------------------------------------------------------------------------------
+
+CHILD = """
+import os, signal, sys
+sys.path[:0] = sys.argv[4:]
+import test_resume
+from lsp_jax import train
+from test_trainer import host_reward
+
+def kill(event):
+    if event.iteration == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+config = test_resume.config_of(sys.argv[1], sys.argv[2], resume="auto", max_steps=6, reward=test_resume.QUALITY)
+train(config, rewards=[host_reward()], callbacks=[kill])
+"""
+QUALITY = RewardConfig(quality_weight=0.5)
+
+
+@pytest.mark.full
+def test_kill_9_in_the_middle_and_resume(model: Path, tmp_path: Path):
+    """Killed in iteration 5 of 6, with the save of iteration 4 just begun: goes on from 4 or from 2."""
+    tests = Path(__file__).parent
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    environment = {**os.environ, "JAX_PLATFORMS": jax.default_backend()}
+    for kill_at in (5, 0):
+        child = subprocess.run(
+            [sys.executable, script, model, tmp_path / "killed", str(kill_at), tests, tests.parent],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=600,
+            check=False,
+        )
+        assert child.returncode == (-signal.SIGKILL if kill_at else 0), child.stderr
+        if kill_at:
+            assert len(read_lines(tmp_path / "killed" / "metrics.jsonl")) == 5
+            assert not (tmp_path / "killed" / "export").exists()
+    assert "going on after iteration" in child.stdout
+    train(config_of(model, tmp_path / "whole", max_steps=6, reward=QUALITY))
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
