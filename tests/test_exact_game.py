@@ -53,7 +53,7 @@ MODEL = tiny_config(
 )
 PLAY = PlayConfig(num_queries=3, num_generations=4, max_query_length=3, max_completion_length=2)
 TASK_WEIGHT, QUALITY_WEIGHT = 1.5, 0.5
-FEW, MANY = 8192, 16384  # sampled gradients
+DRAWS = 8192  # sampled gradients
 BOUND = 5.0  # of |z|, over some 500 parameters and 4 directions: passed by chance once in 3000 such tests
 
 
@@ -145,7 +145,7 @@ def batched(one: Any, xs: Any) -> Any:
 
 
 @cache
-def episodes(solver: SamplingConfig, challenger: SamplingConfig, draws: int) -> Episode:
+def episodes(solver: SamplingConfig, challenger: SamplingConfig) -> Episode:
     """The play of iterations 0, 1, ...: it depends on nothing but the policy and how it samples."""
     game = Setting(solver=solver, challenger=challenger).game
     state = init_state(policy(), game.optimizer)
@@ -155,12 +155,12 @@ def episodes(solver: SamplingConfig, challenger: SamplingConfig, draws: int) -> 
         params = stages.rollout_params(state.params, game)
         return stages.solve(params, stages.challenge(params, jnp.asarray(KINDS), key, game), key, game)
 
-    return batched(play, jnp.arange(draws))
+    return batched(play, jnp.arange(DRAWS))
 
 
 @cache
-def sampled(setting: Setting, draws: int) -> np.ndarray:
-    """Joint gradients [draws, P]."""
+def sampled(setting: Setting) -> np.ndarray:
+    """Joint gradients [DRAWS, P]."""
     game, params, reference = setting.game, policy(), reference_policy()
     tables = {name: jnp.asarray(table) for name, table in make_tables(setting.masked)._asdict().items()}
 
@@ -170,7 +170,7 @@ def sampled(setting: Setting, draws: int) -> np.ndarray:
         references = stages.reference(reference, batch, game)
         return ravel_pytree(stages.joint_gradient(params, reference, batch, references, game)[0])[0]
 
-    return batched(learn, episodes(setting.solver, setting.challenger, draws))
+    return batched(learn, episodes(setting.solver, setting.challenger))
 
 
 # --- the exact side: enumeration -----------------------------------------------------------------------------------
@@ -406,10 +406,10 @@ def compare(samples: np.ndarray, expected: np.ndarray, directions: np.ndarray) -
     )
 
 
-def check(setting: Setting, draws: int, terms: Any, factors: Sequence[float]) -> None:
+def check(setting: Setting, terms: Any, factors: Sequence[float]) -> None:
     gradients = exact(setting, terms)
-    result = compare(sampled(setting, draws), joint(gradients, factors, setting), gradients)
-    print(f"{draws} gradients: {result}")
+    result = compare(sampled(setting), joint(gradients, factors, setting), gradients)
+    print(result)
     assert result.z < BOUND, result
     assert result.relative < 1.5 * result.noise, result
 
@@ -433,30 +433,28 @@ def test_everything_is_enumerated() -> None:
 
 def test_valid_queries_come_as_often_as_enumerated() -> None:
     """The fraction that the sampler and `queries.valid` give is that of the list above, within its standard error."""
-    valid = episodes(LSP.solver, LSP.challenger, FEW).queries.valid
+    valid = episodes(LSP.solver, LSP.challenger).queries.valid
     expected = probabilities()[0][VALID].sum()
     assert 0.3 < expected < 0.7
     assert abs(valid.mean() - expected) < 4 * np.sqrt(expected * (1 - expected) / valid.size)
 
 
 def test_lsp_gradient() -> None:
-    check(LSP, FEW, paper_terms, PAPER)
+    check(LSP, paper_terms, PAPER)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
     "setting",
     [
-        pytest.param(LSP, id="lsp"),
         pytest.param(LSP_ZERO, id="lsp-zero"),
         pytest.param(Setting(replace(LSP.loss, alpha_challenger=0.0)), id="solver-alone"),
-        pytest.param(Setting(replace(LSP.loss, kl_estimator="k3")), id="k3"),
         pytest.param(TEMPERED, id="temperature"),
     ],
 )
 def test_gradient(setting: Setting) -> None:
-    """LSP, LSP-Zero, the Solver alone, another KL, and roles that sample at unequal temperatures other than 1."""
-    check(setting, MANY, paper_terms, PAPER)
+    """LSP-Zero, the Solver alone, and roles that sample at two temperatures other than 1."""
+    check(setting, paper_terms, PAPER)
 
 
 @pytest.mark.full
@@ -468,8 +466,8 @@ def test_gradient(setting: Setting) -> None:
     ],
 )
 def test_gradient_of_the_estimator(setting: Setting) -> None:
-    """Answers without a score and queries off the task drop out as DESIGN.md says; truncated sampling weighs as it draws."""
-    check(setting, MANY, estimator_terms, (1, 1))
+    """Answers without a score and queries off the task drop out; truncated sampling weighs as it draws."""
+    check(setting, estimator_terms, (1, 1))
 
 
 def test_both_enumerations_agree() -> None:
@@ -495,7 +493,7 @@ def test_a_wrong_factor_is_seen(factors: tuple[float, ...]) -> None:
     """The comparison of `test_lsp_gradient` fails when one factor of the four terms is wrong."""
     gradients = exact(LSP, paper_terms)
     wrong = joint(gradients * np.array(factors)[:, None], (1, 1), LSP)
-    result = compare(sampled(LSP, FEW), wrong, gradients)
+    result = compare(sampled(LSP), wrong, gradients)
     print(result)
     assert result.z > 1.5 * BOUND, result
 
@@ -504,6 +502,6 @@ def test_a_wrong_factor_is_seen(factors: tuple[float, ...]) -> None:
 def test_another_objective_is_seen(change: dict[str, Any]) -> None:
     other = replace(LSP, loss=replace(LSP.loss, **change))
     gradients = exact(other, paper_terms)
-    result = compare(sampled(LSP, FEW), joint(gradients, PAPER, other), gradients)
+    result = compare(sampled(LSP), joint(gradients, PAPER, other), gradients)
     print(result)
     assert result.z > 1.5 * BOUND, result

@@ -210,7 +210,8 @@ def test_peaked_distribution_stays_finite() -> None:
     stats = statistics_of(params, 200 * hidden, targets, reference=(params, -200 * hidden))
     for values in stats:
         assert np.all(np.isfinite(values))
-    assert np.all(np.asarray(stats.entropy) >= -1e-6) and np.asarray(stats.logprobs).min() < -100
+    assert np.all(np.asarray(stats.entropy) >= -1e-3)  # logits in the thousands round to 2e-4
+    assert np.asarray(stats.logprobs).min() < -100
 
 
 @pytest.mark.parametrize("temperature", [TEMPERATURE, 1.0])

@@ -114,6 +114,12 @@ class Trained:
         self.transcripts = read_lines(self.directory / "transcripts.jsonl")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiles() -> None:
+    """In place of conftest's: one setting for the whole module, fixtures included, or equal runs compile unequally."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return game_dir(tmp_path_factory.mktemp("model") / "tiny")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -106,9 +106,9 @@ def train(
         writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
         done = saved["iteration"] if saved else 0
         _announce(run, done)
-        with closing(Console(config.max_steps, done)) as console:
-            for number in range(done + 1, config.max_steps + 1):
-                state = _one(run, state, number, writer, checkpoints, callbacks, console)
+        console = Console(config.max_steps, done)
+        for number in range(done + 1, config.max_steps + 1):
+            state = _one(run, state, number, writer, checkpoints, callbacks, console)
         _finish(run, state, checkpoints, trained=done < config.max_steps)
     finally:
         if console is not None:

@@ -31,9 +31,10 @@ You are testing an assistant that answers written requests. Invent one request f
 could want, that can be answered in text alone, and that is hard to answer well. It may come from any field. Write \
 only the request, as the person would write it. Do not answer it, do not explain it and add no hints."""
 
+# No example: a small model copies it word for word and every query is the same
 ARITHMETIC_TASK = """\
-You write questions for an arithmetic test. Write one question about two whole numbers, each between 0 and 99, joined \
-by +, - or *. For example: What is 7 + 15? Write only the question, with other numbers than in the example."""
+You write questions for an arithmetic test. Write one question: what is one number plus, minus or times another? Use \
+two whole numbers between 0 and 99. Write only the question."""
 
 RUBRIC = """\
 Below are an instruction and then the response that an assistant gave to it. Judge the response by seven criteria, \
