@@ -26,21 +26,24 @@ from lsp_jax.run.iteration import Game
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 from tiny import tiny_config, tiny_params
 
-STOP, TAG, WANTED = 0, 1, 2
+STOPS, TAG, WANTED = (0, 9, 10, 11), 1, 2
+import os
+RANGE=float(os.environ["R"]);LR=float(os.environ["LR"])
 VOCABULARY = 12
-KINDS = np.array([CONTROL, CONTROL] + [TEXT] * (VOCABULARY - 2), np.uint8)
+KINDS = np.full(VOCABULARY, TEXT, np.uint8)
+KINDS[[*STOPS, TAG]] = CONTROL
 MODEL = tiny_config(
-    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, initializer_range=0.15
+    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, initializer_range=RANGE
 )
 GAME = Game(
     model=MODEL,
     prompts=PlayPrompts((TAG, 3, 4, TAG), (), TokenTemplate((TAG, 5), (TAG,)), ()),
-    play=PlayConfig(num_queries=6, num_generations=6, max_query_length=4, max_completion_length=6),
+    play=PlayConfig(num_queries=6, num_generations=6, max_query_length=8, max_completion_length=3),
     solver_sampling=SamplingConfig(),
     challenger_sampling=SamplingConfig(),
-    stop_ids=(STOP,),
+    stop_ids=STOPS,
     loss=LossConfig(beta=0.01),
-    optimizer=OptimizerConfig(learning_rate=0.02, micro_batch_size=36, remat=False),
+    optimizer=OptimizerConfig(learning_rate=LR, micro_batch_size=36, remat=False),
     compute_dtype="float32",
 )
 ITERATIONS = 30

@@ -90,7 +90,6 @@ def test_three_hundred_iterations_compile_once_and_hold_their_memory(tmp_path: P
         save_steps=50,
         play=PlayConfig(num_queries=4, num_generations=4, max_query_length=8, max_completion_length=10),
     )
-    config = TrainConfig.from_json(config.to_json().replace('"quality_weight": 1.0', '"quality_weight": 0.5'))
     lsp.train(config, rewards=[_length_reward()], callbacks=[watch])
     counts = [line["compile/count"] for line in lines(tmp_path / "run" / "metrics.jsonl")]
     assert len(set(counts[60:])) == 1, "compiled after warm-up"
