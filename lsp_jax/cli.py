@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {name:12} {(command.__doc__ or '').splitlines()[0]}")
         return 0 if arguments else 2
     command = COMMANDS.get(arguments[0])
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises PyTorch, which nothing here needs
     try:
         if command is None:
             raise InputError("command", arguments[0], f"must be one of {', '.join(COMMANDS)}")

@@ -16,13 +16,17 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(autouse=True)
-def _quick_compiles(request: pytest.FixtureRequest) -> None:
-    """Tiny models spend their time in the compiler: half of it is saved, and arithmetic stays what it is."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tiny models spend their time in the compiler: half of it is saved, and arithmetic stays what it is.
+
+    Before any fixture, so that fixtures and test compile alike; a module's `QUICK_COMPILES` decides for all its tests.
+    """
     import jax
 
-    heavy = any(request.node.get_closest_marker(name) for name in ("full", "slow"))
-    jax.config.update("jax_disable_most_optimizations", not heavy)
+    heavy = any(item.get_closest_marker(name) for name in ("full", "slow"))
+    quick = getattr(item.getparent(pytest.Module).obj, "QUICK_COMPILES", not heavy)
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="session")

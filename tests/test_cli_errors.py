@@ -249,9 +249,9 @@ def test_a_configuration_that_cannot_be_read(refused: Refused, train: Callable, 
 
 @pytest.mark.usefixtures("no_weights")
 def test_prompts_longer_than_the_context(refused: Refused, train: Callable):
-    refused(train("--prompts.challenger", "long " * 200), "prompts.challenger = ", "context of 512", "shorten")
-    refused(train("--play.max-completion-length", 600), "play.max_completion_length = ", "context of 512", "shorten")
-    refused(train("--prompts.query-prefix", "long " * 200), "= ", "context of 512", "shorten")
+    refused(train("--prompts.challenger", "long " * 400), "prompts.challenger = ", "context of 1024", "shorten")
+    refused(train("--play.max-completion-length", 1200), "play.max_completion_length = ", "context of 1024", "shorten")
+    refused(train("--prompts.query-prefix", "long " * 400), "= ", "context of 1024", "shorten")
 
 
 # --- the weights and what follows -----------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_missing_and_pickled_weights(refused: Refused, train: Callable, damaged:
 
 
 def test_generate_with_a_prompt_that_is_too_long(refused: Refused, model: Path, damaged: Callable):
-    refused(["generate", model, "long " * 200], "prompt length = ", "64 new tokens", "context of 512")
+    refused(["generate", model, "long " * 400], "prompt length = ", "64 new tokens", "context of 1024")
     refused(["generate", model, "Hello", "--max-completion-length", 0], "max_completion_length = 0", "at least 1")
     refused(["generate", model, "Hello", "--temperature", -1], "sampling.temperature = -1")
     refused(["generate", model], "prompts = ()", "at least one")

@@ -193,7 +193,7 @@ def test_forced_length(policy: lsp.Policy) -> None:
         ([[]], {}, "prompt"),
         ([[5, 296]], {}, "prompt"),
         ([[5, -1]], {}, "prompt"),
-        ([[5] * 500], {}, "prompt length"),
+        ([[5] * 1000], {}, "prompt length"),
         (["a"], {"temperature": -1.0}, "sampling.temperature"),
         (["a"], {"top_p": 0.0}, "sampling.top_p"),
         (["a"], {"max_completion_length": 0}, "max_completion_length"),

@@ -28,7 +28,9 @@ from tiny import tiny_config, tiny_params
 
 STOPS, TAG, WANTED = (0, 9, 10, 11), 1, 2
 import os
-RANGE=float(os.environ["R"]);LR=float(os.environ["LR"])
+
+RANGE = float(os.environ["R"])
+LR = float(os.environ["LR"])
 VOCABULARY = 12
 KINDS = np.full(VOCABULARY, TEXT, np.uint8)
 KINDS[[*STOPS, TAG]] = CONTROL
@@ -38,12 +40,12 @@ MODEL = tiny_config(
 GAME = Game(
     model=MODEL,
     prompts=PlayPrompts((TAG, 3, 4, TAG), (), TokenTemplate((TAG, 5), (TAG,)), ()),
-    play=PlayConfig(num_queries=6, num_generations=6, max_query_length=8, max_completion_length=3),
+    play=PlayConfig(num_queries=8, num_generations=8, max_query_length=8, max_completion_length=4),
     solver_sampling=SamplingConfig(),
     challenger_sampling=SamplingConfig(),
     stop_ids=STOPS,
     loss=LossConfig(beta=0.01),
-    optimizer=OptimizerConfig(learning_rate=LR, micro_batch_size=36, remat=False),
+    optimizer=OptimizerConfig(learning_rate=LR, micro_batch_size=64, remat=False),
     compute_dtype="float32",
 )
 ITERATIONS = 30
@@ -64,12 +66,12 @@ def share(_: None, episode: Episode) -> RewardOutput:
     return everything_valid(wanted / jnp.maximum(episode.answer_lengths, 1))
 
 
-def length(_: None, episode: Episode) -> RewardOutput:
-    """How long an answer is, in 0..1: a quality that both players want."""
-    return everything_valid(episode.answer_lengths / episode.answers.tokens.shape[-1])
+def ended(_: None, episode: Episode) -> RewardOutput:
+    """1 for an answer that ends by itself: a quality, and what keeps the queries of a Solver trained alone valid."""
+    return everything_valid(episode.answers.stopped.astype(jnp.float32))
 
 
-REWARDS = (DeviceReward("share", "task", 1.0, share), DeviceReward("length", "quality", 0.5, length))
+REWARDS = (DeviceReward("share", "task", 1.0, share), DeviceReward("ended", "quality", 0.3, ended))
 
 Step = Callable[[TrainState, llama.Params, jax.Array], tuple[TrainState, Any, dict[str, jax.Array]]]
 
@@ -162,10 +164,23 @@ if __name__ == "__main__":
     import time
 
     for method in LOSSES:
-        for seed in range(3):
+        for seed in range(6):
             begun = time.time()
             _, m = run(method, seed)
-            print(method, seed, round(time.time() - begun, 1), {
-                n: [round(float(m[n][:5].mean()), 3), round(float(m[n][-5:].mean()), 3)]
-                for n in ("solver/reward", "challenger/reward", "rewards/share/mean", "rewards/length/mean", "queries/valid_fraction", "solver/kl", "grad_norm")
-            })
+            print(
+                method,
+                seed,
+                round(time.time() - begun, 1),
+                {
+                    n: [round(float(m[n][:5].mean()), 3), round(float(m[n][-5:].mean()), 3)]
+                    for n in (
+                        "solver/reward",
+                        "challenger/reward",
+                        "rewards/share/mean",
+                        "rewards/ended/mean",
+                        "queries/valid_fraction",
+                        "solver/kl",
+                        "grad_norm",
+                    )
+                },
+            )

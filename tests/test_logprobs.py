@@ -296,6 +296,7 @@ def temporary_bytes(chunk: int, with_reference: bool) -> int:
     return analysis.temp_size_in_bytes
 
 
+@pytest.mark.full  # compiled as training compiles it, optimisations included
 @pytest.mark.parametrize("with_reference", [False, True], ids=["logprobs", "full_kl"])
 def test_logits_never_exist_whole(with_reference: bool) -> None:
     logits_bytes = BIG_TOKENS * BIG_VOCABULARY * 4

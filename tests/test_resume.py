@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 import lsp_jax as lsp
@@ -50,10 +49,7 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert tree_hash(left / "export") == tree_hash(right / "export")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiles() -> None:
-    """In place of conftest's: one setting for the whole module, fixtures included, or equal runs compile unequally."""
-    jax.config.update("jax_disable_most_optimizations", True)
+QUICK_COMPILES = True  # for every test here: whatever is compared bit by bit is compiled alike
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tiny import tiny_dir
 
 pytestmark = pytest.mark.slow
@@ -98,7 +99,7 @@ def test_three_hundred_iterations_compile_once_and_hold_their_memory(tmp_path: P
     assert growth < 20 * 2**20, f"{growth / 2**20:.1f} MiB more after 150 further iterations"
 
 
-def _length_reward():  # noqa: ANN202
+def _length_reward():
     from lsp_jax.reward.verify import callable_reward
 
     return callable_reward(lambda _, answers: [[len(text) / 10 for text in group] for group in answers], "length")

@@ -114,10 +114,7 @@ class Trained:
         self.transcripts = read_lines(self.directory / "transcripts.jsonl")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiles() -> None:
-    """In place of conftest's: one setting for the whole module, fixtures included, or equal runs compile unequally."""
-    jax.config.update("jax_disable_most_optimizations", True)
+QUICK_COMPILES = True  # for every test here: whatever is compared bit by bit is compiled alike
 
 
 @pytest.fixture(scope="module")

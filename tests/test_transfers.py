@@ -41,10 +41,7 @@ def copied(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)  # an iteration consumes its state
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiles() -> None:
-    """In place of conftest's: one setting for the whole module, fixtures included, or equal runs compile unequally."""
-    jax.config.update("jax_disable_most_optimizations", True)
+QUICK_COMPILES = True  # for every test here: whatever is compared bit by bit is compiled alike
 
 
 @pytest.fixture(scope="module")

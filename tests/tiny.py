@@ -61,7 +61,7 @@ def write_tokenizer(directory: str | Path) -> int:
         "eos_token": SPECIAL[EOS],
         "pad_token": SPECIAL[EOS],
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 512,
+        "model_max_length": 1024,
         "chat_template": CHATML,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
@@ -85,7 +85,7 @@ def tiny_config(**overrides: Any) -> LlamaConfig:
         "head_dim": 8,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
         "initializer_range": 0.3,
         "bos_token_id": BOS,
         "eos_token_id": (EOS,),
@@ -130,7 +130,7 @@ def hf_tiny(directory: str | Path, seed: int = 0, **config: Any) -> Any:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
         "initializer_range": 0.2,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -26,7 +26,7 @@ from lsp_jax.reward.verify import arithmetic_reward, callable_reward, load_calla
 from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.iteration import Game, RewardSpec
 from lsp_jax.run.metrics import check_trackers
-from lsp_jax.text.prompts import PlayPrompts
+from lsp_jax.text.prompts import PlayPrompts, judge_template
 from lsp_jax.text.tokenizer import Tokenizer
 
 CHECKPOINTS, BASE, EXPORT = "checkpoints", "base", "export"
@@ -55,15 +55,18 @@ class Run:
 
 
 def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | None = None) -> Run:
-    """Checks everything, loads the model unless `policy` is given, and writes the run's `config.json`.
+    """Checks everything and loads the model unless `policy` is given; writes nothing.
 
-    `rewards` are further components beside the configured ones. Raises InputError with nothing overwritten.
+    `rewards` are further components beside the configured ones. Raises InputError.
     """
     config.check()
     check_trackers(config.report_to)
     directory = Path(config.output_dir).expanduser()
     _check_output(config, directory)
     host_rewards = _host_rewards(config)
+    for reward in rewards:
+        if isinstance(reward, HostReward):
+            probe_callable(reward)
     if policy is None:
         source, opened = open_pretrained(config.model, config.revision or None)
         make_game(config, opened)  # what does not fit is said before gigabytes are read
@@ -84,9 +87,6 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
             )
         )
     check_rewards(components, config.loss.use_quality)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(config.to_json(), encoding="utf-8")
-    _write_base(policy, directory / BASE)
     seed_key = jax.device_put(jax.random.key(config.seed))
     return Run(config, policy, reference, game, tuple(components), kinds, seed_key, directory)
 
@@ -103,6 +103,9 @@ def make_game(config: TrainConfig, policy: Policy) -> Game:
         "prompts.challenger": len(prompts.challenger_ids) + play.max_query_length,
         "play.max_completion_length": solver + play.max_query_length + play.max_completion_length,
     }
+    if config.reward.quality_weight:
+        judge = judge_template(policy.tokenizer).fixed_length + len(prompts.query_prefix_ids)
+        lengths["reward.quality_weight"] = judge + play.max_query_length + play.max_completion_length
     for field, length in lengths.items():
         if length > context:
             raise InputError(
@@ -185,11 +188,14 @@ def _host_rewards(config: TrainConfig) -> list[HostReward]:
     return components
 
 
-def _write_base(policy: Policy, directory: Path) -> None:
-    """Configuration and tokenizer of the base model, so that a run can be exported without it."""
-    directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(policy.config.to_hf(), indent=2) + "\n", encoding="utf-8")
-    policy.tokenizer.save(directory)
+def claim(run: Run) -> None:
+    """Makes the run's folder, with its configuration and, so that the run can be exported alone, the base model's."""
+    base = run.directory / BASE
+    base.mkdir(parents=True, exist_ok=True)
+    (run.directory / "config.json").write_text(run.config.to_json(), encoding="utf-8")
+    hf_config = json.dumps(run.policy.config.to_hf(), indent=2) + "\n"
+    (base / "config.json").write_text(hf_config, encoding="utf-8")
+    run.policy.tokenizer.save(base)
 
 
 def export_run(run: str | Path, directory: str | Path, step: int | None = None, dtype: str | None = None) -> int:

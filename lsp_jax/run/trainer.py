@@ -29,10 +29,11 @@ from lsp_jax.reward.base import (
     score_on_host,
 )
 from lsp_jax.run import iteration as stages
+from lsp_jax.run import messages
 from lsp_jax.run.checkpoint import Checkpoints
 from lsp_jax.run.iteration import Learnable
-from lsp_jax.run.metrics import METRICS_FILE, TRANSCRIPTS_FILE, Console, MetricsWriter, printable
-from lsp_jax.run.setup import BASE, CHECKPOINTS, EXPORT, Run, prepare, start_state
+from lsp_jax.run.metrics import Console, MetricsWriter
+from lsp_jax.run.setup import CHECKPOINTS, EXPORT, Run, claim, prepare, start_state
 from lsp_jax.run.transcripts import records
 
 
@@ -47,15 +48,6 @@ class IterationEvent(NamedTuple):
     state: TrainState
     """The state after the update; donated to the next one, so copy what you keep."""
 
-
-WRITTEN = {
-    "config.json": "every setting of the run",
-    f"{METRICS_FILE}": "one line an iteration",
-    f"{TRANSCRIPTS_FILE}": "one line a query: its answers, R, R_Q, advantages, validity",
-    f"{CHECKPOINTS}/": "to resume from (--resume auto)",
-    f"{BASE}/": "configuration and tokenizer of the base model",
-    f"{EXPORT}/": "the trained policy as a Hugging Face directory",
-}
 
 Callback = Callable[[IterationEvent], None]
 
@@ -98,44 +90,26 @@ def train(
     """
     run = prepare(config, rewards, policy)
     checkpoints = Checkpoints(run.directory / CHECKPOINTS, config.save_total_limit)
-    writer = MetricsWriter(run.directory, config.report_to)
-    console = None
+    writer = console = None
     try:
         state, saved = start_state(run, checkpoints)
+        claim(run)
+        writer = MetricsWriter(run.directory, config.report_to)
         # a run that died before its first checkpoint begins again: its lines go
         writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
         done = saved["iteration"] if saved else 0
-        _announce(run, done)
+        messages.announce(run, done)
         console = Console(config.max_steps, done)
         for number in range(done + 1, config.max_steps + 1):
             state = _one(run, state, number, writer, checkpoints, callbacks, console)
-        _finish(run, state, checkpoints, trained=done < config.max_steps)
+        checkpoints.wait()
+        save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
+        messages.finish(run)
     finally:
-        if console is not None:
-            console.close()
-        writer.close()
-        checkpoints.close()
+        for resource in (console, writer, checkpoints):
+            if resource is not None:
+                resource.close()
     return state
-
-
-def _announce(run: Run, done: int) -> None:
-    """What will run, and from where, before the first long wait."""
-    config, play = run.config, run.config.play
-    method = "LSP" if config.loss.use_quality else "LSP-Zero"
-    if not run.game.trains_challenger:
-        method = "Solver alone"
-    device = jax.devices()[0]
-    print(
-        f"{method}: {printable(config.model)}, {play.num_queries} queries x {play.num_generations} answers, "
-        f"rewards {', '.join(reward.name for reward in run.rewards)}, {device.platform} ({run.game.compute_dtype}), "
-        f"{config.max_steps} iterations -> {run.directory}"
-    )
-    if done:
-        print(f"going on after iteration {done}")
-    elif config.resume == "auto":
-        print("no checkpoint yet: starting from the model")
-    if done < config.max_steps:
-        print("the first iteration also compiles every program", flush=True)
 
 
 def _one(
@@ -211,14 +185,3 @@ def _learning_rate(config: TrainConfig, number: int, metrics: dict[str, float]) 
     """The step size of this iteration's update: warm-up counts updates made, not iterations."""
     made = number - metrics["skipped_updates"]
     return config.optimizer.learning_rate * min(1.0, made / max(config.optimizer.warmup_steps, 1))
-
-
-def _finish(run: Run, state: TrainState, checkpoints: Checkpoints, trained: bool) -> None:
-    """Waits for the last checkpoint, exports the policy, and says what lies where."""
-    checkpoints.wait()
-    export = run.directory / EXPORT
-    if trained or not export.exists():
-        save_pretrained(replace(run.policy, params=state.params), export)
-    print(f"wrote {run.directory}/")
-    for name, meaning in WRITTEN.items():
-        print(f"  {name:20} {meaning}")

@@ -84,6 +84,11 @@ class JudgeTemplate:
     yes_ids: tuple[int, ...]
     no_ids: tuple[int, ...]
 
+    @property
+    def fixed_length(self) -> int:
+        """Tokens of the prompt beside query and answer."""
+        return len(self.rubric_ids + self.middle_ids + self.tail_ids) + max(map(len, self.branch_ids))
+
 
 @dataclass(frozen=True)
 class PlayPrompts:

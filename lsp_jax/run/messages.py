@@ -1,0 +1,43 @@
+"""What a run tells the person who started it: what will happen, and what lies where afterwards."""
+
+from __future__ import annotations
+
+import jax
+
+from lsp_jax.run.metrics import METRICS_FILE, TRANSCRIPTS_FILE, printable
+from lsp_jax.run.setup import BASE, CHECKPOINTS, EXPORT, Run
+
+WRITTEN = {
+    "config.json": "every setting of the run",
+    METRICS_FILE: "one line an iteration",
+    TRANSCRIPTS_FILE: "one line a query: its answers, R, R_Q, advantages, validity",
+    f"{CHECKPOINTS}/": "to resume from (--resume auto)",
+    f"{BASE}/": "configuration and tokenizer of the base model",
+    f"{EXPORT}/": "the trained policy as a Hugging Face directory",
+}
+
+
+def announce(run: Run, done: int) -> None:
+    """What will run, and from where, before the first long wait; `done` iterations lie behind."""
+    config, play = run.config, run.config.play
+    method = "LSP" if config.loss.use_quality else "LSP-Zero"
+    if not run.game.trains_challenger:
+        method = "Solver alone"
+    print(
+        f"{method}: {printable(config.model)}, {play.num_queries} queries x {play.num_generations} answers, "
+        f"rewards {', '.join(reward.name for reward in run.rewards)}, "
+        f"{jax.default_backend()} ({run.game.compute_dtype}), {config.max_steps} iterations -> {run.directory}"
+    )
+    if done:
+        print(f"going on after iteration {done}")
+    elif config.resume == "auto":
+        print("no checkpoint yet: starting from the model")
+    if done < config.max_steps:
+        print("the first iteration also compiles every program", flush=True)
+
+
+def finish(run: Run) -> None:
+    """What was written, by name."""
+    print(f"wrote {run.directory}/")
+    for name, meaning in WRITTEN.items():
+        print(f"  {name:20} {meaning}")
