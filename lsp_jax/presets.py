@@ -27,7 +27,7 @@ def quickstart() -> TrainConfig:
         max_steps=8,
         save_steps=4,
         save_total_limit=1,
-        play=PlayConfig(num_queries=8, num_generations=8, max_query_length=12, max_completion_length=20),
+        play=PlayConfig(num_queries=8, num_generations=4, max_query_length=12, max_completion_length=20),
         prompts=PromptConfig(challenger=ARITHMETIC_TASK, query_prefix="What is "),
         sampling=SamplingConfig(temperature=0.8),
         challenger_sampling=SamplingConfig(temperature=0.8),

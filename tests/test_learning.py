@@ -71,7 +71,7 @@ def ended(_: None, episode: Episode) -> RewardOutput:
     return everything_valid(episode.answers.stopped.astype(jnp.float32))
 
 
-REWARDS = (DeviceReward("share", "task", 1.0, share), DeviceReward("ended", "quality", 0.3, ended))
+REWARDS = (DeviceReward("share", "task", 1.0, share), DeviceReward("ended", "quality", 0.4, ended))
 
 Step = Callable[[TrainState, llama.Params, jax.Array], tuple[TrainState, Any, dict[str, jax.Array]]]
 

@@ -28,7 +28,9 @@ def announce(run: Run, done: int) -> None:
         f"rewards {', '.join(reward.name for reward in run.rewards)}, "
         f"{jax.default_backend()} ({run.game.compute_dtype}), {config.max_steps} iterations -> {run.directory}"
     )
-    if done:
+    if done >= config.max_steps:
+        print(f"all {done} iterations are done: only the export is written again; for more, raise --max-steps")
+    elif done:
         print(f"going on after iteration {done}")
     elif config.resume == "auto":
         print("no checkpoint yet: starting from the model")
