@@ -23,12 +23,17 @@ from tiny import tiny_config, tiny_dir, tiny_params
 CONFIG = tiny_config()
 GREEDY = SamplingConfig(temperature=0)
 SAMPLINGS = [
-    SamplingConfig(),
     SamplingConfig(temperature=0.7),
-    SamplingConfig(top_k=20),
-    SamplingConfig(top_p=0.8),
-    SamplingConfig(min_p=0.05),
     SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01),
+    *(
+        pytest.param(sampling, marks=pytest.mark.full)
+        for sampling in (
+            SamplingConfig(),
+            SamplingConfig(top_k=20),
+            SamplingConfig(top_p=0.8),
+            SamplingConfig(min_p=0.05),
+        )
+    ),
 ]
 
 
@@ -83,7 +88,7 @@ def test_greedy_equals_full_forwards_without_cache(params: llama.Params) -> None
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("repeats", [3, pytest.param(1, marks=pytest.mark.full)])
 def test_sampler_logprobs_equal_the_learners(params: llama.Params, sampling: SamplingConfig, repeats: int) -> None:
     prompts, lengths = ragged_prompts(4, 9)
     out = run(params, prompts, lengths, sampling, repeats, columns=12, stop_ids=tuple(range(40)))
@@ -170,6 +175,7 @@ def test_prompt_forms_mean_the_same(policy: lsp.Policy) -> None:
     assert len(out) == 3 and len(set(out)) == 1
 
 
+@pytest.mark.full
 def test_batch_size_changes_no_text(policy: lsp.Policy) -> None:
     prompts = [f"Add {number} and {number + 1}" for number in range(7)]
     whole = lsp.generate(policy, prompts, seed=3, max_completion_length=12)

@@ -27,15 +27,12 @@ from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 from tiny import tiny_config, tiny_params
 
 STOPS, TAG, WANTED = (0, 9, 10, 11), 1, 2
-import os
 
-RANGE = float(os.environ["R"])
-LR = float(os.environ["LR"])
 VOCABULARY = 12
 KINDS = np.full(VOCABULARY, TEXT, np.uint8)
 KINDS[[*STOPS, TAG]] = CONTROL
 MODEL = tiny_config(
-    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, initializer_range=RANGE
+    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, initializer_range=0.15
 )
 GAME = Game(
     model=MODEL,
@@ -45,7 +42,7 @@ GAME = Game(
     challenger_sampling=SamplingConfig(),
     stop_ids=STOPS,
     loss=LossConfig(beta=0.01),
-    optimizer=OptimizerConfig(learning_rate=LR, micro_batch_size=64, remat=False),
+    optimizer=OptimizerConfig(learning_rate=0.02, micro_batch_size=64, remat=False),
     compute_dtype="float32",
 )
 ITERATIONS = 30
@@ -89,14 +86,14 @@ def step(method: str) -> Step:
     return one
 
 
-def start(model_seed: int = 0) -> tuple[TrainState, llama.Params]:
-    params = tiny_params(MODEL, seed=model_seed)
+def start() -> tuple[TrainState, llama.Params]:
+    params = tiny_params(MODEL, seed=1)
     return init_state(params, GAME.optimizer), params
 
 
 def run(method: str, seed: int, iterations: int = ITERATIONS) -> tuple[TrainState, dict[str, np.ndarray]]:
     """The final state and every metric by iteration."""
-    state, reference = start(seed)
+    state, reference = start()
     rows = []
     for _ in range(iterations):
         state, _, metrics = step(method)(state, reference, jax.random.key(seed))
@@ -106,13 +103,13 @@ def run(method: str, seed: int, iterations: int = ITERATIONS) -> tuple[TrainStat
 
 
 def assert_learns(method: str) -> None:
-    _, metrics = run(method, seed=0)
-    rewards = metrics["solver/reward"]
-    assert rewards[-5:].mean() > rewards[:5].mean() + 0.3, rewards
-    shares = metrics["rewards/share/mean"]
-    assert shares[-5:].mean() > shares[:5].mean() + 0.2, shares
-    assert metrics["skipped_updates"][-1] == 0
-    assert ("challenger/loss" in metrics) == (method != "solver-alone")
+    for seed in range(3):
+        _, metrics = run(method, seed)
+        for name in ("solver/reward", "rewards/share/mean"):
+            values = metrics[name]
+            assert values[-5:].mean() > values[:5].mean() + 0.4, (seed, name, values)
+        assert metrics["skipped_updates"][-1] == 0
+        assert ("challenger/loss" in metrics) == (method != "solver-alone")
 
 
 def test_lsp_learns() -> None:
@@ -147,7 +144,7 @@ def test_each_iteration_and_each_attempt_draws_its_own_noise() -> None:
         tokens = (episode.queries.sampled.tokens, episode.answers.tokens)
         return np.concatenate([np.asarray(x).ravel() for x in tokens])
 
-    played = {(*at,): play(*at) for at in [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 0, 1)]}
+    played = {at: play(*at) for at in [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 0, 1)]}
     for at, tokens in played.items():
         np.testing.assert_array_equal(tokens, play(*at))
         differing = [np.mean(tokens != other) for place, other in played.items() if place != at]
@@ -158,29 +155,3 @@ def test_an_iteration_counts_itself_and_leaves_the_attempt() -> None:
     state, reference = start()
     after, _, _ = step("lsp")(state, reference, jax.random.key(0))
     assert (int(after.iteration), int(after.attempt), int(after.skipped)) == (1, 0, 0)
-
-
-if __name__ == "__main__":
-    import time
-
-    for method in LOSSES:
-        for seed in range(6):
-            begun = time.time()
-            _, m = run(method, seed)
-            print(
-                method,
-                seed,
-                round(time.time() - begun, 1),
-                {
-                    n: [round(float(m[n][:5].mean()), 3), round(float(m[n][-5:].mean()), 3)]
-                    for n in (
-                        "solver/reward",
-                        "challenger/reward",
-                        "rewards/share/mean",
-                        "rewards/ended/mean",
-                        "queries/valid_fraction",
-                        "solver/kl",
-                        "grad_norm",
-                    )
-                },
-            )

@@ -134,7 +134,7 @@ def test_kept_set_equals_float64(config: SamplingConfig, seed: int) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_kept_set_equals_transformers(config: SamplingConfig, seed: int) -> None:
     logits = logits_rows(seed=seed)
     kept = np.asarray(jitted_truncate(logits / np.float32(config.temperature), config=config)) > -np.inf
@@ -177,7 +177,7 @@ def many_draws(weights: np.ndarray, count: int, key: int) -> np.ndarray:
     return np.bincount(tokens, minlength=len(weights))
 
 
-@pytest.mark.parametrize("vocabulary", [5, 256, 257, 1000])
+@pytest.mark.parametrize("vocabulary", [257, *(pytest.param(size, marks=pytest.mark.full) for size in (5, 256, 1000))])
 def test_many_draws_follow_the_exact_distribution(vocabulary: int) -> None:
     weights = interleaved_weights(vocabulary, seed=vocabulary)
     counts = many_draws(weights, 25 * 4096, key=vocabulary)
@@ -190,7 +190,9 @@ def test_many_draws_follow_the_exact_distribution(vocabulary: int) -> None:
     assert chisquare(counts[positive], tilted / tilted.sum() * counts.sum()).pvalue < 1e-3
 
 
-@pytest.mark.parametrize("config", [SamplingConfig(0.7), SamplingConfig(0.7, top_k=50, top_p=0.9, min_p=0.02)])
+@pytest.mark.parametrize(
+    "config", [SamplingConfig(0.7), pytest.param(SamplingConfig(0.7, 50, 0.9, 0.02), marks=pytest.mark.full)]
+)
 def test_sampled_tokens_follow_the_distribution_they_report(config: SamplingConfig) -> None:
     logits = 1.5 * logits_rows(rows=3)[1:2] / 3
     exact = np.exp(exact_logprobs(logits, config))[0]
