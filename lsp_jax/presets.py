@@ -24,8 +24,8 @@ def quickstart() -> TrainConfig:
     return TrainConfig(
         model=DEMO_MODEL,
         output_dir="runs/quickstart",
-        max_steps=8,
-        save_steps=4,
+        max_steps=6,
+        save_steps=3,
         save_total_limit=1,
         play=PlayConfig(num_queries=8, num_generations=4, max_query_length=12, max_completion_length=20),
         prompts=PromptConfig(challenger=ARITHMETIC_TASK, query_prefix="What is "),
