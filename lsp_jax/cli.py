@@ -68,14 +68,20 @@ class GenerateOptions:
 
 def generate(arguments: Sequence[str]) -> None:
     """Complete prompts with a model: `lsp-jax generate MODEL "What is 3 + 4?"`."""
+    from lsp_jax.play.generate import check_options, prompt_ids
     from lsp_jax.play.generate import generate as complete
-    from lsp_jax.policy import load_pretrained
+    from lsp_jax.play.sampler import SamplingConfig
+    from lsp_jax.policy import load_pretrained, open_pretrained
     from lsp_jax.run.metrics import printable
 
     options = tyro.cli(GenerateOptions, args=list(arguments), prog="lsp-jax generate")
     if not options.prompts:
         raise InputError("prompts", options.prompts, "give at least one prompt")
     sampling = {field: getattr(options, field) for field in ("temperature", "top_k", "top_p", "min_p")}
+    check_options(options.prompts, SamplingConfig(**sampling), options.max_completion_length)
+    _, opened = open_pretrained(options.model)
+    for prompt in options.prompts:  # before gigabytes are read
+        prompt_ids(opened, prompt, options.max_completion_length)
     texts = complete(
         load_pretrained(options.model, dtype=options.dtype),
         options.prompts,

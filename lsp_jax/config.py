@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,8 @@ class TrainConfig:
     """never: start a new run; auto: go on from the newest checkpoint if there is one; must: fail without one."""
     seed: int = 0
     """Of all noise; the same seed twice gives the same run."""
+    date: str = ""
+    """Day that chat templates show (Llama 3.1 and later), as `26 Jul 2024`; empty: the day on which the run starts."""
     report_to: tuple[str, ...] = ()
     """Further reporters: tensorboard, wandb, trackio. JSONL files are always written."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -100,6 +103,9 @@ class TrainConfig:
         _one_of("compute_dtype", self.compute_dtype, ("auto", *DTYPES[:2]))
         for reporter in self.report_to:
             _one_of("report_to", reporter, REPORTERS)
+        for name in ("quality_weight", "arithmetic_weight", "callable_weight"):
+            if not math.isfinite(getattr(self.reward, name)):
+                raise InputError(f"reward.{name}", getattr(self.reward, name), "must be a finite number")
         _one_of("reward.callable_kind", self.reward.callable_kind, ("task", "quality"))
         if self.reward.judge_rows < 1:
             raise InputError("reward.judge_rows", self.reward.judge_rows, "must be at least 1")
@@ -131,8 +137,12 @@ class TrainConfig:
         return cls.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
-MAY_CHANGE = ("output_dir", "max_steps", "save_steps", "save_total_limit", "resume", "report_to")
-"""Fields that a resumed run may change: they do not decide what the next iteration computes."""
+MAY_CHANGE = (
+    *("output_dir", "max_steps", "save_steps", "save_total_limit", "resume", "report_to"),
+    *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat", "reward.judge_rows"),
+)
+"""Fields that a resumed run may change: they do not decide what the next iteration computes. (The memory settings of
+the second line change how sums round, no more.)"""
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -69,7 +69,7 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
     if dtype is not None:
         check_dtype(dtype)
     target = Path(directory).expanduser().resolve()
-    _check_replaceable(target)
+    check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = secrets.token_hex(4)
     fresh, old = (target.with_name(f".{target.name}.{kind}-{mark}") for kind in ("new", "old"))
@@ -77,7 +77,7 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
         save_params(policy.params, policy.config, fresh, dtype)
         policy.tokenizer.save(fresh)
         _sync(fresh)
-        _check_replaceable(target)  # saving takes long enough for someone to have put a file there
+        check_replaceable(target)  # saving takes long enough for someone to have put a file there
         if target.exists():
             target.rename(old)
         try:
@@ -101,7 +101,7 @@ def _locate(name: str, revision: str | None) -> Path:
         raise InputError("model", name, "is a file; give the directory that holds config.json and the weights")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(("/", os.sep))
     if looks_like_path or not _HUB_ID.fullmatch(name):
-        raise InputError("model", name, "no such directory")
+        raise InputError("model", name, "no such directory (the demo model is made by: lsp-jax demo-model DIR)")
     return _download(name, revision)
 
 
@@ -123,7 +123,8 @@ def _download(hub_id: str, revision: str | None) -> Path:
     raise InputError("model", hub_id, remedy) from None
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
+    """Raises InputError unless `target` is absent, empty or an earlier export."""
     if not target.exists():
         return
     if not target.is_dir():

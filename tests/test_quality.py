@@ -96,6 +96,7 @@ def test_score_equals_plain_forwards_over_the_chat_template(policy: lsp.Policy) 
     assert float(out.values.min()) >= 0 and float(out.values.max()) <= CRITERIA
 
 
+@pytest.mark.full
 def test_rows_at_one_time_change_nothing(policy: lsp.Policy) -> None:
     whole = scores(component(policy, 100), encoded(policy))
     for rows in (1, 4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.run import setup
+from lsp_jax.run.setup import claim, prepare
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits, tree_hash
 
 K = 2
@@ -162,6 +164,24 @@ def test_export_is_that_of_the_newest_checkpoint(half: Path, model: Path, export
         shutil.copytree(model, half / "export")
     train(config_of(model, half, resume="must", max_steps=K))
     assert tree_hash(half, ["config.json"]) == before
+
+
+def test_a_resumed_run_shows_its_own_day(tmp_path: Path):
+    """Llama 3.1's template shows the date: the prompts of a run must not change at midnight."""
+    model = game_dir(tmp_path / "dated")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    today = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    settings["chat_template"] = today + "{{ 'Today: ' + date_string + '.' }}" + settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = replace(config_of(model, tmp_path / "run"), date="")
+    old = prepare(replace(config, date="26 Jul 2019"), [host_reward()])
+    new = prepare(replace(config, resume="auto"), [host_reward()])
+    assert old.game != new.game, "the template shows the day"
+    claim(old)
+    again = prepare(replace(config, resume="auto"), [host_reward()])
+    assert again.config.date == "26 Jul 2019" and again.game == old.game
+    with pytest.raises(InputError, match="another date"):
+        prepare(replace(config, resume="auto", date="27 Jul 2019"), [host_reward()])
 
 
 # --- refused, with nothing touched and nothing loaded ---------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from lsp_jax.run import iteration as stages
 from lsp_jax.run import trainer
 from lsp_jax.run.messages import WRITTEN
 from lsp_jax.run.metrics import describe
-from lsp_jax.run.setup import export_run, make_game, token_kinds
+from lsp_jax.run.setup import export_run, make_game, prepare, token_kinds
 from lsp_jax.run.trainer import IterationEvent
 from lsp_jax.text.prompts import PromptConfig
 from tiny import EOS, tiny_dir
@@ -130,7 +132,9 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def test_the_folder_holds_what_train_says(run: Trained):
     assert sorted(path.name for path in run.directory.iterdir()) == sorted(name.rstrip("/") for name in WRITTEN)
-    assert TrainConfig.load(run.directory / "config.json") == run.config
+    saved = TrainConfig.load(run.directory / "config.json")
+    assert replace(saved, date="") == run.config
+    assert saved.date == time.strftime("%d %b %Y"), "the day that chat templates showed is kept for resuming"
     saved = sorted(path.name for path in (run.directory / "checkpoints").iterdir() if path.name.isdigit())
     assert saved == ["2", "3"]  # every save_steps, and the last
 
@@ -354,3 +358,21 @@ def test_the_solver_alone_on_one_query(model: Path, tmp_path: Path):
     assert any(record["valid"] for record in run.transcripts), "or nothing was trained"
     assert "challenger/loss" not in run.metrics[0] and "sampling/challenger/token_mult_prob_error" not in run.metrics[0]
     assert not same_bits(run.state.params, lsp.load_pretrained(model).params)
+
+
+@pytest.mark.full
+def test_bfloat16_parameters_train(model: Path, tmp_path: Path):
+    """Master parameters and moments keep their dtype through the update."""
+    config = game_config(model, tmp_path / "run", param_dtype="bfloat16", max_steps=1)
+    state = lsp.train(config, rewards=[host_reward()])
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert {leaf.dtype.name for leaf in (*jax.tree.leaves(state.params), *moments)} == {"bfloat16"}
+    assert int(state.skipped) == 0
+
+
+def test_a_given_policy_needs_no_model_in_the_config(model: Path, tmp_path: Path):
+    policy = lsp.load_pretrained(model)
+    config = game_config(model, tmp_path / "run")
+    run = prepare(replace(config, model=""), [host_reward()], policy)
+    assert run.config.model == str(model) and run.policy.params is not None
+    assert not (tmp_path / "run").exists(), "nothing is written before the run starts"

@@ -184,7 +184,8 @@ def test_full_kl_alone_equals_enumeration(params: llama.Params, reference_params
 @pytest.mark.parametrize(
     ("count", "aggregation", "joint", "sizes"),
     [
-        (8, "sequence", True, (2,)),
+        pytest.param(8, "sequence", True, (2,), marks=pytest.mark.full),
+        (8, "sequence", False, (2,)),
         pytest.param(8, "sequence", False, (1, 4), marks=pytest.mark.full),
         pytest.param(7, "sequence", False, (1, 2, 4), marks=pytest.mark.full),
         pytest.param(8, "token_mean", False, (1, 2, 4), marks=pytest.mark.full),

@@ -11,6 +11,7 @@ the effect of a token on later ones, whichever the estimator.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,7 +41,8 @@ class LossConfig:
     alpha_challenger: float = 1.0
     """Weight of the Challenger's loss, alpha_Ch >= 0; 0 trains the Solver alone."""
     invalid_query_penalty: float = -1.0
-    """Challenger reward of a truncated, blank, tag-leaking or off-task query; below what valid queries get."""
+    """Challenger reward of a truncated, blank, tag-leaking or off-task query. Valid ones get -V(q) (+ V_Q(q)): keep
+    this below minus the largest task reward, or broken queries pay best."""
 
     def check(self) -> None:
         """Raises InputError naming the field."""
@@ -48,12 +50,14 @@ class LossConfig:
             if getattr(self, field) not in allowed:
                 raise InputError(f"loss.{field}", getattr(self, field), f"must be one of {', '.join(allowed)}")
         for field in ("beta", "alpha_challenger"):
-            if not getattr(self, field) >= 0:
-                raise InputError(f"loss.{field}", getattr(self, field), "must be >= 0")
+            if not 0 <= getattr(self, field) < math.inf:
+                raise InputError(f"loss.{field}", getattr(self, field), "must be >= 0 and finite")
+        if not math.isfinite(self.invalid_query_penalty):
+            raise InputError("loss.invalid_query_penalty", self.invalid_query_penalty, "must be a finite number")
 
 
 def kl_terms(logprobs: jax.Array, reference: jax.Array, estimator: str, full_kl: jax.Array) -> jax.Array:
-    """The per-token KL term [B, T] whose gradient is taken; see the module's table of estimators."""
+    """The per-token KL term [B, T] whose gradient is taken; the module says what each is."""
     difference = logprobs - reference
     if estimator == "k1":
         return difference

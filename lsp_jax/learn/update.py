@@ -2,11 +2,12 @@
 
 1. `reference_statistics`: the frozen reference's log-probabilities of every completion (its hidden states for `full`).
 2. `gradients`: loss and gradient of both roles, micro-batch by micro-batch, weights carrying the denominators.
-3. `update`: clip by global norm, AdamW with warm-up; a step that is not finite changes nothing and is counted.
+3. `apply_gradients`: clip by global norm, AdamW with warm-up; a step that is not finite changes nothing and is counted.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,8 +53,8 @@ class OptimizerConfig:
     def check(self) -> None:
         """Raises InputError naming the field."""
         for field in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-            if not getattr(self, field) > 0:
-                raise InputError(f"optimizer.{field}", getattr(self, field), "must be > 0")
+            if not 0 < getattr(self, field) < math.inf:
+                raise InputError(f"optimizer.{field}", getattr(self, field), "must be > 0 and finite")
         for field in ("micro_batch_size", "logprob_chunk"):
             if getattr(self, field) < 1:
                 raise InputError(f"optimizer.{field}", getattr(self, field), "must be at least 1")
@@ -232,6 +233,8 @@ def apply_gradients(
 
     def step(_: None) -> tuple[Any, Any]:
         updates, opt_state = optimizer(opt).update(grads, state.opt_state, state.params)
+        # gradients are float32 whatever the parameters are: the moments keep the dtype they were made with
+        opt_state = jax.tree.map(lambda new, old: new.astype(old.dtype), opt_state, state.opt_state)
         return optax.apply_updates(state.params, updates), opt_state
 
     params, opt_state = jax.lax.cond(finite, step, lambda _: (state.params, state.opt_state), None)

@@ -104,7 +104,10 @@ def _demo_gguf() -> Path:
 
 
 def _open(path: Path) -> Any:
-    from gguf import GGUFReader
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise InputError("package", "gguf", "is not installed; run pip install gguf") from error
 
     if not path.is_file():
         raise InputError("gguf_path", str(path), "no such file")

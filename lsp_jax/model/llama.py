@@ -1,4 +1,4 @@
-"""Llama 1 to 3.2: configuration, Flax NNX modules, and the pure functions that the rest of the project calls.
+"""Llama 1 to 3.2: Flax NNX modules, and the pure functions that the rest of the project calls.
 
 Modules describe parameters and one layer's arithmetic. Outside this file a model is `(params, config)`: `params` a
 plain nested dict with Hugging Face's names, the layers of the decoder stacked on a leading axis, projections stored

@@ -20,7 +20,7 @@ from lsp_jax import host
 from lsp_jax.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.play.sampler import Draw, SamplingConfig, row_uniforms, sample
+from lsp_jax.play.sampler import Draw, SamplingConfig, row_keys, row_uniforms, sample
 from lsp_jax.policy import Policy
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -133,8 +133,7 @@ def complete(
     """
     hidden, cache = llama.extend(params, config, tokens, lengths)
     last = llama.last_hidden(hidden, lengths)
-    rows = first_row + jnp.arange(tokens.shape[0] * repeats)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+    keys = row_keys(key, tokens.shape[0] * repeats, first_row)
     return rollout(params, config, cache, last, keys, sampling, columns, stop_ids)
 
 
@@ -175,15 +174,11 @@ def generate(
     The draws depend on `seed` and each prompt's place in the list, not on `batch_size`.
     Raises InputError for an empty prompt, ids outside the vocabulary, and a prompt longer than the model's context.
     """
-    if isinstance(prompts, str):
-        raise InputError("prompts", prompts, "must be a list; put a single prompt into one")
     sampling = SamplingConfig(temperature, top_k, top_p, min_p)
-    sampling.check("sampling")
-    if max_completion_length < 1:
-        raise InputError("max_completion_length", max_completion_length, "must be at least 1 token")
+    check_options(prompts, sampling, max_completion_length)
     if batch_size < 1:
         raise InputError("batch_size", batch_size, "must be at least 1 row")
-    ids = [_prompt_ids(policy, prompt, max_completion_length) for prompt in prompts]
+    ids = [prompt_ids(policy, prompt, max_completion_length) for prompt in prompts]
     stop_ids = policy.tokenizer.stop_ids if stop_at_eos else ()
     texts: list[str] = []
     for start in range(0, len(ids), batch_size):
@@ -206,7 +201,17 @@ def generate(
     return texts
 
 
-def _prompt_ids(policy: Policy, prompt: Prompt, new_tokens: int) -> list[int]:
+def check_options(prompts: Sequence[Prompt], sampling: SamplingConfig, max_completion_length: int) -> None:
+    """Raises InputError for what can be seen without a model."""
+    if isinstance(prompts, str):
+        raise InputError("prompts", prompts, "must be a list; put a single prompt into one")
+    sampling.check("sampling")
+    if max_completion_length < 1:
+        raise InputError("max_completion_length", max_completion_length, "must be at least 1 token")
+
+
+def prompt_ids(policy: Policy, prompt: Prompt, new_tokens: int) -> list[int]:
+    """The ids of one prompt; InputError when they do not fit the policy's vocabulary, context or buckets."""
     if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict)):
         ids = policy.tokenizer.chat_ids(prompt)  # pyright: ignore[reportArgumentType]
     else:
@@ -222,4 +227,5 @@ def _prompt_ids(policy: Policy, prompt: Prompt, new_tokens: int) -> list[int]:
             len(ids),
             f"with {new_tokens} new tokens exceeds the model's context of {policy.config.max_position_embeddings}",
         )
+    bucket(len(ids), PROMPT_BUCKETS, "prompt length")
     return ids

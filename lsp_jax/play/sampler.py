@@ -60,9 +60,9 @@ class Draw(NamedTuple):
     tempered log-probability minus log_mass = logprob."""
 
 
-def row_keys(key: jax.Array, rows: int) -> jax.Array:
+def row_keys(key: jax.Array, rows: int, first: jax.Array | int = 0) -> jax.Array:
     """One key a row from its global number, so that a row's noise does not depend on the batch it is drawn in."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(rows))
 
 
 def row_uniforms(keys: jax.Array, position: jax.Array) -> jax.Array:

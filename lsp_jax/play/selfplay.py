@@ -22,10 +22,9 @@ from lsp_jax.model.config import LlamaConfig
 from lsp_jax.play.generate import Completions, rollout
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.text.prompts import PlayPrompts, Ragged, contains_sequence, ids_row, pack, splice
+from lsp_jax.text.tokenizer import SPECIAL, TEXT
 
 CHALLENGER, SOLVER = 0, 1  # folded into the key, so that the roles draw different noise
-
-TEXT, BLANK, CONTROL = 0, 1, 2  # `Tokenizer.token_kinds`
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _has_text(written: Ragged, kinds: jax.Array) -> jax.Array:
 def _leaks(written: Ragged, kinds: jax.Array, tags: tuple[tuple[int, ...], ...]) -> jax.Array:
     tokens, lengths = written
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-    leaks = jnp.any(real & (kinds[tokens] == CONTROL), axis=-1)
+    leaks = jnp.any(real & (kinds[tokens] == SPECIAL), axis=-1)
     for tag in tags:
         leaks = leaks | contains_sequence(written, tag)
     return leaks

@@ -80,7 +80,7 @@ class Scores(NamedTuple):
     """float32 [N, G] of each component before its weight, for transcripts and statistics."""
 
 
-def check_rewards(rewards: Sequence[Reward], use_quality: bool) -> None:
+def check_rewards(rewards: Sequence[Named], use_quality: bool) -> None:
     """Raises InputError for an empty list, repeated names, an unknown kind, or nothing that the Solver could win."""
     names = [reward.name for reward in rewards]
     if len(set(names)) < len(names):

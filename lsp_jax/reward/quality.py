@@ -7,7 +7,7 @@
 
 The paper's judge writes a calculation and a tagged score; reading the same verdicts from the logits needs no decoding
 and cannot fail to parse. Query and answer enter as ids, with control ids replaced, so that nothing in them can close a
-turn or pose as the judge. LSP, Section 3 (quality self-reward).
+turn of a template whose tags are control tokens (ChatML's, Llama 3's). LSP, Section 3 (quality self-reward).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import jax.numpy as jnp
 
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.play.selfplay import CONTROL, Episode
+from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import DeviceReward, RewardOutput
 from lsp_jax.text.prompts import CRITERIA, JudgeTemplate, Ragged, ids_row, judge_template, pack
-from lsp_jax.text.tokenizer import Tokenizer
+from lsp_jax.text.tokenizer import SPECIAL, Tokenizer
 
 
 def quality_reward(
@@ -37,7 +37,8 @@ def quality_reward(
 ) -> DeviceReward:
     """The component, with the rubric prefilled under the frozen `reference` parameters.
 
-    `kinds` uint8 [V] is `Tokenizer.token_kinds()` over the model's vocabulary; `rows` answers are judged at one time.
+    `kinds` uint8 [V] is `Tokenizer.token_kinds()` over the model's vocabulary; about `rows` answers are judged
+    at one time (whole groups: at least G).
     """
     template = judge_template(tokenizer)
     tokens, lengths = ids_row(template.rubric_ids)
@@ -70,7 +71,7 @@ def quality_scores(
 
 def _harmless(text: Ragged, kinds: jax.Array, blank: int) -> Ragged:
     tokens, lengths = text
-    return jnp.where(kinds[tokens] == CONTROL, blank, tokens), lengths
+    return jnp.where(kinds[tokens] == SPECIAL, blank, tokens), lengths
 
 
 def _judge(params: Any, config: LlamaConfig, template: JudgeTemplate, query: Ragged, answer: Ragged) -> jax.Array:

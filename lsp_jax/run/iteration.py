@@ -189,7 +189,10 @@ def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metric
     for name, values in scores.components.items():
         mean_std = _mean_std(values, result.answer_counts & jnp.isfinite(values))
         metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = mean_std
-    flat = jnp.max(jnp.abs(result.solver), axis=1) == 0
+    # the rewards themselves: centred on their mean, equal ones need not be exactly 0
+    highest = jnp.max(jnp.where(result.answer_counts, result.solver_reward, -jnp.inf), axis=1)
+    lowest = jnp.min(jnp.where(result.answer_counts, result.solver_reward, jnp.inf), axis=1)
+    flat = highest <= lowest
     metrics["solver/frac_reward_zero_std"] = jnp.mean(flat)
     metrics["queries/valid_fraction"] = jnp.mean(scores.valid_query)
     metrics["queries/unique_fraction"] = _unique_fraction(episode.queries)

@@ -20,7 +20,8 @@ WRITTEN = {
 def announce(run: Run, done: int) -> None:
     """What will run, and from where, before the first long wait; `done` iterations lie behind."""
     config, play = run.config, run.config.play
-    method = "LSP" if config.loss.use_quality else "LSP-Zero"
+    has_quality = any(reward.kind == "quality" for reward in run.rewards)
+    method = "LSP" if config.loss.use_quality and has_quality else "LSP-Zero"
     if not run.game.trains_challenger:
         method = "Solver alone"
     print(

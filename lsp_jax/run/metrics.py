@@ -39,7 +39,7 @@ METRICS: dict[str, str] = {
         for role in ("challenger", "solver")
         for name, text in _ROLE_METRICS.items()
     },
-    "solver/frac_reward_zero_std": "fraction of queries whose answers' advantages are all zero: nothing to learn there",
+    "solver/frac_reward_zero_std": "fraction of queries whose valid answers all got one reward: nothing to learn there",
     "queries/valid_fraction": "fraction of queries that ended by themselves, have text, leak no tag and are on task",
     "queries/unique_fraction": "distinct queries over all queries of the iteration",
     "answers/valid_fraction": "fraction of answers that every reward component could score",
@@ -55,7 +55,7 @@ METRICS: dict[str, str] = {
     "completions/tokens": "tokens sampled in this iteration by both roles",
     "tokens_per_second": "tokens sampled over the seconds of challenge and solve, prefill included",
     **{f"time/{phase}": f"seconds in the phase {phase}" for phase in PHASES},
-    "time/iteration": "seconds of the whole iteration",
+    "time/iteration": "seconds of the iteration, without writing its lines and checkpoint",
     "host_reads": "reads from device to host before the metrics; 0 with compiled rewards",
     "compile/count": "programs compiled since the start",
     "compile/seconds": "seconds spent compiling since the start",
@@ -179,7 +179,7 @@ def _import_tracker(name: str) -> Any:
     try:
         return importlib.import_module(_TRACKERS[name])
     except ImportError as error:
-        raise InputError("report_to", name, f'is not installed; run pip install "lsp-jax[{name}]"') from error
+        raise InputError("report_to", name, f"is not installed; run pip install {_TRACKERS[name]}") from error
 
 
 _Log = Callable[[int, dict[str, Any]], None]

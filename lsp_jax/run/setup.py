@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,9 +19,8 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState, init_state
 from lsp_jax.model.llama import Params, cast, init_params
-from lsp_jax.model.weights import load_params, read_config
-from lsp_jax.play.selfplay import CONTROL
-from lsp_jax.policy import Policy, open_pretrained, save_pretrained
+from lsp_jax.model.weights import check_dtype, load_params, read_config
+from lsp_jax.policy import Policy, check_replaceable, open_pretrained, save_pretrained
 from lsp_jax.reward.base import HostReward, Reward, check_rewards
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.reward.verify import arithmetic_reward, callable_reward, load_callable, probe_callable
@@ -27,10 +28,10 @@ from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.iteration import Game, RewardSpec
 from lsp_jax.run.metrics import check_trackers
 from lsp_jax.text.prompts import PlayPrompts, judge_template
-from lsp_jax.text.tokenizer import Tokenizer
+from lsp_jax.text.tokenizer import SPECIAL, Tokenizer
 
 CHECKPOINTS, BASE, EXPORT = "checkpoints", "base", "export"
-_RUN_FILES = ("config.json", "metrics.jsonl", "transcripts.jsonl", CHECKPOINTS)
+_RUN_FILES = ("config.json", "metrics.jsonl", "transcripts.jsonl", CHECKPOINTS, EXPORT)
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,29 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
 
     `rewards` are further components beside the configured ones. Raises InputError.
     """
+    if policy is not None:
+        config = replace(config, model=config.model or policy.source)
     config.check()
     check_trackers(config.report_to)
     directory = Path(config.output_dir).expanduser()
+    config = _dated(config, directory)
     _check_output(config, directory)
     host_rewards = _host_rewards(config)
+    check_rewards([*host_rewards, *rewards, *_quality_spec(config)], config.loss.use_quality)
     for reward in rewards:
         if isinstance(reward, HostReward):
             probe_callable(reward)
     if policy is None:
         source, opened = open_pretrained(config.model, config.revision or None)
+        opened = replace(opened, tokenizer=opened.tokenizer.dated(config.date))
         make_game(config, opened)  # what does not fit is said before gigabytes are read
         policy = replace(opened, params=load_params(source, opened.config, config.param_dtype))
+    else:
+        params = cast(policy.params, config.param_dtype)
+        policy = replace(policy, tokenizer=policy.tokenizer.dated(config.date), params=params)
     game = make_game(config, policy)
     kinds = token_kinds(policy)
-    reference = jax.tree.map(lambda x: x.astype(game.compute_dtype), policy.params)
+    reference = cast(policy.params, game.compute_dtype)
     components: list[Reward] = [*host_rewards, *rewards]
     if config.reward.quality_weight:
         components.append(
@@ -86,7 +95,6 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
                 config.reward.judge_rows,
             )
         )
-    check_rewards(components, config.loss.use_quality)
     seed_key = jax.device_put(jax.random.key(config.seed))
     return Run(config, policy, reference, game, tuple(components), kinds, seed_key, directory)
 
@@ -128,7 +136,7 @@ def make_game(config: TrainConfig, policy: Policy) -> Game:
 
 def token_kinds(policy: Policy) -> jax.Array:
     """`Tokenizer.token_kinds` on device; rows of the embedding beyond the tokenizer count as control ids."""
-    kinds = np.full(policy.config.vocab_size, CONTROL, np.uint8)
+    kinds = np.full(policy.config.vocab_size, SPECIAL, np.uint8)
     known = policy.tokenizer.token_kinds()
     kinds[: len(known)] = known
     return jax.device_put(kinds)
@@ -146,6 +154,10 @@ def start_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[st
 def _check_output(config: TrainConfig, directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise InputError("output_dir", config.output_dir, "is a file; give a directory")
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError("output_dir", config.output_dir, f"{existing} is not a directory that can be written to")
+    check_replaceable(directory / EXPORT)
     found = [name for name in _RUN_FILES if (directory / name).exists()]
     if config.resume == "never" and found:
         raise InputError(
@@ -168,12 +180,25 @@ def _check_output(config: TrainConfig, directory: Path) -> None:
             )
 
 
+def _dated(config: TrainConfig, directory: Path) -> TrainConfig:
+    """With the day that chat templates show: the given one, else the resumed run's, else today's."""
+    date, saved = config.date, directory / "config.json"
+    if not date and config.resume != "never" and saved.is_file():
+        date = TrainConfig.load(saved).date
+    return replace(config, date=date or time.strftime("%d %b %Y"))
+
+
 def _has_checkpoint(directory: Path) -> bool:
     checkpoints = Checkpoints(directory / CHECKPOINTS)
     try:
         return checkpoints.latest() is not None
     finally:
         checkpoints.close()
+
+
+def _quality_spec(config: TrainConfig) -> list[RewardSpec]:
+    weight = config.reward.quality_weight
+    return [RewardSpec("quality", "quality", weight)] if weight else []
 
 
 def _host_rewards(config: TrainConfig) -> list[HostReward]:
@@ -192,7 +217,9 @@ def claim(run: Run) -> None:
     """Makes the run's folder, with its configuration and, so that the run can be exported alone, the base model's."""
     base = run.directory / BASE
     base.mkdir(parents=True, exist_ok=True)
-    (run.directory / "config.json").write_text(run.config.to_json(), encoding="utf-8")
+    fresh = run.directory / ".config.json.new"
+    fresh.write_text(run.config.to_json(), encoding="utf-8")
+    fresh.replace(run.directory / "config.json")  # whole or not at all: without it the run cannot be resumed
     hf_config = json.dumps(run.policy.config.to_hf(), indent=2) + "\n"
     (base / "config.json").write_text(hf_config, encoding="utf-8")
     run.policy.tokenizer.save(base)
@@ -204,6 +231,9 @@ def export_run(run: str | Path, directory: str | Path, step: int | None = None, 
     Returns the checkpoint's iteration. Raises InputError when the folder holds no run or no such checkpoint.
     """
     run = Path(run).expanduser()
+    if dtype is not None:
+        check_dtype(dtype)
+    check_replaceable(Path(directory).expanduser())
     config = TrainConfig.load(run / "config.json")
     checkpoints = Checkpoints(run / CHECKPOINTS, config.save_total_limit)
     try:

@@ -94,6 +94,8 @@ def train(
     try:
         state, saved = start_state(run, checkpoints)
         claim(run)
+        # from here on only the reference and the state: the loaded parameters would be one more copy on an accelerator
+        run = replace(run, policy=replace(run.policy, params={}))
         writer = MetricsWriter(run.directory, config.report_to)
         # a run that died before its first checkpoint begins again: its lines go
         writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))

@@ -6,6 +6,7 @@ prompt come from the chat template alone: they equal `apply_chat_template(tokeni
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -41,6 +42,7 @@ class Tokenizer:
     """
 
     def __init__(self, directory: Path, backend: _FastBackend | _SentencePieceBackend):
+        self._template_arguments: dict[str, str] = {}
         self.directory = directory
         self._backend = backend
         self.vocab_size = backend.vocab_size
@@ -94,9 +96,11 @@ class Tokenizer:
         """The text of `ids`, spaces as they are; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens)
 
-    def decode_batch(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
-        """`decode` of each row."""
-        return [self.decode(row, skip_special_tokens) for row in rows]
+    def dated(self, date: str) -> Tokenizer:
+        """This tokenizer with `date` in chat templates that show the day (Llama 3.1 and later), instead of today's."""
+        other = copy.copy(self)
+        other._template_arguments = {"date_string": date}
+        return other
 
     def chat_ids(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation in the model's chat template; a string is one user message.
@@ -121,7 +125,7 @@ class Tokenizer:
         from jinja2 import TemplateError
 
         try:
-            return self._backend.chat_ids(messages, add_generation_prompt)
+            return self._backend.chat_ids(messages, add_generation_prompt, self._template_arguments)
         except TemplateError as error:
             raise InputError("messages", messages, f"the chat template refuses them: {error}") from error
 
@@ -180,9 +184,12 @@ class _FastBackend:
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False)
 
-    def chat_ids(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+    def chat_ids(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool, arguments: dict[str, str]
+    ) -> list[int]:
         options = {"add_generation_prompt": add_generation_prompt, "tokenizer_kwargs": {"split_special_tokens": False}}
-        return self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+        options |= {"tokenize": True, "return_dict": True}
+        return self._tokenizer.apply_chat_template(messages, **options, **arguments)["input_ids"]
 
 
 class _SentencePieceBackend:
@@ -268,11 +275,14 @@ class _SentencePieceBackend:
         text += _decode_bytes(pending)
         return text.removeprefix(" ") if self._prefix_space else text
 
-    def chat_ids(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+    def chat_ids(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool, arguments: dict[str, str]
+    ) -> list[int]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         names: dict[str, Any] = {f"{role}_token": text for role, text in self.names.items() if text is not None}
         names |= {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
+        names |= arguments
         rendered, _ = render_jinja_template([messages], **names)
         return self.encode(rendered[0], allow_special=True)
 
