@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_s
 from lsp_jax.model import llama
 from lsp_jax.play.generate import Completions, complete
 from lsp_jax.play.sampler import SamplingConfig
-from tiny import tiny_config, tiny_dir, tiny_params
+from tiny import stopping_dir, tiny_config, tiny_params
 
 CONFIG = tiny_config()
 GREEDY = SamplingConfig(temperature=0)
@@ -160,11 +159,7 @@ def test_answers_of_a_group_differ_and_seeds_differ(params: llama.Params) -> Non
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> lsp.Policy:
-    directory = tiny_dir(tmp_path_factory.mktemp("tiny"))
-    # many stop ids, so that random weights stop at various lengths
-    settings = json.dumps({"eos_token_id": [2, *range(60, 90)]})
-    (directory / "generation_config.json").write_text(settings)
-    return lsp.load_pretrained(directory)
+    return lsp.load_pretrained(stopping_dir(tmp_path_factory.mktemp("tiny")))
 
 
 def test_prompt_forms_mean_the_same(policy: lsp.Policy) -> None:

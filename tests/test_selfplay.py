@@ -20,18 +20,14 @@ from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.run.setup import token_kinds
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
-from tiny import tiny_dir
+from tiny import stopping_dir, tiny_dir
 
 PLAY = PlayConfig(num_queries=6, num_generations=3, max_query_length=10, max_completion_length=7)
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> lsp.Policy:
-    directory = tiny_dir(tmp_path_factory.mktemp("tiny"))
-    # many stop ids, so that random weights stop at various lengths
-    settings = json.dumps({"eos_token_id": [2, *range(60, 90)]})
-    (directory / "generation_config.json").write_text(settings)
-    return lsp.load_pretrained(directory)
+    return lsp.load_pretrained(stopping_dir(tmp_path_factory.mktemp("tiny")))
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,13 @@ def tiny_dir(directory: str | Path, seed: int = 0, **config_overrides: Any) -> P
     return Path(directory)
 
 
+def stopping_dir(directory: str | Path) -> Path:
+    """A `tiny_dir` with so many stop ids that random weights stop at various lengths."""
+    directory = tiny_dir(directory)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, *range(60, 90)]}))
+    return directory
+
+
 def hf_tiny(directory: str | Path, seed: int = 0, **config: Any) -> Any:
     """A random tiny `LlamaForCausalLM` in float32, saved to `directory`; needs torch and transformers.
 
