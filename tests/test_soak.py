@@ -13,11 +13,21 @@ from pathlib import Path
 
 import pytest
 
-from tiny import tiny_dir
+from tiny import stopping_dir
 
 pytestmark = pytest.mark.slow
 
 STEPS = 60
+
+
+def write_reward(directory: Path) -> Path:
+    """A user's reward file: the share of an answer's characters below "N", so that there is something to learn."""
+    path = directory / "soak_reward.py"
+    path.write_text(
+        "def share(queries, answers):\n"
+        "    return [[sum(c < 'N' for c in text) / max(len(text), 1) for text in group] for group in answers]\n"
+    )
+    return path
 
 
 def command(model: Path, output: Path, steps: int, *more: str) -> list[str]:
@@ -31,7 +41,7 @@ def command(model: Path, output: Path, steps: int, *more: str) -> list[str]:
         "play.max-query-length": 8,
         "play.max-completion-length": 10,
         "optimizer.learning-rate": 1e-3,
-        "reward.arithmetic-weight": 1.0,
+        "reward.callable": f"{write_reward(model.parent)}:share",
     }
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return [sys.executable, "-m", "lsp_jax", "train", *flags, *more]
@@ -49,7 +59,7 @@ def timeless(record: dict) -> dict:
 
 def test_killed_at_random_moments_equals_uninterrupted(tmp_path: Path) -> None:
     """Twelve kills -9 at seeded delays, saves included, each followed by `--resume auto`."""
-    model = tiny_dir(tmp_path / "model", max_position_embeddings=4096)
+    model = stopping_dir(tmp_path / "model")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(model, whole, STEPS), check=True, capture_output=True)
     delays = random.Random(0)
@@ -62,6 +72,8 @@ def test_killed_at_random_moments_equals_uninterrupted(tmp_path: Path) -> None:
             os.kill(process.pid, signal.SIGKILL)
         process.wait()
     subprocess.run(command(model, killed, STEPS, "--resume", "auto"), check=True, capture_output=True)
+    learned = [line["grad_norm"] > 0 and line["queries/valid_fraction"] > 0 for line in lines(whole / "metrics.jsonl")]
+    assert sum(learned) > STEPS / 2, "most updates must move the policy for equality to say anything"
     assert (killed / "transcripts.jsonl").read_bytes() == (whole / "transcripts.jsonl").read_bytes()
     assert [timeless(line) for line in lines(killed / "metrics.jsonl")] == [
         timeless(line) for line in lines(whole / "metrics.jsonl")
@@ -85,7 +97,7 @@ def test_three_hundred_iterations_compile_once_and_hold_their_memory(tmp_path: P
         memory.append(pages * resource.getpagesize())
 
     config = TrainConfig(
-        model=str(tiny_dir(tmp_path / "model", max_position_embeddings=4096)),
+        model=str(stopping_dir(tmp_path / "model")),
         output_dir=str(tmp_path / "run"),
         max_steps=300,
         save_steps=50,
