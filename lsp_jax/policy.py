@@ -76,6 +76,8 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
     try:
         save_params(policy.params, policy.config, fresh, dtype)
         policy.tokenizer.save(fresh)
+        for weights in fresh.glob(_WEIGHTS):  # safetensors makes files that only their owner may read
+            weights.chmod((fresh / "config.json").stat().st_mode)
         _sync(fresh)
         check_replaceable(target)  # saving takes long enough for someone to have put a file there
         if target.exists():

@@ -460,3 +460,9 @@ def test_hub_errors_show_no_token(error: str, words: tuple[str, ...], monkeypatc
     assert "hf_secret" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
+
+
+def test_export_may_be_read_by_whoever_may_read_its_config(loaded: Policy, tmp_path: Path) -> None:
+    save_pretrained(loaded, tmp_path / "export")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "export").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
