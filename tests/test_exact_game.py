@@ -34,6 +34,9 @@ from lsp_jax.text.tokenizer import BLANK, SPECIAL, TEXT
 from tiny import tiny_config, tiny_params
 
 STOP, A, B, SPACE, TAG = range(5)
+pytestmark = pytest.mark.full
+QUICK_COMPILES = True  # the time goes into compiling, not into arithmetic
+
 KINDS = np.array([SPECIAL, TEXT, TEXT, BLANK, SPECIAL], np.uint8)
 SPELLED_TAG = (B, A)  # a template tag in ordinary tokens
 PROMPTS = PlayPrompts(
@@ -433,7 +436,6 @@ def test_everything_is_enumerated() -> None:
     np.testing.assert_allclose(answers.sum(1), 1, rtol=1e-5)
 
 
-@pytest.mark.full
 def test_valid_queries_come_as_often_as_enumerated() -> None:
     """The fraction that the sampler and `queries.valid` give is that of the list above, within its standard error."""
     valid = episodes(LSP.solver, LSP.challenger).queries.valid
@@ -480,7 +482,6 @@ def test_lsp_gradient() -> None:
     check(LSP, paper_terms, PAPER)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     "setting",
     [
@@ -494,7 +495,6 @@ def test_gradient(setting: Setting) -> None:
     check(setting, paper_terms, PAPER)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     "setting",
     [

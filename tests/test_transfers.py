@@ -162,6 +162,7 @@ def test_the_composed_iteration_gives_the_same_numbers(warm: Warm):
     assert int(other.iteration) == int(one.iteration) == int(warm.state.iteration) + 2
 
 
+@pytest.mark.full
 def test_generation_compiles_once_a_bucket(warm: Warm):
     policy = replace(warm.run.policy, params=warm.state.params)
     random = np.random.default_rng(0)
