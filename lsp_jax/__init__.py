@@ -6,16 +6,23 @@
     texts = lsp.generate(policy, ["What is 3 + 4?"], temperature=0.0)
     state = lsp.train(lsp.presets.quickstart())
 
-Importing the package touches no device and reads no flag.
+Importing the package touches no device and reads no flag. Its names are imported when they are first used, so that the
+worker processes of host rewards, and `lsp-jax --help`, start without JAX.
 """
 
-from lsp_jax import presets
-from lsp_jax.config import TrainConfig
-from lsp_jax.errors import InputError
-from lsp_jax.model.llama import forward
-from lsp_jax.play.generate import generate
-from lsp_jax.policy import Policy, load_pretrained, save_pretrained
-from lsp_jax.run.trainer import train
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lsp_jax import presets
+    from lsp_jax.config import TrainConfig
+    from lsp_jax.errors import InputError
+    from lsp_jax.model.llama import forward
+    from lsp_jax.play.generate import generate
+    from lsp_jax.policy import Policy, load_pretrained, save_pretrained
+    from lsp_jax.run.trainer import train
 
 __version__ = "0.1.0"
 
@@ -30,3 +37,29 @@ __all__ = [
     "save_pretrained",
     "train",
 ]
+
+_HOMES = {
+    "InputError": "errors",
+    "Policy": "policy",
+    "TrainConfig": "config",
+    "forward": "model.llama",
+    "generate": "play.generate",
+    "load_pretrained": "policy",
+    "save_pretrained": "policy",
+    "train": "run.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "presets":
+        value: Any = importlib.import_module("lsp_jax.presets")
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"lsp_jax.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module 'lsp_jax' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

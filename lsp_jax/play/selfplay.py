@@ -59,10 +59,10 @@ class PlayConfig:
 
 
 class Queries(NamedTuple):
-    """What the Challenger wrote."""
+    """What the Challenger wrote, or what a data set gives in its place."""
 
-    sampled: Completions
-    """[N, T]: the sampled tokens, trained on."""
+    sampled: Completions | None
+    """[N, T]: the sampled tokens, trained on; None for queries from data."""
     text: Ragged
     """Fixed beginning and sampled tokens without the stop token: tokens [N, q + T], lengths [N]."""
     valid: jax.Array

@@ -1,14 +1,17 @@
 """What a reward is, and how several become the task and quality rewards of an episode.
 
 A component says what it measures: a `task` reward is negated for the Challenger, a `quality` reward is not. It scores
-either on device (a pure function of its own parameters and the episode) or on the host (a function of texts). What it
-cannot score it masks: a failure is never a good score.
+on device (a pure function of its own parameters and the episode), on the host (a function of texts), or from the host
+with programs of its own (a judge whose words are read between two of them). What it cannot score it masks: a failure is
+never a good score.
+
+How components are mixed (standardised, clipped, weighted) is not theirs to say: that is `RewardSpec` and `combine`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -52,17 +55,44 @@ class DeviceReward:
 
 
 @dataclass(frozen=True)
+class EpisodeReward:
+    """A component that is called with the episode on the host and runs compiled programs as it likes."""
+
+    name: str
+    kind: Kind
+    weight: float
+    score: Callable[[Episode], RewardOutput]
+    """Episode of device arrays -> RewardOutput of device arrays; reads pass through `host.to_host`."""
+
+
+Rows = Sequence[Mapping[str, Any]]
+"""The data set's rows behind the N queries, as the file spells them; empty in self-play."""
+
+
+@dataclass(frozen=True)
 class HostReward:
     """A component that reads texts on the host."""
 
     name: str
     kind: Kind
     weight: float
-    score: Callable[[list[str], list[list[str]]], RewardOutput]
-    """(N queries, N lists of G answers) -> RewardOutput of numpy arrays."""
+    score: Callable[[list[str], list[list[str]], Rows], RewardOutput]
+    """(N queries, N lists of G answers, N rows or none) -> RewardOutput of numpy arrays."""
 
 
-Reward = DeviceReward | HostReward
+Reward = DeviceReward | EpisodeReward | HostReward
+
+
+class RewardSpec(NamedTuple):
+    """How one component enters the sum of its kind; hashable."""
+
+    name: str
+    kind: Kind
+    weight: float
+    standardize: bool = False
+    """Subtract the mean and divide by the standard deviation over the iteration's valid answers, before clipping."""
+    clip: tuple[float, float] | None = None
+    """Lowest and highest value, applied before the weight."""
 
 
 class Scores(NamedTuple):
@@ -77,21 +107,9 @@ class Scores(NamedTuple):
     valid_answer: jax.Array
     """bool [N, G]: scored by every component."""
     components: dict[str, jax.Array]
-    """float32 [N, G] of each component before its weight, for transcripts and statistics."""
-
-
-def check_rewards(rewards: Sequence[Named], use_quality: bool) -> None:
-    """Raises InputError for an empty list, repeated names, an unknown kind, or nothing that the Solver could win."""
-    names = [reward.name for reward in rewards]
-    if len(set(names)) < len(names):
-        raise InputError("rewards", names, "names must differ")
-    for reward in rewards:
-        if reward.kind not in ("task", "quality"):
-            raise InputError(f"rewards.{reward.name}.kind", reward.kind, "must be 'task' or 'quality'")
-        if not np.isfinite(reward.weight):
-            raise InputError(f"rewards.{reward.name}.weight", reward.weight, "must be a finite number")
-    if not any(reward.kind == "task" or use_quality for reward in rewards):
-        raise InputError("rewards", names, "at least one component must reach the Solver: add a task reward")
+    """float32 [N, G] of each component before it is mixed, for transcripts and statistics."""
+    failed: dict[str, jax.Array]
+    """bool [N, G]: which answers each component could not score."""
 
 
 class Named(Protocol):
@@ -105,18 +123,67 @@ class Named(Protocol):
     def weight(self) -> float: ...
 
 
-def combine(rewards: Sequence[Named], outputs: Sequence[RewardOutput], episode: Episode) -> Scores:
-    """Weighted sums by kind and the joint masks; `outputs` in the order of `rewards`. Pure."""
+def check_rewards(rewards: Sequence[Named], use_quality: bool) -> None:
+    """Raises InputError for repeated names, an unknown kind, weights that cancel, or nothing that reaches the Solver."""
+    names = [reward.name for reward in rewards]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError("rewards", ", ".join(repeated), "several components have this name; names must differ")
+    for reward in rewards:
+        if reward.kind not in ("task", "quality"):
+            raise InputError(f"rewards.{reward.name}.kind", reward.kind, "must be 'task' or 'quality'")
+        if not np.isfinite(reward.weight):
+            raise InputError(f"rewards.{reward.name}.weight", reward.weight, "must be a finite number")
+    reach = [reward for reward in rewards if reward.kind == "task" or use_quality]
+    if not reach:
+        raise InputError("rewards", names, "at least one component must reach the Solver: add a task reward")
+    if sum(reward.weight for reward in reach) == 0:
+        weights = {reward.name: reward.weight for reward in reach}
+        raise InputError("rewards weights", weights, "sum to zero: what one component gives another takes away")
+
+
+def combine(specs: Sequence[RewardSpec], outputs: Sequence[RewardOutput], episode: Episode) -> Scores:
+    """Weighted sums by kind and the joint masks; `outputs` in the order of `specs`. Pure.
+
+    Each component is standardised if its spec says so, over the answers that it could score of queries that count, then
+    clipped, then weighted.
+    """
     shape = episode.answers.lengths.shape
     totals = {"task": jnp.zeros(shape, jnp.float32), "quality": jnp.zeros(shape, jnp.float32)}
+    # a non-finite score is a failed score, wherever it was made
+    scored = [jnp.isfinite(output.values) & output.valid_answer for output in outputs]
     valid_query, valid_answer = episode.queries.valid, jnp.ones(shape, bool)
-    for reward, output in zip(rewards, outputs, strict=True):
-        # a non-finite score is a failed score, wherever it was made
-        finite = jnp.isfinite(output.values) & output.valid_answer
-        totals[reward.kind] = totals[reward.kind] + reward.weight * jnp.where(finite, output.values, 0.0)
+    for output, finite in zip(outputs, scored, strict=True):
         valid_answer, valid_query = valid_answer & finite, valid_query & output.valid_query
-    components = {reward.name: output.values for reward, output in zip(rewards, outputs, strict=True)}
-    return Scores(totals["task"], totals["quality"], valid_query, valid_answer, components)
+    for spec, output, finite in zip(specs, outputs, scored, strict=True):
+        values = jnp.where(finite, output.values, 0.0)
+        if spec.standardize:
+            mean, deviation = mean_std(values, finite & valid_query[:, None])
+            # equal values stay at 0: what is left of them after the mean is rounding
+            spread = deviation > 1e-6 * jnp.maximum(jnp.abs(mean), 1.0)
+            values = jnp.where(spread, (values - mean) / jnp.where(spread, deviation, 1.0), 0.0)
+        if spec.clip is not None:
+            values = jnp.clip(values, *spec.clip)
+        totals[spec.kind] = totals[spec.kind] + spec.weight * jnp.where(finite, values, 0.0)
+    components = {spec.name: output.values for spec, output in zip(specs, outputs, strict=True)}
+    failed = {spec.name: ~finite for spec, finite in zip(specs, scored, strict=True)}
+    return Scores(totals["task"], totals["quality"], valid_query, valid_answer, components, failed)
+
+
+def mean_std(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation (divided by n) of the values that count; 0 and 0 when none does."""
+    number = jnp.maximum(jnp.sum(counts), 1)
+    mean = jnp.sum(jnp.where(counts, values, 0.0)) / number
+    return mean, jnp.sqrt(jnp.sum(jnp.where(counts, (values - mean) ** 2, 0.0)) / number)
+
+
+def correlation(left: jax.Array, right: jax.Array, counts: jax.Array) -> jax.Array:
+    """Pearson's correlation of two components over the answers that count; 0 where one of them does not vary."""
+    left_mean, left_std = mean_std(left, counts)
+    right_mean, right_std = mean_std(right, counts)
+    covariance, _ = mean_std((left - left_mean) * (right - right_mean), counts)
+    spread = left_std * right_std
+    return jnp.where(spread > 0, covariance / jnp.where(spread > 0, spread, 1.0), 0.0)
 
 
 class EpisodeTexts(NamedTuple):
@@ -124,6 +191,7 @@ class EpisodeTexts(NamedTuple):
 
     queries: list[str]
     answers: list[list[str]]
+    rows: Rows = ()
 
 
 def episode_texts(episode: Episode, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> EpisodeTexts:
@@ -147,7 +215,7 @@ def score_on_host(reward: HostReward, texts: EpisodeTexts) -> RewardOutput:
     """One host component's output as device arrays; an exception masks every answer and is logged."""
     shape = (len(texts.queries), len(texts.answers[0]))
     try:
-        values, valid_answer, valid_query = reward.score(texts.queries, texts.answers)
+        values, valid_answer, valid_query = reward.score(texts.queries, texts.answers, texts.rows)
         output = RewardOutput(
             np.asarray(values, np.float32).reshape(shape),
             np.asarray(valid_answer, bool).reshape(shape),

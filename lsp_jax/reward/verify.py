@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsp_jax.errors import InputError
-from lsp_jax.reward.base import HostReward, Kind, RewardOutput
+from lsp_jax.reward.base import HostReward, Kind, RewardOutput, Rows
 
 MAX_QUESTION = 200  # characters
 MAX_BRACKETS = 10  # opened in one question: bounds the recursion
@@ -153,7 +153,7 @@ def arithmetic_reward(weight: float = 1.0, name: str = "arithmetic") -> HostRewa
     A query that `parse_arithmetic` cannot read is not valid.
     """
 
-    def score(queries: list[str], answers: list[list[str]]) -> RewardOutput:
+    def score(queries: list[str], answers: list[list[str]], rows: Rows = ()) -> RewardOutput:
         expected = [parse_arithmetic(query) for query in queries]
         values = np.array(
             [
@@ -176,7 +176,7 @@ def callable_reward(
     are valid. The score raises InputError for another shape or for what are not numbers, and what the function raises.
     """
 
-    def score(queries: list[str], answers: list[list[str]]) -> RewardOutput:
+    def score(queries: list[str], answers: list[list[str]], rows: Rows = ()) -> RewardOutput:
         # copies: a function that sorts its arguments must not change what others read
         result = function(list(queries), [list(group) for group in answers])
         values = _reward_array(result, name, (len(queries), len(answers[0])))

@@ -12,6 +12,7 @@ Everything static is in `Game`, so each stage compiles once. LSP, Algorithm 1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,7 @@ from lsp_jax.play import selfplay
 from lsp_jax.play.generate import Completions
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig, Queries
-from lsp_jax.reward.base import DeviceReward, Kind, RewardOutput, Scores, combine
+from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec, Scores, combine, correlation, mean_std
 from lsp_jax.text.prompts import PlayPrompts, ids_row
 
 
@@ -65,14 +66,6 @@ class Game:
     def temperatures(self) -> tuple[float, float]:
         """Of the Solver and of the Challenger: the policies in the loss are the tempered ones."""
         return self.solver_sampling.temperature, self.challenger_sampling.temperature
-
-
-class RewardSpec(NamedTuple):
-    """What `learn_batch` must know of a component; hashable."""
-
-    name: str
-    kind: Kind
-    weight: float
 
 
 class Learnable(NamedTuple):
@@ -152,8 +145,8 @@ def learn_batch(
         per_token,
     )
     challenger = None
-    if game.trains_challenger:
-        sampled = episode.queries.sampled
+    sampled = episode.queries.sampled
+    if game.trains_challenger and sampled is not None:
         challenger = make_rows(
             ids_row(game.prompts.challenger_ids),
             (sampled.tokens, sampled.lengths),
@@ -168,12 +161,6 @@ def learn_batch(
     return Learnable(LearnBatch(solver, challenger), result, scores, metrics)
 
 
-def _mean_std(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    number = jnp.maximum(jnp.sum(counts), 1)
-    mean = jnp.sum(jnp.where(counts, values, 0.0)) / number
-    return mean, jnp.sqrt(jnp.sum(jnp.where(counts, (values - mean) ** 2, 0.0)) / number)
-
-
 def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metrics:
     """Means over what counts; names are listed in `run/metrics.py`."""
     metrics: Metrics = {}
@@ -181,14 +168,20 @@ def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metric
         ("solver", result.solver_reward, result.answer_counts),
         ("challenger", result.challenger_reward, result.query_counts),
     ):
-        metrics[f"{role}/reward"], metrics[f"{role}/reward_std"] = _mean_std(values, counts)
-    played: tuple[tuple[str, Completions], ...] = (("solver", episode.answers), ("challenger", episode.queries.sampled))
+        metrics[f"{role}/reward"], metrics[f"{role}/reward_std"] = mean_std(values, counts)
+    played: list[tuple[str, Completions]] = [("solver", episode.answers)]
+    if episode.queries.sampled is not None:
+        played.append(("challenger", episode.queries.sampled))
     for role, completions in played:
         metrics[f"{role}/completions/mean_length"] = jnp.mean(completions.lengths.astype(jnp.float32))
         metrics[f"{role}/completions/clipped_ratio"] = jnp.mean(~completions.stopped)
     for name, values in scores.components.items():
-        mean_std = _mean_std(values, result.answer_counts & jnp.isfinite(values))
-        metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = mean_std
+        counts = result.answer_counts & jnp.isfinite(values)
+        metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = mean_std(values, counts)
+        metrics[f"rewards/{name}/failed_fraction"] = jnp.mean(scores.failed[name])
+    for one, other in itertools.combinations(scores.components, 2):
+        pair = scores.components[one], scores.components[other]
+        metrics[f"rewards/{one}/correlation/{other}"] = correlation(*pair, result.answer_counts)
     # the rewards themselves: centred on their mean, equal ones need not be exactly 0
     highest = jnp.max(jnp.where(result.answer_counts, result.solver_reward, -jnp.inf), axis=1)
     lowest = jnp.min(jnp.where(result.answer_counts, result.solver_reward, jnp.inf), axis=1)
@@ -197,8 +190,7 @@ def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metric
     metrics["queries/valid_fraction"] = jnp.mean(scores.valid_query)
     metrics["queries/unique_fraction"] = _unique_fraction(episode.queries)
     metrics["answers/valid_fraction"] = jnp.mean(scores.valid_answer)
-    tokens = jnp.sum(episode.answers.lengths) + jnp.sum(episode.queries.sampled.lengths)
-    metrics["completions/tokens"] = tokens
+    metrics["completions/tokens"] = jnp.sum(jnp.stack([jnp.sum(completions.lengths) for _, completions in played]))
     return {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
 

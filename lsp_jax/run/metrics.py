@@ -45,6 +45,8 @@ METRICS: dict[str, str] = {
     "answers/valid_fraction": "fraction of answers that every reward component could score",
     "rewards/<name>/mean": "mean of the component <name> before its weight, over answers in the Solver's loss",
     "rewards/<name>/std": "standard deviation of the component <name> before its weight, over the same answers",
+    "rewards/<name>/failed_fraction": "fraction of answers that the component <name> could not score: masked",
+    "rewards/<name>/correlation/<other>": "Pearson's correlation of two components over answers in the Solver's loss",
     "sampling/token_mult_prob_error": "mean over tokens of exp|learner - sampler log-probability|, the worse role's; "
     "1 is exact, above 1.05 is an alarm",
     "sampling/<role>/token_mult_prob_error": "the same for one role",
