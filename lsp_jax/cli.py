@@ -111,7 +111,7 @@ class ExportOptions:
 
 def export(arguments: Sequence[str]) -> None:
     """Write a run's policy as a Hugging Face directory: `lsp-jax export RUN DIR`."""
-    from lsp_jax.run.setup import export_run
+    from lsp_jax.run.folder import export_run
 
     options = tyro.cli(ExportOptions, args=list(arguments), prog="lsp-jax export")
     step = export_run(options.run, options.directory, options.step or None, options.dtype or None)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from lsp_jax.errors import InputError
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.play.data import DataConfig
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.text.prompts import PromptConfig
@@ -28,20 +29,77 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Which components score an episode, and their weights. A weight of 0 leaves a component out."""
+    """Which components score an episode, and how they are mixed. A weight of 0 leaves a component out."""
 
+    preference_model: str = ""
+    """A Llama sequence classifier with one label (directory or hub id) that scores answers (kind task); empty: none."""
+    preference_revision: str = ""
+    """Branch, tag or commit of its hub id."""
+    preference_weight: float = 1.0
+    """Weight of its scores."""
+    preference_rows: int = 16
+    """Conversations that it reads at one time."""
     quality_weight: float = 1.0
     """The reference's quality score 0..7 (kind quality)."""
+    quality_mode: Literal["logits", "text"] = "logits"
+    """logits: seven yes/no probabilities from one prefill; text: the reference writes its score, as in the paper."""
+    quality_max_length: int = 96
+    """text: tokens that the judge may write for one answer; a verdict cut off there is a parse failure."""
+    rubric: str = ""
+    """A file of seven criteria in place of ours (docs/rewards.md); empty: ours."""
+    judge_rows: int = 16
+    """Answers that the quality judge reads at one time."""
     arithmetic_weight: float = 0.0
     """1 for the right final number of an arithmetic question, else 0 (kind task)."""
+    maths_weight: float = 0.0
+    """1 when the final answer equals the data's reference answer, else 0 (kind task); needs data and a sandbox."""
+    code_weight: float = 0.0
+    """1 when the answer's program passes the data's tests, else 0 (kind task); needs --allow-code-execution."""
     callable: str = ""
     """A Python function `package.module:function` or `file.py:function`, (queries, answers) -> rewards [N, G]."""
     callable_weight: float = 1.0
     """Weight of that function's rewards."""
     callable_kind: Literal["task", "quality"] = "task"
     """task: the Challenger gets it negated; quality: as it is."""
-    judge_rows: int = 16
-    """Answers that the quality judge reads at one time."""
+    workers: int = 2
+    """Processes that score texts on the host."""
+    timeout: float = 30.0
+    """Seconds that one call of a host reward may take; what takes longer is masked."""
+    code_timeout: float = 10.0
+    """Seconds that one program may run; what takes longer has failed its tests."""
+    standardize: tuple[str, ...] = ()
+    """Names of components brought to mean 0 and standard deviation 1 over each iteration, before clipping."""
+    clip: tuple[str, ...] = ()
+    """Bounds of components before their weight, each as `name:lowest:highest`."""
+
+    def check(self) -> None:
+        """Raises InputError naming the field."""
+        for name in ("preference", "quality", "arithmetic", "maths", "code", "callable"):
+            if not math.isfinite(getattr(self, f"{name}_weight")):
+                raise InputError(f"reward.{name}_weight", getattr(self, f"{name}_weight"), "must be a finite number")
+        _one_of("reward.callable_kind", self.callable_kind, ("task", "quality"))
+        _one_of("reward.quality_mode", self.quality_mode, ("logits", "text"))
+        for name in ("preference_rows", "quality_max_length", "judge_rows", "workers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"reward.{name}", getattr(self, name), "must be at least 1")
+        for name in ("timeout", "code_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"reward.{name}", getattr(self, name), "must be > 0 seconds and finite")
+        self.bounds()
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """`clip` by component; InputError for what is not `name:lowest:highest`."""
+        bounds = {}
+        for entry in self.clip:
+            name, _, limits = entry.partition(":")
+            try:
+                low, high = map(float, limits.split(":"))
+            except ValueError:
+                low, high = 1.0, 0.0
+            if not name or not low < high:
+                raise InputError("reward.clip", entry, "must be name:lowest:highest, as in preference:-10:10")
+            bounds[name] = (low, high)
+        return bounds
 
 
 @dataclass(frozen=True)
@@ -52,6 +110,10 @@ class TrainConfig:
     """Directory of a Hugging Face Llama (safetensors), or a hub id."""
     revision: str = ""
     """Branch, tag or commit of a hub id; empty is its default branch."""
+    init_from: str = ""
+    """Folder of another run: its policy is where this one starts, and this one's reference; `model` is not read."""
+    init_step: int = 0
+    """Checkpoint of `init_from` to take; 0: the newest when this run starts."""
     output_dir: str = "runs/lsp"
     """Where the run writes; must not hold another run unless it is resumed."""
     max_steps: int = 100
@@ -72,8 +134,12 @@ class TrainConfig:
     """dtype of master parameters and moments."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of forward and backward passes; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    allow_code_execution: bool = False
+    """Run the programs that the model writes, in a sandbox, for the code reward."""
     play: PlayConfig = field(default_factory=PlayConfig)
     """Sizes of an iteration."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Queries from a data set in the Challenger's place (GRPO)."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
     """What the Challenger is asked for."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -89,8 +155,10 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises InputError naming the first field that cannot be used; touches no file and no device."""
-        if not self.model:
+        if not self.model and not self.init_from:
             raise InputError("model", self.model, "give a Hugging Face Llama directory or a hub id")
+        if self.init_step < 0 or (self.init_step and not self.init_from):
+            raise InputError("init_step", self.init_step, "must be a checkpoint of init_from, or 0 for its newest")
         if not self.output_dir:
             raise InputError("output_dir", self.output_dir, "give a directory to write to")
         for name in ("max_steps", "save_steps", "save_total_limit"):
@@ -103,17 +171,29 @@ class TrainConfig:
         _one_of("compute_dtype", self.compute_dtype, ("auto", *DTYPES[:2]))
         for reporter in self.report_to:
             _one_of("report_to", reporter, REPORTERS)
-        for name in ("quality_weight", "arithmetic_weight", "callable_weight"):
-            if not math.isfinite(getattr(self.reward, name)):
-                raise InputError(f"reward.{name}", getattr(self.reward, name), "must be a finite number")
-        _one_of("reward.callable_kind", self.reward.callable_kind, ("task", "quality"))
-        if self.reward.judge_rows < 1:
-            raise InputError("reward.judge_rows", self.reward.judge_rows, "must be at least 1")
+        self.reward.check()
+        self.data.check()
         self.loss.check()
         self.optimizer.check()
         self.play.check(trains_challenger=self.loss.alpha_challenger > 0)
         self.sampling.check("sampling", greedy=False)
         self.challenger_sampling.check("challenger_sampling", greedy=False)
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """What only makes sense with queries from data, or without."""
+        if self.data.source:
+            if self.loss.alpha_challenger > 0:
+                remedy = "must be 0 with data: queries from a data set were not sampled, nothing trains the Challenger"
+                raise InputError("loss.alpha_challenger", self.loss.alpha_challenger, remedy)
+            if self.prompts.query_prefix:
+                raise InputError("prompts.query_prefix", self.prompts.query_prefix, "must be empty with data")
+            return
+        for name in ("maths", "code"):
+            weight = getattr(self.reward, f"{name}_weight")
+            if weight:
+                remedy = f"needs data.source: the {name} reward compares with what the data set's rows hold"
+                raise InputError(f"reward.{name}_weight", weight, remedy)
 
     def to_json(self) -> str:
         """The configuration as JSON, every field."""
@@ -139,10 +219,11 @@ class TrainConfig:
 
 MAY_CHANGE = (
     *("output_dir", "max_steps", "save_steps", "save_total_limit", "resume", "report_to"),
-    *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat", "reward.judge_rows"),
+    *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat"),
+    *("reward.judge_rows", "reward.preference_rows", "reward.workers", "reward.timeout", "reward.code_timeout"),
 )
-"""Fields that a resumed run may change: they do not decide what the next iteration computes. (The memory settings of
-the second line change how sums round, no more.)"""
+"""Fields that a resumed run may change: they do not decide what the next iteration computes. (Memory settings change
+how sums round, time limits what is masked as too slow, no more.)"""
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -22,7 +22,8 @@ from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.run import setup
-from lsp_jax.run.setup import claim, prepare
+from lsp_jax.run.folder import claim
+from lsp_jax.run.setup import prepare
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits, tree_hash
 
 K = 2
@@ -177,7 +178,7 @@ def test_a_resumed_run_shows_its_own_day(tmp_path: Path):
     old = prepare(replace(config, date="26 Jul 2019"), [host_reward()])
     new = prepare(replace(config, resume="auto"), [host_reward()])
     assert old.game != new.game, "the template shows the day"
-    claim(old)
+    claim(old.directory, old.config, old.policy)
     again = prepare(replace(config, resume="auto"), [host_reward()])
     assert again.config.date == "26 Jul 2019" and again.game == old.game
     with pytest.raises(InputError, match="another date"):

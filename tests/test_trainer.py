@@ -24,9 +24,10 @@ from lsp_jax.reward.base import HostReward
 from lsp_jax.reward.verify import callable_reward
 from lsp_jax.run import iteration as stages
 from lsp_jax.run import trainer
+from lsp_jax.run.folder import export_run
 from lsp_jax.run.messages import WRITTEN
 from lsp_jax.run.metrics import describe
-from lsp_jax.run.setup import export_run, make_game, prepare, token_kinds
+from lsp_jax.run.setup import make_game, prepare, token_kinds
 from lsp_jax.run.trainer import IterationEvent
 from lsp_jax.text.prompts import PromptConfig
 from tiny import EOS, tiny_dir

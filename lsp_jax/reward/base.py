@@ -124,7 +124,7 @@ class Named(Protocol):
 
 
 def check_rewards(rewards: Sequence[Named], use_quality: bool) -> None:
-    """Raises InputError for repeated names, an unknown kind, weights that cancel, or nothing that reaches the Solver."""
+    """InputError for repeated names, an unknown kind, weights that cancel, or nothing that reaches the Solver."""
     names = [reward.name for reward in rewards]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 
+from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT
 from lsp_jax.run.metrics import METRICS_FILE, TRANSCRIPTS_FILE, printable
-from lsp_jax.run.setup import BASE, CHECKPOINTS, EXPORT, Run
+from lsp_jax.run.setup import Run
 
 WRITTEN = {
     "config.json": "every setting of the run",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,24 +11,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from lsp_jax import config as configs
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState, init_state
-from lsp_jax.model.llama import Params, cast, init_params
-from lsp_jax.model.weights import check_dtype, load_params, read_config
-from lsp_jax.policy import Policy, check_replaceable, open_pretrained, save_pretrained
+from lsp_jax.model.llama import Params, cast
+from lsp_jax.model.weights import load_params
+from lsp_jax.play.data import PromptData, load_data
+from lsp_jax.policy import Policy, open_pretrained
 from lsp_jax.reward.base import HostReward, Reward, RewardSpec, check_rewards
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.reward.verify import arithmetic_reward, callable_reward, load_callable, probe_callable
 from lsp_jax.run.checkpoint import Checkpoints, abstract
+from lsp_jax.run.folder import check_output, load_run_params, open_run, settled
 from lsp_jax.run.iteration import Game
 from lsp_jax.run.metrics import check_trackers
 from lsp_jax.text.prompts import PlayPrompts, judge_template
-from lsp_jax.text.tokenizer import SPECIAL, Tokenizer
-
-CHECKPOINTS, BASE, EXPORT = "checkpoints", "base", "export"
-_RUN_FILES = ("config.json", "metrics.jsonl", "transcripts.jsonl", CHECKPOINTS, EXPORT)
+from lsp_jax.text.tokenizer import SPECIAL
 
 
 @dataclass(frozen=True)
@@ -44,15 +39,15 @@ class Run:
     reference: Params
     """The frozen reference in the compute dtype; the loaded arrays themselves when that is theirs."""
     game: Game
+    data: PromptData | None
+    """Queries of a data set; None in self-play."""
     rewards: tuple[Reward, ...]
+    specs: tuple[RewardSpec, ...]
+    """How they are mixed, in their order."""
     kinds: jax.Array
     """uint8 [V]: text, blank or control, over the model's vocabulary."""
     seed_key: jax.Array
     directory: Path
-
-    @property
-    def specs(self) -> tuple[RewardSpec, ...]:
-        return tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in self.rewards)
 
 
 def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | None = None) -> Run:
@@ -65,22 +60,18 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     config.check()
     check_trackers(config.report_to)
     directory = Path(config.output_dir).expanduser()
-    config = _dated(config, directory)
-    _check_output(config, directory)
+    config = settled(config, directory)
+    check_output(config, directory)
     host_rewards = _host_rewards(config)
     check_rewards([*host_rewards, *rewards, *_quality_spec(config)], config.loss.use_quality)
     for reward in rewards:
         if isinstance(reward, HostReward):
             probe_callable(reward)
-    if policy is None:
-        source, opened = open_pretrained(config.model, config.revision or None)
-        opened = replace(opened, tokenizer=opened.tokenizer.dated(config.date))
-        make_game(config, opened)  # what does not fit is said before gigabytes are read
-        policy = replace(opened, params=load_params(source, opened.config, config.param_dtype))
-    else:
-        params = cast(policy.params, config.param_dtype)
-        policy = replace(policy, tokenizer=policy.tokenizer.dated(config.date), params=params)
-    game = make_game(config, policy)
+    opened, load = _source(config, policy)
+    opened = replace(opened, tokenizer=opened.tokenizer.dated(config.date))
+    data = load_data(config.data, opened.tokenizer) if config.data.source else None
+    game = make_game(config, opened, data)  # what does not fit is said before gigabytes are read
+    policy = replace(opened, params=load())
     kinds = token_kinds(policy)
     reference = cast(policy.params, game.compute_dtype)
     components: list[Reward] = [*host_rewards, *rewards]
@@ -96,24 +87,52 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
             )
         )
     seed_key = jax.device_put(jax.random.key(config.seed))
-    return Run(config, policy, reference, game, tuple(components), kinds, seed_key, directory)
+    specs = mixing(config, components)
+    return Run(config, policy, reference, game, data, tuple(components), specs, kinds, seed_key, directory)
 
 
-def make_game(config: TrainConfig, policy: Policy) -> Game:
+def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callable[[], Params]]:
+    """The policy to start from without its parameters, and what gets them: given, another run's, or a model's."""
+    if policy is not None:
+        given = policy
+        return given, lambda: cast(given.params, config.param_dtype)
+    if config.init_from:
+        opened = open_run(config.init_from)
+        return opened, lambda: load_run_params(config.init_from, config.init_step, config.param_dtype)
+    directory, opened = open_pretrained(config.model, config.revision or None)
+    return opened, lambda: load_params(directory, opened.config, config.param_dtype)
+
+
+def mixing(config: TrainConfig, rewards: Sequence[Reward]) -> tuple[RewardSpec, ...]:
+    """How the components are standardised, clipped and weighted; InputError for a name that is none of theirs."""
+    names, bounds = [reward.name for reward in rewards], config.reward.bounds()
+    for field, used in (("reward.standardize", config.reward.standardize), ("reward.clip", tuple(bounds))):
+        unknown = [name for name in used if name not in names]
+        if unknown:
+            raise InputError(field, unknown[0], f"no component has this name; there are {', '.join(names)}")
+    return tuple(
+        RewardSpec(
+            reward.name, reward.kind, reward.weight, reward.name in config.reward.standardize, bounds.get(reward.name)
+        )
+        for reward in rewards
+    )
+
+
+def make_game(config: TrainConfig, policy: Policy, data: PromptData | None = None) -> Game:
     """The static part of every stage; checks that prompts and completions fit the model's context."""
     compute = config.compute_dtype
     if compute == "auto":
         compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     prompts = PlayPrompts.build(policy.tokenizer, config.prompts)
-    solver = len(prompts.solver.prefix_ids) + len(prompts.query_prefix_ids) + len(prompts.solver.suffix_ids)
     play, context = config.play, policy.config.max_position_embeddings
-    lengths = {
-        "prompts.challenger": len(prompts.challenger_ids) + play.max_query_length,
-        "play.max_completion_length": solver + play.max_query_length + play.max_completion_length,
-    }
+    query = len(prompts.query_prefix_ids) + play.max_query_length if data is None else max(map(len, data.ids))
+    solver = len(prompts.solver.prefix_ids) + query + len(prompts.solver.suffix_ids)
+    lengths = {"play.max_completion_length": solver + play.max_completion_length}
+    if data is None:
+        lengths["prompts.challenger"] = len(prompts.challenger_ids) + play.max_query_length
     if config.reward.quality_weight:
-        judge = judge_template(policy.tokenizer).fixed_length + len(prompts.query_prefix_ids)
-        lengths["reward.quality_weight"] = judge + play.max_query_length + play.max_completion_length
+        judge = judge_template(policy.tokenizer).fixed_length
+        lengths["reward.quality_weight"] = judge + query + play.max_completion_length
     for field, length in lengths.items():
         if length > context:
             raise InputError(
@@ -151,51 +170,6 @@ def start_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[st
     return checkpoints.restore(latest, abstract(make, run.policy.params))
 
 
-def _check_output(config: TrainConfig, directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise InputError("output_dir", config.output_dir, "is a file; give a directory")
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError("output_dir", config.output_dir, f"{existing} is not a directory that can be written to")
-    check_replaceable(directory / EXPORT)
-    found = [name for name in _RUN_FILES if (directory / name).exists()]
-    if config.resume == "never" and found:
-        raise InputError(
-            "output_dir",
-            config.output_dir,
-            f"holds another run ({found[0]}); give a new directory, or --resume auto to go on with it",
-        )
-    if config.resume == "must" and not _has_checkpoint(directory):
-        raise InputError("resume", "must", f"no checkpoint in {directory / CHECKPOINTS}; use auto or never to start")
-    if found and "config.json" not in found:
-        raise InputError("output_dir", config.output_dir, f"holds {found[0]} but no config.json; give a new directory")
-    if "config.json" in found:
-        changed = configs.differences(TrainConfig.load(directory / "config.json"), config)
-        if changed:
-            raise InputError(
-                "resume",
-                config.resume,
-                f"the run in {directory} was started with another {', '.join(changed)}; "
-                "use the same values or a new output_dir",
-            )
-
-
-def _dated(config: TrainConfig, directory: Path) -> TrainConfig:
-    """With the day that chat templates show: the given one, else the resumed run's, else today's."""
-    date, saved = config.date, directory / "config.json"
-    if not date and config.resume != "never" and saved.is_file():
-        date = TrainConfig.load(saved).date
-    return replace(config, date=date or time.strftime("%d %b %Y"))
-
-
-def _has_checkpoint(directory: Path) -> bool:
-    checkpoints = Checkpoints(directory / CHECKPOINTS)
-    try:
-        return checkpoints.latest() is not None
-    finally:
-        checkpoints.close()
-
-
 def _quality_spec(config: TrainConfig) -> list[RewardSpec]:
     weight = config.reward.quality_weight
     return [RewardSpec("quality", "quality", weight)] if weight else []
@@ -211,41 +185,3 @@ def _host_rewards(config: TrainConfig) -> list[HostReward]:
         probe_callable(component)
         components.append(component)
     return components
-
-
-def claim(run: Run) -> None:
-    """Makes the run's folder, with its configuration and, so that the run can be exported alone, the base model's."""
-    base = run.directory / BASE
-    base.mkdir(parents=True, exist_ok=True)
-    fresh = run.directory / ".config.json.new"
-    fresh.write_text(run.config.to_json(), encoding="utf-8")
-    fresh.replace(run.directory / "config.json")  # whole or not at all: without it the run cannot be resumed
-    hf_config = json.dumps(run.policy.config.to_hf(), indent=2) + "\n"
-    (base / "config.json").write_text(hf_config, encoding="utf-8")
-    run.policy.tokenizer.save(base)
-
-
-def export_run(run: str | Path, directory: str | Path, step: int | None = None, dtype: str | None = None) -> int:
-    """Writes the policy of a run's checkpoint (the newest without `step`) as a Hugging Face directory.
-
-    Returns the checkpoint's iteration. Raises InputError when the folder holds no run or no such checkpoint.
-    """
-    run = Path(run).expanduser()
-    if dtype is not None:
-        check_dtype(dtype)
-    check_replaceable(Path(directory).expanduser())
-    config = TrainConfig.load(run / "config.json")
-    checkpoints = Checkpoints(run / CHECKPOINTS, config.save_total_limit)
-    try:
-        saved = checkpoints.steps()
-        if not saved or (step is not None and step not in saved):
-            raise InputError("step", step, f"{run} has checkpoints {saved or 'none'}; give one of them or none")
-        step = max(saved) if step is None else step
-        model = read_config(run / BASE)
-        tokenizer = Tokenizer.from_pretrained(run / BASE)
-        shapes = abstract(lambda: cast(init_params(model, jax.random.key(0)), config.param_dtype))
-        params = checkpoints.restore_params(step, shapes)
-    finally:
-        checkpoints.close()
-    save_pretrained(Policy(model, params, tokenizer, str(run)), directory, dtype)
-    return step

@@ -7,7 +7,7 @@ rewards, and writes. With compiled rewards nothing is read from the device befor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,10 +17,12 @@ import jax
 from lsp_jax import host
 from lsp_jax.config import TrainConfig
 from lsp_jax.learn.update import TrainState
+from lsp_jax.play.data import data_queries
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.policy import Policy, save_pretrained
 from lsp_jax.reward.base import (
     DeviceReward,
+    EpisodeReward,
     EpisodeTexts,
     HostReward,
     Reward,
@@ -31,9 +33,10 @@ from lsp_jax.reward.base import (
 from lsp_jax.run import iteration as stages
 from lsp_jax.run import messages
 from lsp_jax.run.checkpoint import Checkpoints
+from lsp_jax.run.folder import CHECKPOINTS, EXPORT, claim
 from lsp_jax.run.iteration import Learnable
 from lsp_jax.run.metrics import Console, MetricsWriter
-from lsp_jax.run.setup import CHECKPOINTS, EXPORT, Run, claim, prepare, start_state
+from lsp_jax.run.setup import Run, prepare, start_state
 from lsp_jax.run.transcripts import records
 
 
@@ -93,17 +96,19 @@ def train(
     writer = console = None
     try:
         state, saved = start_state(run, checkpoints)
-        claim(run)
+        claim(run.directory, run.config, run.policy)
         # from here on only the reference and the state: the loaded parameters would be one more copy on an accelerator
         run = replace(run, policy=replace(run.policy, params={}))
         writer = MetricsWriter(run.directory, config.report_to)
         # a run that died before its first checkpoint begins again: its lines go
         writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
-        done = saved["iteration"] if saved else 0
+        done, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
         messages.announce(run, done)
         console = Console(config.max_steps, done)
+        outputs = Outputs(writer, checkpoints, console, callbacks)
         for number in range(done + 1, config.max_steps + 1):
-            state = _one(run, state, number, writer, checkpoints, callbacks, console)
+            state = _one(run, state, number, cursor, outputs)
+            cursor += config.play.num_queries
         checkpoints.wait()
         save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
         messages.finish(run)
@@ -114,19 +119,20 @@ def train(
     return state
 
 
-def _one(
-    run: Run,
-    state: TrainState,
-    number: int,
-    writer: MetricsWriter,
-    checkpoints: Checkpoints,
-    callbacks: Sequence[Callback],
-    console: Console,
-) -> TrainState:
-    """Iteration `number`, logged and, when due, saved."""
+class Outputs(NamedTuple):
+    """Where an iteration's results go."""
+
+    writer: MetricsWriter
+    checkpoints: Checkpoints
+    console: Console
+    callbacks: Sequence[Callback]
+
+
+def _one(run: Run, state: TrainState, number: int, cursor: int, outputs: Outputs) -> TrainState:
+    """Iteration `number`, logged and, when due, saved; with data its queries begin at `cursor`."""
     phases, reads = Phases(), host.reads()
     start = time.perf_counter()
-    played = play_and_learn(run, state, phases)
+    played = play_and_learn(run, state, phases, cursor)
     playing_reads = host.reads() - reads
     with phases("log"):
         texts = played.texts or episode_texts(played.episode, run.policy.tokenizer)
@@ -143,30 +149,36 @@ def _one(
     metrics["learning_rate"] = _learning_rate(run.config, number, metrics)
     metrics["host_reads"] = playing_reads
     metrics["compile/count"], metrics["compile/seconds"] = host.compiles()
-    writer.write(number, metrics)
-    writer.write_transcripts(lines)
+    outputs.writer.write(number, metrics)
+    outputs.writer.write_transcripts(lines)
     if number % run.config.save_steps == 0 or number == run.config.max_steps:
-        checkpoints.save(number, played.state, {"iteration": number, "offsets": writer.offsets()})
-    console.step(number, metrics, (lines[0]["query"], lines[0]["answers"][0]["text"]))
-    for callback in callbacks:
+        following = {"iteration": number, "cursor": cursor + run.config.play.num_queries}
+        outputs.checkpoints.save(number, played.state, {**following, "offsets": outputs.writer.offsets()})
+    outputs.console.step(number, metrics, (lines[0]["query"], lines[0]["answers"][0]["text"]))
+    for callback in outputs.callbacks:
         callback(IterationEvent(number, metrics, lines, played.state))
     return played.state
 
 
-def play_and_learn(run: Run, state: TrainState, phases: Phases) -> Played:
-    """One iteration's stages in order; consumes `state`."""
+def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0) -> Played:
+    """One iteration's stages in order; consumes `state`. `cursor`: prompts of the data set taken so far."""
     game, reference = run.game, run.reference
     key = stages.iteration_key(run.seed_key, state)
     params = stages.rollout_params(state.params, game)
+    rows: list[Mapping[str, Any]] = []
     with phases("challenge"):
-        queries = jax.block_until_ready(stages.challenge(params, run.kinds, key, game))
+        if run.data is None:
+            queries = jax.block_until_ready(stages.challenge(params, run.kinds, key, game))
+        else:
+            picked = run.data.batch(cursor, game.play.num_queries, run.config.seed)
+            queries, rows = data_queries(run.data, picked), [run.data.rows[index] for index in picked]
     with phases("solve"):
         episode = jax.block_until_ready(stages.solve(params, queries, key, game))
     del params
     texts = None
     with phases("reward"):
         if any(isinstance(reward, HostReward) for reward in run.rewards):
-            texts = episode_texts(episode, run.policy.tokenizer)
+            texts = episode_texts(episode, run.policy.tokenizer)._replace(rows=rows)
         outputs = tuple(_score(reward, episode, texts) for reward in run.rewards)
         learnable = jax.block_until_ready(stages.learn_batch(episode, outputs, run.specs, game))
     with phases("reference"):
@@ -179,6 +191,8 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases) -> Played:
 def _score(reward: Reward, episode: Episode, texts: EpisodeTexts | None) -> RewardOutput:
     if isinstance(reward, DeviceReward):
         return stages.score(reward.score, reward.params, episode)
+    if isinstance(reward, EpisodeReward):
+        return reward.score(episode)
     assert texts is not None
     return score_on_host(reward, texts)
 

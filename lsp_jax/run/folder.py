@@ -1,0 +1,142 @@
+"""A run's folder: what may be written there, what it holds, and another run's policy read out of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from lsp_jax import config as configs
+from lsp_jax.config import TrainConfig
+from lsp_jax.errors import InputError
+from lsp_jax.model.llama import Params, cast, init_params
+from lsp_jax.model.weights import check_dtype, read_config
+from lsp_jax.policy import Policy, check_replaceable, save_pretrained
+from lsp_jax.run.checkpoint import Checkpoints, abstract
+from lsp_jax.text.tokenizer import Tokenizer
+
+CHECKPOINTS, BASE, EXPORT = "checkpoints", "base", "export"
+_RUN_FILES = ("config.json", "metrics.jsonl", "transcripts.jsonl", CHECKPOINTS, EXPORT)
+
+
+# --- this run's folder -------------------------------------------------------------------------------------------
+
+
+def check_output(config: TrainConfig, directory: Path) -> None:
+    """Raises InputError when the folder cannot be written to, holds another run, or not the one to be resumed."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError("output_dir", config.output_dir, "is a file; give a directory")
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError("output_dir", config.output_dir, f"{existing} is not a directory that can be written to")
+    check_replaceable(directory / EXPORT)
+    found = [name for name in _RUN_FILES if (directory / name).exists()]
+    if config.resume == "never" and found:
+        raise InputError(
+            "output_dir",
+            config.output_dir,
+            f"holds another run ({found[0]}); give a new directory, or --resume auto to go on with it",
+        )
+    if config.resume == "must" and not _saved_steps(directory):
+        raise InputError("resume", "must", f"no checkpoint in {directory / CHECKPOINTS}; use auto or never to start")
+    if found and "config.json" not in found:
+        raise InputError("output_dir", config.output_dir, f"holds {found[0]} but no config.json; give a new directory")
+    if "config.json" in found:
+        changed = configs.differences(TrainConfig.load(directory / "config.json"), config)
+        if changed:
+            raise InputError(
+                "resume",
+                config.resume,
+                f"the run in {directory} was started with another {', '.join(changed)}; "
+                "use the same values or a new output_dir",
+            )
+
+
+def settled(config: TrainConfig, directory: Path) -> TrainConfig:
+    """With what is decided once a run: the day that chat templates show, and the checkpoint that it starts from.
+
+    Given in `config`, else the resumed run's, else today's day and the newest checkpoint of `init_from`.
+    """
+    saved = directory / "config.json"
+    earlier = TrainConfig.load(saved) if config.resume != "never" and saved.is_file() else None
+    date, step = config.date, config.init_step
+    if earlier is not None:
+        date = date or earlier.date
+        if config.init_from == earlier.init_from:
+            step = step or earlier.init_step
+    if config.init_from:
+        step = _checked_step(Path(config.init_from).expanduser(), step or None, "init_step")
+    return replace(config, date=date or time.strftime("%d %b %Y"), init_step=step)
+
+
+def claim(directory: Path, config: TrainConfig, policy: Policy) -> None:
+    """Makes the run's folder, with its configuration and, so that the run can be exported alone, the base model's."""
+    base = directory / BASE
+    base.mkdir(parents=True, exist_ok=True)
+    fresh = directory / ".config.json.new"
+    fresh.write_text(config.to_json(), encoding="utf-8")
+    fresh.replace(directory / "config.json")  # whole or not at all: without it the run cannot be resumed
+    hf_config = json.dumps(policy.config.to_hf(), indent=2) + "\n"
+    (base / "config.json").write_text(hf_config, encoding="utf-8")
+    policy.tokenizer.save(base)
+
+
+# --- a run's policy, for its export or for the next stage ----------------------------------------------------------
+
+
+def open_run(run: str | Path) -> Policy:
+    """The model configuration and tokenizer of the run in that folder; `params` is empty.
+
+    Raises InputError when the folder holds no run.
+    """
+    run = Path(run).expanduser()
+    TrainConfig.load(run / "config.json")
+    return Policy(read_config(run / BASE), {}, Tokenizer.from_pretrained(run / BASE), str(run))
+
+
+def load_run_params(run: str | Path, step: int, dtype: str | None = None) -> Params:
+    """The policy's parameters at checkpoint `step` of a run, in `dtype` (None keeps the checkpoint's)."""
+    run = Path(run).expanduser()
+    model, stored = read_config(run / BASE), TrainConfig.load(run / "config.json").param_dtype
+    shapes = abstract(lambda: cast(init_params(model, jax.random.key(0)), stored))
+    checkpoints = Checkpoints(run / CHECKPOINTS)
+    try:
+        params = checkpoints.restore_params(step, shapes)
+    finally:
+        checkpoints.close()
+    return params if dtype is None else cast(params, dtype)
+
+
+def export_run(run: str | Path, directory: str | Path, step: int | None = None, dtype: str | None = None) -> int:
+    """Writes the policy of a run's checkpoint (the newest without `step`) as a Hugging Face directory.
+
+    Returns the checkpoint's iteration. Raises InputError when the folder holds no run or no such checkpoint.
+    """
+    if dtype is not None:
+        check_dtype(dtype)
+    check_replaceable(Path(directory).expanduser())
+    step = _checked_step(Path(run).expanduser(), step, "step")
+    policy = open_run(run)
+    save_pretrained(replace(policy, params=load_run_params(run, step)), directory, dtype)
+    return step
+
+
+def _checked_step(run: Path, step: int | None, field: str) -> int:
+    """`step`, or the newest checkpoint; InputError where there is no run or no such checkpoint."""
+    TrainConfig.load(run / "config.json")
+    saved = _saved_steps(run)
+    if not saved or (step is not None and step not in saved):
+        raise InputError(field, step, f"{run} has checkpoints {saved or 'none'}; give one of them or none")
+    return max(saved) if step is None else step
+
+
+def _saved_steps(run: Path) -> list[int]:
+    checkpoints = Checkpoints(run / CHECKPOINTS)
+    try:
+        return checkpoints.steps()
+    finally:
+        checkpoints.close()
