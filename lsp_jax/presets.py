@@ -8,7 +8,8 @@ from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
-from lsp_jax.text.prompts import ARITHMETIC_TASK, PromptConfig
+from lsp_jax.text import tasks
+from lsp_jax.text.prompts import PromptConfig
 
 DEMO_MODEL = "./models/SmolLM2-135M-Instruct"  # with a dot: never a hub id
 """Where `make quickstart` puts the demo model (`lsp-jax demo-model` makes it)."""
@@ -28,7 +29,7 @@ def quickstart() -> TrainConfig:
         save_steps=3,
         save_total_limit=1,
         play=PlayConfig(num_queries=8, num_generations=4, max_query_length=12, max_completion_length=20),
-        prompts=PromptConfig(challenger=ARITHMETIC_TASK, query_prefix="What is "),
+        prompts=PromptConfig(challenger=tasks.ARITHMETIC, query_prefix="What is "),
         sampling=SamplingConfig(temperature=0.8),
         challenger_sampling=SamplingConfig(temperature=0.8),
         # the quality score 0..7 at a weight that leaves a right answer worth more than a pretty one

@@ -24,12 +24,17 @@ def announce(run: Run, done: int) -> None:
     has_quality = any(reward.kind == "quality" for reward in run.rewards)
     method = "LSP" if config.loss.use_quality and has_quality else "LSP-Zero"
     if not run.game.trains_challenger:
-        method = "Solver alone"
+        method = "Solver alone" if run.data is None else "GRPO on data"
+    source = f"{config.init_from} (checkpoint {config.init_step})" if config.init_from else config.model
     print(
-        f"{method}: {printable(config.model)}, {play.num_queries} queries x {play.num_generations} answers, "
+        f"{method}: {printable(source)}, {play.num_queries} queries x {play.num_generations} answers, "
         f"rewards {', '.join(reward.name for reward in run.rewards)}, "
         f"{jax.default_backend()} ({run.game.compute_dtype}), {config.max_steps} iterations -> {run.directory}"
     )
+    if run.data is not None:
+        print(f"data: {len(run.data.rows)} prompts of {printable(config.data.source)}, {run.data.left_out} left out")
+    if config.loss.kl_estimator == "k1" and config.loss.beta:
+        print("note: the KL estimator k1 (as the paper prints it) does not pull to the reference; k2 does")
     if done >= config.max_steps:
         print(f"all {done} iterations are done: only the export is written again; for more, raise --max-steps")
     elif done:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lsp_jax.errors import InputError
+from lsp_jax.text import tasks
 from lsp_jax.text.tokenizer import Tokenizer
 
 Message = dict[str, str]
@@ -25,16 +26,6 @@ Ragged = tuple[jax.Array, jax.Array]
 
 SLOT = "\0slot\0"  # a NUL cannot stand in a sensible prompt
 _STAND_INS = ("Apples", "Which 2", "question?", "seven things.", "Blue", "Write code")
-
-INSTRUCTION_TASK = """\
-You are testing an assistant that answers written requests. Invent one request for it: something that a real person \
-could want, that can be answered in text alone, and that is hard to answer well. It may come from any field. Write \
-only the request, as the person would write it. Do not answer it, do not explain it and add no hints."""
-
-# No example: a small model copies it word for word and every query is the same
-ARITHMETIC_TASK = """\
-You write questions for an arithmetic test. Write one question: what is one number plus, minus or times another? Use \
-two whole numbers between 0 and 99. Write only the question."""
 
 RUBRIC = """\
 Below are an instruction and then the response that an assistant gave to it. Judge the response by seven criteria, \
@@ -59,7 +50,7 @@ CRITERIA = 7
 class PromptConfig:
     """What the Challenger is asked for."""
 
-    challenger: str = INSTRUCTION_TASK
+    challenger: str = tasks.INSTRUCTIONS
     """The Challenger's user message: names the task and the form of one input to it."""
     query_prefix: str = ""
     """Fixed beginning of every query, such as `What is `. It belongs to the query; only what follows is sampled."""
