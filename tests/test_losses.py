@@ -13,7 +13,7 @@ import pytest
 from lsp_jax.errors import InputError
 from lsp_jax.learn.batch import Rows, make_rows
 from lsp_jax.learn.logprobs import TokenStatistics, token_statistics
-from lsp_jax.learn.losses import AGGREGATIONS, KL_ESTIMATORS, LossConfig, kl_terms, policy_loss
+from lsp_jax.learn.losses import LOSS_TYPES, KL_ESTIMATORS, LossConfig, kl_terms, policy_loss
 from tiny import tiny_config
 
 LENGTHS = np.array([3, 7, 1, 5, 4])
@@ -55,7 +55,7 @@ class Case:
             advantages=jnp.asarray(self.advantages, jnp.float32),
             counts=jnp.asarray(COUNTS),
             scale=scale,
-            per_token=config.aggregation == "token_mean",
+            per_token=config.loss_type == "token_mean",
         )
 
     def statistics(self) -> TokenStatistics:
@@ -72,11 +72,11 @@ class Case:
 def plain_loss(case: Case, config: LossConfig, scale: float = 1.0) -> tuple[float, np.ndarray, np.ndarray]:
     """Loss and its gradients with respect to log-probabilities and full_kl, token by token in Python floats."""
     counted = [i for i in range(len(LENGTHS)) if COUNTS[i]]
-    rows = len(LENGTHS) if config.aggregation == "sequence" else sum(int(LENGTHS[i]) for i in counted)
+    rows = len(LENGTHS) if config.loss_type == "sequence" else sum(int(LENGTHS[i]) for i in counted)
     loss, by_logprob, by_full = 0.0, np.zeros_like(case.logprobs), np.zeros_like(case.logprobs)
     for i in counted:
         # the ratio's value is 1: once a row, or once a token
-        gain = case.advantages[i] * (1 if config.aggregation == "sequence" else LENGTHS[i])
+        gain = case.advantages[i] * (1 if config.loss_type == "sequence" else LENGTHS[i])
         for t in range(LENGTHS[i]):
             d = case.logprobs[i, t] - case.reference[i, t]
             term, slope = {
@@ -94,11 +94,11 @@ def plain_loss(case: Case, config: LossConfig, scale: float = 1.0) -> tuple[floa
 
 
 def loss_configs(beta: float = 0.3) -> list[LossConfig]:
-    return [LossConfig(beta=beta, kl_estimator=k, aggregation=a) for k in KL_ESTIMATORS for a in AGGREGATIONS]
+    return [LossConfig(beta=beta, kl_estimator=k, loss_type=a) for k in KL_ESTIMATORS for a in LOSS_TYPES]
 
 
 def config_id(config: LossConfig) -> str:
-    return f"{config.kl_estimator}-{config.aggregation}"
+    return f"{config.kl_estimator}-{config.loss_type}"
 
 
 @pytest.mark.parametrize("config", loss_configs(), ids=config_id)
@@ -157,7 +157,7 @@ def test_masked_row_equals_leaving_it_out_with_the_denominator_kept(config: Loss
     for name in ("logprobs", "reference", "full_kl", "entropy"):
         setattr(shorter, name, getattr(case, name)[COUNTS])
     kept = jax.tree.map(lambda x: x[COUNTS], rows)
-    expected = 1 / 5 if config.aggregation == "sequence" else 1 / (3 + 7 + 1 + 4)
+    expected = 1 / 5 if config.loss_type == "sequence" else 1 / (3 + 7 + 1 + 4)
     np.testing.assert_allclose(kept.weights, expected, rtol=1e-6)  # a share of all five rows, of the counted tokens
     loss_without, sums_without, grads_without = shorter.compute(config, rows=kept)
     np.testing.assert_allclose(loss, loss_without, rtol=1e-6)
@@ -373,7 +373,7 @@ def test_unknown_estimator_and_wrong_shapes_are_refused() -> None:
     ("change", "field"),
     [
         ({"kl_estimator": "k4"}, "kl_estimator"),
-        ({"aggregation": "mean"}, "aggregation"),
+        ({"loss_type": "mean"}, "loss_type"),
         ({"beta": -0.1}, "beta"),
         ({"beta": NAN}, "beta"),
         ({"alpha_challenger": -1.0}, "alpha_challenger"),

@@ -335,7 +335,7 @@ def test_base_holds_configuration_and_tokenizer_but_no_weights(run: Trained, mod
     [
         {"loss": LossConfig(use_quality=False, invalid_query_penalty=-3.0)},
         {
-            "loss": LossConfig(aggregation="token_mean", kl_estimator="k3"),
+            "loss": LossConfig(loss_type="token_mean", kl_estimator="k3"),
             "sampling": SamplingConfig(temperature=0.7),
             "challenger_sampling": SamplingConfig(temperature=0.7, top_p=0.8, top_k=40, min_p=0.01),
             "reward": RewardConfig(quality_weight=0.0),

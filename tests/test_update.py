@@ -73,7 +73,7 @@ def make_role(count: int, seed: int, scale: float, per_token: bool, extra: int =
 
 
 def make_batch(count: int = 8, loss: LossConfig = LOSS, alpha: float = ALPHA, extra: int = 0) -> LearnBatch:
-    per_token = loss.aggregation == "token_mean"
+    per_token = loss.loss_type == "token_mean"
     solver = make_role(count, 1, 1.0, per_token, extra, masked=2)
     return LearnBatch(solver, make_role(5, 2, alpha, per_token, extra))
 
@@ -182,7 +182,7 @@ def test_full_kl_alone_equals_enumeration(params: llama.Params, reference_params
 
 
 @pytest.mark.parametrize(
-    ("count", "aggregation", "joint", "sizes"),
+    ("count", "loss_type", "joint", "sizes"),
     [
         pytest.param(8, "sequence", True, (2,), marks=pytest.mark.full),
         (8, "sequence", False, (2,)),
@@ -196,12 +196,12 @@ def test_micro_batches_add_up_to_the_same_gradient(
     params: llama.Params,
     reference_params: llama.Params,
     count: int,
-    aggregation: Any,
+    loss_type: Any,
     joint: bool,
     sizes: tuple[int, ...],
 ) -> None:
     """All rows at once against micro-batches, the last one filled up with empty rows where they do not divide."""
-    loss = replace(LOSS, aggregation=aggregation)
+    loss = replace(LOSS, loss_type=loss_type)
     batch = make_batch(count, loss)
     batch = batch if joint else batch._replace(challenger=None)
     assert len(np.unique(batch.solver.completion_lengths)) > 4
@@ -240,11 +240,11 @@ def test_padding_chunk_and_remat_change_no_gradient(
 # --- the joint gradient --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("aggregation", ["sequence", pytest.param("token_mean", marks=pytest.mark.full)])
+@pytest.mark.parametrize("loss_type", ["sequence", pytest.param("token_mean", marks=pytest.mark.full)])
 def test_joint_gradient_is_solvers_plus_alpha_times_challengers(
-    params: llama.Params, reference_params: llama.Params, aggregation: Any
+    params: llama.Params, reference_params: llama.Params, loss_type: Any
 ) -> None:
-    loss = replace(LOSS, aggregation=aggregation)
+    loss = replace(LOSS, loss_type=loss_type)
     batch = make_batch(loss=loss)
     joint, metrics = compute(params, reference_params, batch, loss)
     solver, solver_metrics = compute(params, reference_params, LearnBatch(batch.solver, None), loss)

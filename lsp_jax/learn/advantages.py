@@ -1,4 +1,4 @@
-"""Group-relative advantages of both roles (LSP, Algorithm 1 and Section 3; no division by a standard deviation).
+"""Group-relative advantages of both roles (LSP, Algorithm 1 and Section 3).
 
 With R the weighted task reward and R_Q the quality reward, V(q) and V_Q(q) their means over a query's valid answers:
 
@@ -10,6 +10,10 @@ With R the weighted task reward and R_Q the quality reward, V(q) and V_Q(q) thei
 An advantage is the reward minus its mean over the group: the G answers of the query, the N queries of the iteration.
 The mean includes the sample itself, as in the paper: the expected gradient is (1 - 1/G) of the true one, (1 - 1/N) for
 the Challenger.
+
+The paper divides by no standard deviation (`scale_rewards` "none"). GRPO does: "group" divides by that of the group,
+"batch" by that of all rewards of the role, each with n - 1 in the denominator and 1e-4 added, as in TRL; what is masked
+is in none of them. The Challenger's N queries are one group, so for it "group" and "batch" are the same.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+STD_EPSILON = 1e-4  # TRL's: added to the standard deviation, not to the variance
 
 
 class Advantages(NamedTuple):
@@ -44,10 +50,12 @@ def advantages(
     valid_answer: jax.Array,
     invalid_query_penalty: float,
     use_quality: bool,
+    scale_rewards: str = "none",
 ) -> Advantages:
     """Advantages from `task` and `quality` rewards [N, G] and their validity [N], [N, G] (bool).
 
-    `use_quality` False is LSP-Zero. Values under a False mask are never read, NaN included.
+    `use_quality` False is LSP-Zero; `scale_rewards` is none, group or batch. Values under a False mask are never read,
+    NaN included.
     """
     if task.ndim != 2 or task.shape != quality.shape or valid_query.shape != task.shape[:1]:
         raise ValueError(f"shapes {task.shape}, {quality.shape}, {valid_query.shape}: expected [N, G], [N, G], [N]")
@@ -59,6 +67,9 @@ def advantages(
     per_query = jnp.maximum(answered, 1)
     centred = solver_reward - (jnp.sum(solver_reward, axis=1) / per_query)[:, None]
     solver = jnp.where(counts & (answered >= 2)[:, None], centred, 0.0)
+    if scale_rewards != "none":
+        axis = 1 if scale_rewards == "group" else None
+        solver = solver / (_sample_std(solver_reward, counts, axis) + STD_EPSILON)
 
     value = jnp.sum(task, axis=1) / per_query
     quality_value = jnp.sum(quality, axis=1) / per_query
@@ -67,4 +78,14 @@ def advantages(
     reward = jnp.where(query_counts, reward, 0.0)
     mean = jnp.sum(reward) / jnp.maximum(jnp.sum(query_counts), 1)
     challenger = jnp.where(query_counts, reward - mean, 0.0)
+    if scale_rewards != "none":
+        challenger = challenger / (_sample_std(reward, query_counts, None) + STD_EPSILON)
     return Advantages(solver, challenger, solver_reward, reward, counts, query_counts)
+
+
+def _sample_std(values: jax.Array, counts: jax.Array, axis: int | None) -> jax.Array:
+    """Standard deviation, n - 1 in the denominator, of the `values` that count; kept dimensions; 0 for fewer than 2."""
+    number = jnp.sum(counts, axis=axis, keepdims=True)
+    mean = jnp.sum(jnp.where(counts, values, 0.0), axis=axis, keepdims=True) / jnp.maximum(number, 1)
+    squares = jnp.sum(jnp.where(counts, (values - mean) ** 2, 0.0), axis=axis, keepdims=True)
+    return jnp.sqrt(squares / jnp.maximum(number - 1, 1))

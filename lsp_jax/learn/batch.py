@@ -27,6 +27,9 @@ class Rows(NamedTuple):
     """float32 [B]."""
     weights: jax.Array
     """float32 [B]: the row's share of the loss, denominators and alpha_Ch included; 0 masks the row out."""
+    old_logprobs: jax.Array | None = None
+    """float32 [B, T]: tempered log-probabilities of the parameters that played, fixed before any parameter moves, for
+    the ratios of inner epochs. None: the one update there is starts from those parameters, so every ratio is 1."""
 
     @property
     def mask(self) -> jax.Array:
@@ -56,17 +59,23 @@ def make_rows(
     advantages: jax.Array,
     counts: jax.Array,
     scale: float,
-    per_token: bool,
+    loss_type: str,
+    longest: int,
 ) -> Rows:
     """Rows [B, ...] of one role; `prompts` may have one row for all.
 
-    `counts` bool [B] marks the rows in the loss. Sequence-level loss: weight = scale / B, whatever is masked. With
-    `per_token`: weight = scale / all completion tokens of the rows that count.
+    `counts` bool [B] marks the rows in the loss. The weight of each is `scale` over a denominator by `loss_type`:
+    sequence: B, whatever is masked; token_mean: all completion tokens of the rows that count; constant_length: B times
+    `longest`, the maximum length of a completion.
     """
     tokens, _ = pack((prompts, completions))
     lengths = completions[1]
     rows = tokens.shape[0]
-    denominator = jnp.maximum(jnp.sum(jnp.where(counts, lengths, 0)), 1) if per_token else rows
+    denominator: jax.Array | int = rows
+    if loss_type == "token_mean":
+        denominator = jnp.maximum(jnp.sum(jnp.where(counts, lengths, 0)), 1)
+    elif loss_type == "constant_length":
+        denominator = rows * longest
     return Rows(
         tokens=tokens,
         prompt_lengths=jnp.broadcast_to(prompts[1], (rows,)),

@@ -3,10 +3,17 @@
 LSP maximises, per row, ratio * A - beta * KL (LSP, Section 3); we minimise its negative. The ratio is the policy over
 its own stopped gradient, so its value is 1 and its gradient that of the log-probability.
 
+With several inner epochs the ratio is, as in GRPO and token by token, that of the policy to the one that played, and
+min(ratio * A, clipped ratio * A) is maximised. With truncated importance correction each token's gain is also weighted
+by min(old / sampled probability, cap), without a gradient: what the learner, before any parameter moved, gave the token
+over what the sampler gave it, so 1 but for rounding. Both are probabilities of the distribution that was sampled: the
+weight does not pay for what top-k, top-p or min-p cut off.
+
 The KL term as the paper prints it, -beta * log(pi / pi_ref) differentiated directly (`k1`), has expected gradient zero:
 no pull to the reference, only variance. On-policy, per token and with the prefix fixed, `k2` has the gradient of
-KL(pi || ref), `full` is that KL itself, and `k3` (TRL's) has the gradient of KL(ref || pi). Sums over tokens leave out
-the effect of a token on later ones, whichever the estimator.
+KL(pi || ref), `full` is that KL itself, and `k3` (TRL's) has the gradient of KL(ref || pi). Off-policy `k2` keeps that
+gradient because each token is weighted by the same stopped ratio and importance weight; `k1` and `k3` are left as the
+paper and TRL have them. Sums over tokens leave out the effect of a token on later ones, whichever the estimator.
 """
 
 from __future__ import annotations
@@ -23,7 +30,8 @@ from lsp_jax.learn.batch import Rows
 from lsp_jax.learn.logprobs import TokenStatistics
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
-AGGREGATIONS = ("sequence", "token_mean")
+LOSS_TYPES = ("sequence", "token_mean", "constant_length")
+SCALES = ("none", "group", "batch")
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,22 @@ class LossConfig:
     """Weight of the KL to the reference, >= 0 (LSP: 0.05)."""
     kl_estimator: Literal["k1", "k2", "k3", "full"] = "k2"
     """k1: as the paper prints it; k2: on-policy the gradient of KL(pi || ref); k3: TRL's; full: exact."""
-    aggregation: Literal["sequence", "token_mean"] = "sequence"
-    """sequence: each row's sum over tokens, divided by N*G (N), as in the paper; token_mean: mean over all tokens."""
+    loss_type: Literal["sequence", "token_mean", "constant_length"] = "sequence"
+    """sequence: each row's sum over tokens, divided by N*G (N), as in the paper (TRL's luspo with token ratios);
+    token_mean: mean over all tokens of the iteration (TRL's dapo, and bnpo in one micro-batch); constant_length: sum
+    divided by rows times the maximum completion length (TRL's dr_grpo)."""
+    scale_rewards: Literal["none", "group", "batch"] = "none"
+    """Standard deviation that advantages are divided by: none (the paper), that of the group (TRL's default), or that
+    of all rewards of the iteration."""
+    num_iterations: int = 1
+    """Inner epochs: updates made on one iteration's play. Above 1 the ratios are clipped."""
+    clip_epsilon: float = 0.2
+    """How far below 1 a ratio still counts, and above 1 too unless clip_epsilon_high is set (TRL's epsilon)."""
+    clip_epsilon_high: float = 0.0
+    """How far above 1 a ratio still counts (TRL's epsilon_high); 0: as clip_epsilon."""
+    importance_cap: float = 0.0
+    """Largest weight of truncated importance correction between sampler and learner, token by token; 0 is off. (TRL's
+    vllm_importance_sampling_correction in mode token_truncate, with its clip_max.)"""
     use_quality: bool = True
     """LSP when True; LSP-Zero (quality rewards measured but left out) when False."""
     alpha_challenger: float = 1.0
@@ -46,14 +68,27 @@ class LossConfig:
 
     def check(self) -> None:
         """Raises InputError naming the field."""
-        for field, allowed in (("kl_estimator", KL_ESTIMATORS), ("aggregation", AGGREGATIONS)):
+        choices = (("kl_estimator", KL_ESTIMATORS), ("loss_type", LOSS_TYPES), ("scale_rewards", SCALES))
+        for field, allowed in choices:
             if getattr(self, field) not in allowed:
                 raise InputError(f"loss.{field}", getattr(self, field), f"must be one of {', '.join(allowed)}")
-        for field in ("beta", "alpha_challenger"):
+        for field in ("beta", "alpha_challenger", "clip_epsilon_high"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise InputError(f"loss.{field}", getattr(self, field), "must be >= 0 and finite")
+        if self.num_iterations < 1:
+            raise InputError("loss.num_iterations", self.num_iterations, "must be at least 1")
+        if not 0 < self.clip_epsilon < math.inf:
+            raise InputError("loss.clip_epsilon", self.clip_epsilon, "must be > 0 and finite")
+        if self.importance_cap != 0 and not 1 <= self.importance_cap < math.inf:
+            remedy = "must be 0 (no correction) or at least 1 and finite"
+            raise InputError("loss.importance_cap", self.importance_cap, remedy)
         if not math.isfinite(self.invalid_query_penalty):
             raise InputError("loss.invalid_query_penalty", self.invalid_query_penalty, "must be a finite number")
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Lowest and highest ratio that still counts."""
+        return 1 - self.clip_epsilon, 1 + (self.clip_epsilon_high or self.clip_epsilon)
 
 
 def kl_terms(logprobs: jax.Array, reference: jax.Array, estimator: str, full_kl: jax.Array) -> jax.Array:
@@ -87,21 +122,53 @@ def policy_loss(
     reference = jnp.where(mask, reference_logprobs, 0.0)
     full_kl = jnp.where(mask, statistics.full_kl, 0.0)
     advantages = jnp.where(rows.weights > 0, rows.advantages, 0.0)
-    kl = jnp.sum(kl_terms(logprobs, reference, config.kl_estimator, full_kl), axis=-1)
-    log_ratio = logprobs - jax.lax.stop_gradient(logprobs)
-    if config.aggregation == "sequence":
+    behaviour = jnp.where(mask, rows.behaviour_logprobs, 0.0)
+    log_mass = jnp.where(mask, rows.log_mass, 0.0)
+    old = jax.lax.stop_gradient(logprobs) if rows.old_logprobs is None else jnp.where(mask, rows.old_logprobs, 0.0)
+    log_ratio = logprobs - old
+    kl_BT = kl_terms(logprobs, reference, config.kl_estimator, full_kl)
+    importance: jax.Array | None = None
+    if config.importance_cap:
+        importance = jnp.minimum(jnp.exp(old - log_mass - behaviour), config.importance_cap)
+    if config.kl_estimator == "k2":  # its expectation is over the policy's tokens, and these are the sampler's
+        kl_BT = kl_BT if rows.old_logprobs is None else kl_BT * jax.lax.stop_gradient(jnp.exp(log_ratio))
+        kl_BT = kl_BT if importance is None else kl_BT * importance
+    kl = jnp.sum(kl_BT, axis=-1)
+    if config.loss_type == "sequence" and importance is None and rows.old_logprobs is None:
         gain = jnp.exp(jnp.sum(log_ratio, axis=-1)) * advantages
     else:
-        gain = jnp.sum(jnp.where(mask, jnp.exp(log_ratio), 0.0), axis=-1) * advantages
+        gain = _token_gains(log_ratio, importance, mask, advantages, config, rows.old_logprobs is not None)
     loss = -jnp.sum(rows.weights * (gain - config.beta * kl))
 
-    behaviour = jnp.where(mask, rows.behaviour_logprobs, 0.0)
-    sampled = logprobs - jnp.where(mask, rows.log_mass, 0.0)
-    gap = jnp.where(mask, jnp.exp(jnp.abs(sampled - behaviour)), 0.0)
+    gap = jnp.where(mask, jnp.exp(jnp.abs(logprobs - log_mass - behaviour)), 0.0)
     sums = {
         "tokens": jnp.sum(mask),
         "kl": jnp.sum(kl_terms(logprobs, reference, "k3", full_kl)),
         "entropy": jnp.sum(jnp.where(mask, statistics.entropy, 0.0)),
         "prob_error": jnp.sum(gap),
     }
+    if importance is not None:
+        sums["importance_weight"] = jnp.sum(jnp.where(mask, importance, 0.0))
+    if rows.old_logprobs is not None:
+        low, high = config.clip_range
+        ratio, better = jnp.exp(log_ratio), advantages[:, None]
+        sums["clip_ratio/low"] = jnp.sum(mask & (ratio < low) & (better < 0))
+        sums["clip_ratio/high"] = jnp.sum(mask & (ratio > high) & (better > 0))
+        sums["kl_to_old"] = jnp.sum(ratio - 1 - log_ratio)
     return loss, {name: jax.lax.stop_gradient(value).astype(jnp.float32) for name, value in sums.items()}
+
+
+def _token_gains(
+    log_ratio: jax.Array,
+    importance: jax.Array | None,
+    mask: jax.Array,
+    advantages: jax.Array,
+    config: LossConfig,
+    clipped: bool,
+) -> jax.Array:
+    """Each row's sum [B] over tokens of ratio * A, weighted by `importance` [B, T], clipped on request (GRPO, PPO)."""
+    ratio = jnp.exp(log_ratio)
+    if not clipped:
+        return jnp.sum(jnp.where(mask, ratio if importance is None else ratio * importance, 0.0), axis=-1) * advantages
+    gains = jnp.minimum(ratio * advantages[:, None], jnp.clip(ratio, *config.clip_range) * advantages[:, None])
+    return jnp.sum(jnp.where(mask, gains if importance is None else gains * importance, 0.0), axis=-1)

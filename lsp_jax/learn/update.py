@@ -3,6 +3,9 @@
 1. `reference_statistics`: the frozen reference's log-probabilities of every completion (its hidden states for `full`).
 2. `gradients`: loss and gradient of both roles, micro-batch by micro-batch, weights carrying the denominators.
 3. `apply_gradients`: clip by global norm, AdamW with warm-up; a step that is not finite changes nothing and is counted.
+
+With several inner epochs, `fix_old` puts the log-probabilities of the parameters that played into the rows first, and
+2 and 3 are repeated.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     """Optax state: both moments and the count of updates made."""
     iteration: jax.Array
-    """int32: iterations done, skipped updates included."""
+    """int32: iterations done, those with skipped updates included; the update leaves it to the iteration."""
     attempt: jax.Array
     """int32: rises when an iteration is played anew, so that it draws other noise."""
     skipped: jax.Array
@@ -143,6 +146,28 @@ def reference_statistics(
 
     solver = of_role(batch.solver, temperature[0])
     return solver, None if batch.challenger is None else of_role(batch.challenger, temperature[1])
+
+
+def fix_old(
+    params: Params,
+    batch: LearnBatch,
+    config: LlamaConfig,
+    opt: OptimizerConfig,
+    temperature: tuple[float, float],
+    recompute: bool,
+) -> LearnBatch:
+    """The batch with `old_logprobs` of both roles; `params` are those that played, before any update.
+
+    They are the sampler's own, the truncation's share added back, or with `recompute` the learner's (one more forward
+    pass), for when the two round differently.
+    """
+    if recompute:
+        solver, challenger = reference_statistics(params, batch, config, LossConfig(), opt, temperature)
+        old = (solver.logprobs, None if challenger is None else challenger.logprobs)
+    else:
+        old = tuple(None if rows is None else rows.behaviour_logprobs + rows.log_mass for rows in batch)
+    challenger_rows = None if batch.challenger is None else batch.challenger._replace(old_logprobs=old[1])
+    return LearnBatch(batch.solver._replace(old_logprobs=old[0]), challenger_rows)
 
 
 def role_gradients(
@@ -216,18 +241,19 @@ def gradients(
 
 def _means(role: str, sums: Metrics, loss: jax.Array) -> Metrics:
     tokens = jnp.maximum(sums["tokens"], 1)
+    means = {name: value / tokens for name, value in sums.items() if name != "tokens"}
+    error = means.pop("prob_error")
     return {
         f"{role}/loss": loss,
-        f"{role}/kl": sums["kl"] / tokens,
-        f"{role}/entropy": sums["entropy"] / tokens,
-        f"sampling/{role}/token_mult_prob_error": sums["prob_error"] / tokens,
+        **{f"{role}/{name}": value for name, value in means.items()},
+        f"sampling/{role}/token_mult_prob_error": error,
     }
 
 
 def apply_gradients(
     state: TrainState, grads: Params, loss: jax.Array, opt: OptimizerConfig
 ) -> tuple[TrainState, Metrics]:
-    """One clipped AdamW step; when the loss or the gradient's norm is not finite, nothing moves but the counters."""
+    """One clipped AdamW step; when the loss or the gradient's norm is not finite, nothing moves but `skipped`."""
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
@@ -239,5 +265,5 @@ def apply_gradients(
 
     params, opt_state = jax.lax.cond(finite, step, lambda _: (state.params, state.opt_state), None)
     skipped = state.skipped + ~finite
-    new = TrainState(params, opt_state, state.iteration + 1, state.attempt, skipped)
+    new = TrainState(params, opt_state, state.iteration, state.attempt, skipped)
     return new, {"grad_norm": norm, "skipped_updates": skipped.astype(jnp.float32)}

@@ -5,7 +5,8 @@
 3. `score`: one compiled reward component (host components are scored by the trainer).
 4. `learn_batch`: rewards and masks -> advantages -> rows of both roles, with the metrics of play and reward.
 5. `reference`: the frozen reference's log-probabilities of those rows.
-6. `update`: the joint gradient and one optimiser step; the state is donated.
+6. `learn`: as many times as there are inner epochs, `update`: the joint gradient and one optimiser step; the state is
+   donated.
 
 Everything static is in `Game`, so each stage compiles once. LSP, Algorithm 1.
 """
@@ -30,6 +31,7 @@ from lsp_jax.learn.update import (
     Reference,
     TrainState,
     apply_gradients,
+    fix_old,
     gradients,
     reference_statistics,
 )
@@ -63,9 +65,37 @@ class Game:
         return self.loss.alpha_challenger > 0
 
     @property
+    def learner_rounds_apart(self) -> bool:
+        """Whether the learner's log-probabilities of what was played are its own: below float32 decoding and the
+        teacher-forced pass round differently, and importance correction compares the two."""
+        return self.compute_dtype != "float32" or self.loss.importance_cap > 0
+
+    @property
     def temperatures(self) -> tuple[float, float]:
         """Of the Solver and of the Challenger: the policies in the loss are the tempered ones."""
         return self.solver_sampling.temperature, self.challenger_sampling.temperature
+
+
+def policy_in_the_loss(game: Game) -> str:
+    """One line: from which distribution each role samples, and which one the loss takes for its policy."""
+    roles = [("Solver", game.solver_sampling)]
+    if game.trains_challenger:
+        roles.append(("Challenger", game.challenger_sampling))
+    return "; ".join(f"{role}: {_policy_of(sampling)}" for role, sampling in roles)
+
+
+def _policy_of(sampling: SamplingConfig) -> str:
+    settings = [f"temperature {sampling.temperature:g}"]
+    if sampling.top_k > 0:
+        settings.append(f"top-k {sampling.top_k}")
+    if sampling.top_p < 1:
+        settings.append(f"top-p {sampling.top_p:g}")
+    if sampling.min_p > 0:
+        settings.append(f"min-p {sampling.min_p:g}")
+    seen = "the same distribution" if sampling.temperature == 1 else "the tempered distribution"
+    if sampling.truncates:
+        seen = f"{'the whole' if sampling.temperature == 1 else 'the whole tempered'} distribution; kept mass stored"
+    return f"{', '.join(settings)} (the loss sees {seen})"
 
 
 class Learnable(NamedTuple):
@@ -130,8 +160,8 @@ def learn_batch(
         scores.valid_answer,
         loss.invalid_query_penalty,
         loss.use_quality,
+        loss.scale_rewards,
     )
-    per_token = loss.aggregation == "token_mean"
     repeats = game.play.num_generations
     answers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), episode.answers)
     solver = make_rows(
@@ -142,7 +172,8 @@ def learn_batch(
         result.solver.reshape(-1),
         result.answer_counts.reshape(-1),
         1.0,
-        per_token,
+        loss.loss_type,
+        game.play.max_completion_length,
     )
     challenger = None
     sampled = episode.queries.sampled
@@ -155,7 +186,8 @@ def learn_batch(
             result.challenger,
             result.query_counts,
             loss.alpha_challenger,
-            per_token,
+            loss.loss_type,
+            game.play.max_query_length,
         )
     metrics = play_metrics(episode, scores, result)
     return Learnable(LearnBatch(solver, challenger), result, scores, metrics)
@@ -232,12 +264,52 @@ def update(
     references: tuple[Reference, Reference | None],
     game: Game,
 ) -> tuple[TrainState, Metrics]:
-    """One joint gradient step; the old state is consumed."""
+    """One joint gradient step; the old state is consumed. The iteration's counter is `learn`'s to advance."""
     grads, metrics = joint_gradient(state.params, reference_params, batch, references, game)
     state, more = apply_gradients(state, grads, metrics["loss"], game.optimizer)
     errors = [value for name, value in metrics.items() if name.endswith("token_mult_prob_error")]
     metrics["sampling/token_mult_prob_error"] = jnp.max(jnp.stack(errors))
     return state, metrics | more
+
+
+@partial(jax.jit, static_argnames="game")
+def with_old_logprobs(params: llama.Params, batch: LearnBatch, game: Game) -> LearnBatch:
+    """What inner epochs measure their ratios from; `params` are those that played."""
+    compute = llama.cast(params, game.compute_dtype)
+    return fix_old(compute, batch, game.model, game.optimizer, game.temperatures, game.learner_rounds_apart)
+
+
+@jax.jit
+def _next(counter: jax.Array) -> jax.Array:
+    return counter + 1
+
+
+@jax.jit
+def _inner_metrics(each: list[Metrics]) -> Metrics:
+    """Of several updates on the same play: their mean; sampler against learner before anything moved; counts so far."""
+    merged = {name: jnp.mean(jnp.stack([metrics[name] for metrics in each])) for name in each[0]}
+    first = {name: value for name, value in each[0].items() if name.endswith("token_mult_prob_error")}
+    return merged | first | {"skipped_updates": each[-1]["skipped_updates"]}
+
+
+def learn(
+    state: TrainState,
+    reference_params: llama.Params,
+    batch: LearnBatch,
+    references: tuple[Reference, Reference | None],
+    game: Game,
+) -> tuple[TrainState, Metrics]:
+    """All inner epochs of one iteration; `state` is consumed.
+
+    Log-probabilities of both roles are fixed before the first update, and every update is the same program.
+    """
+    each = []
+    if game.loss.num_iterations > 1:
+        batch = with_old_logprobs(state.params, batch, game)
+    for _ in range(game.loss.num_iterations):
+        state, metrics = update(state, reference_params, batch, references, game)
+        each.append(metrics)
+    return state._replace(iteration=_next(state.iteration)), each[0] if len(each) == 1 else _inner_metrics(each)
 
 
 def iteration(
@@ -257,5 +329,5 @@ def iteration(
     specs = tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in rewards)
     learnable = learn_batch(episode, outputs, specs, game)
     references = reference(reference_params, learnable.batch, game)
-    state, metrics = update(state, reference_params, learnable.batch, references, game)
+    state, metrics = learn(state, reference_params, learnable.batch, references, game)
     return state, learnable, learnable.metrics | metrics

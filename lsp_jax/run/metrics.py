@@ -28,6 +28,10 @@ _ROLE_METRICS = {
     "loss": "the {role}'s part of the loss",
     "kl": "KL to the reference, k3's value per token whichever estimator is differentiated",
     "entropy": "entropy of the {role}'s distribution, nats per token",
+    "clip_ratio/low": "fraction of the {role}'s tokens whose ratio is below the clip range and whose advantage is < 0",
+    "clip_ratio/high": "fraction of the {role}'s tokens whose ratio is above the clip range and whose advantage is > 0",
+    "kl_to_old": "KL of the policy that played to the current one, k3's value per token of the {role}",
+    "importance_weight": "mean weight of truncated importance correction over the {role}'s tokens",
     "completions/mean_length": "mean tokens of a completion of the {role}, its stop token included",
     "completions/clipped_ratio": "fraction of the {role}'s completions cut off at the maximum length",
 }

@@ -184,7 +184,7 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0)
     with phases("reference"):
         references = jax.block_until_ready(stages.reference(reference, learnable.batch, game))
     with phases("update"):
-        state, metrics = jax.block_until_ready(stages.update(state, reference, learnable.batch, references, game))
+        state, metrics = jax.block_until_ready(stages.learn(state, reference, learnable.batch, references, game))
     return Played(state, episode, learnable, learnable.metrics | metrics, texts)
 
 
@@ -198,6 +198,6 @@ def _score(reward: Reward, episode: Episode, texts: EpisodeTexts | None) -> Rewa
 
 
 def _learning_rate(config: TrainConfig, number: int, metrics: dict[str, float]) -> float:
-    """The step size of this iteration's update: warm-up counts updates made, not iterations."""
-    made = number - metrics["skipped_updates"]
+    """The step size of this iteration's last update: warm-up counts updates made, not iterations."""
+    made = number * config.loss.num_iterations - metrics["skipped_updates"]
     return config.optimizer.learning_rate * min(1.0, made / max(config.optimizer.warmup_steps, 1))
