@@ -12,7 +12,8 @@ PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
+# --no-compile: Python compiles what it imports when it does; compiling all of torch and jax takes longer than the rest
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile
 PYTEST := $(BIN)/python -m pytest --dist loadfile
 PINS := pyproject.toml requirements.txt requirements-nodeps.txt
 DEMO := models/SmolLM2-135M-Instruct
