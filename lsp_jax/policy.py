@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import constants, errors, snapshot_download
 
 from lsp_jax.errors import InputError
-from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.config import ARCHITECTURES, Head, LlamaConfig
 from lsp_jax.model.llama import Params
 from lsp_jax.model.weights import INDEX, check_dtype, load_params, read_config, save_params
 from lsp_jax.text.tokenizer import FILES, Tokenizer
@@ -49,10 +49,18 @@ def load_pretrained(path_or_hub_id: str | Path, dtype: str = "float32", revision
     return replace(policy, params=load_params(directory, policy.config, dtype))
 
 
-def open_pretrained(path_or_hub_id: str | Path, revision: str | None = None) -> tuple[Path, Policy]:
-    """What `load_pretrained` loads without the weights (`params` is empty), and the directory that holds them."""
+def open_pretrained(
+    path_or_hub_id: str | Path, revision: str | None = None, head: Head = "lm"
+) -> tuple[Path, Policy]:
+    """What `load_pretrained` loads without the weights (`params` is empty), and the directory that holds them.
+
+    `head` is what the model must end in: a reward model is no policy, and a policy no reward model.
+    """
     directory = _locate(str(path_or_hub_id), revision)
     config = read_config(directory)
+    if config.head != head:
+        remedy = f"its config.json describes a {ARCHITECTURES[config.head]}; give a {ARCHITECTURES[head]}"
+        raise InputError("architectures", str(path_or_hub_id), remedy)
     tokenizer = Tokenizer.from_pretrained(directory)
     if tokenizer.vocab_size > config.vocab_size:
         remedy = f"more than the model's vocab_size {config.vocab_size}; the tokenizer belongs to another model"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from lsp_jax.errors import InputError
 
 ROPE_TYPES = ("default", "linear", "llama3")
+Head = Literal["lm", "score"]
+ARCHITECTURES: dict[Head, str] = {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class LlamaConfig:
     """End ids, kept for export."""
     pad_token_id: int | None = None
     """Padding id, kept for export."""
+    head: Head = "lm"
+    """What stands on the backbone: `lm` (logits of every token) or `score` (one number, a reward model's)."""
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -84,7 +88,8 @@ class LlamaConfig:
     def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
         """Reads a Hugging Face `config.json`, with `rope_theta`/`rope_scaling` or the newer `rope_parameters`.
 
-        Raises InputError for another `model_type`, a missing size, another activation, or an unknown RoPE type.
+        Raises InputError for another `model_type`, a missing size, another activation, an unknown RoPE type, or a
+        classifier that has not exactly one label.
         """
         if config.get("model_type") != "llama":
             raise InputError("model_type", config.get("model_type"), "only Llama models ('llama') are supported")
@@ -105,6 +110,7 @@ class LlamaConfig:
             bos_token_id=config.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             pad_token_id=config.get("pad_token_id"),
+            head=_read_head(config),
             **{field: config[field] for field in _OPTIONAL if config.get(field) is not None},
         )
 
@@ -117,8 +123,10 @@ class LlamaConfig:
             if scaling.rope_type == "llama3":
                 rope |= {field: getattr(scaling, field) for field in _LLAMA3}
         eos = list(self.eos_token_id)
+        labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if self.head == "score" else {}
         return {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [ARCHITECTURES[self.head]],
+            **labels,
             "model_type": "llama",
             "hidden_act": "silu",
             "attention_dropout": 0.0,
@@ -161,6 +169,17 @@ _OPTIONAL = (
     "initializer_range",
 )
 _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _read_head(config: dict[str, Any]) -> Head:
+    """A model is a language model unless its architecture is the classifier's."""
+    if ARCHITECTURES["score"] not in (config.get("architectures") or ()):
+        return "lm"
+    # transformers writes the labels' names and leaves out their number; without either it assumes two
+    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+    if labels != 1:
+        raise InputError("num_labels", labels, "only classifiers with one label, a single score, are supported")
+    return "score"
 
 
 def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -5,7 +5,8 @@ plain nested dict with Hugging Face's names, the layers of the decoder stacked o
 [in, out]; embeddings and an untied head [vocabulary, hidden]. Activations have the dtype of the parameters; norms,
 RoPE, softmax and logits are float32.
 
-1. `forward`: tokens [B, T] -> logits [B, T, V]; `hidden_states` stops before the head.
+1. `forward`: tokens [B, T] -> logits [B, T, V]; `hidden_states` stops before the head. A reward model has a score head
+   in place of the language model's: `score`, hidden [..., D] -> [...].
 2. `extend`: tokens [B, S] after any number of shared prefixes -> hidden [B, S, D] and their own `KVCache`; with no
    prefix this is the prefill.
 3. `decode_step`: one token a row, written at one column of a growing cache; layers unrolled.
@@ -141,7 +142,9 @@ class Backbone(nnx.Module):
 class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.model = Backbone(config, rngs)
-        if not config.tie_word_embeddings:
+        if config.head == "score":
+            self.score = Linear(config.hidden_size, 1, False, config.initializer_range, rngs)
+        elif not config.tie_word_embeddings:
             self.lm_head = Embedding(config, rngs)
 
 
@@ -195,6 +198,12 @@ def head_weight(params: Params, config: LlamaConfig) -> jax.Array:
 def logits(params: Params, config: LlamaConfig, hidden: jax.Array) -> jax.Array:
     """The language-model head: normed hidden states [..., D] -> float32 logits [..., V]."""
     return jnp.einsum("...d,vd->...v", hidden, head_weight(params, config), preferred_element_type=jnp.float32)
+
+
+def score(params: Params, hidden: jax.Array) -> jax.Array:
+    """The score head of a classifier with one label: normed hidden states [..., D] -> float32 scores [...]."""
+    weight = params["score"]["weight"][:, 0]
+    return jnp.einsum("...d,d->...", hidden, weight, preferred_element_type=jnp.float32)
 
 
 def cast(params: Params, dtype: jnp.dtype | str) -> Params:

@@ -31,7 +31,7 @@ _STORED = ("F32", "BF16", "F16")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 _CONVERT = (
     "make safetensors of a trusted model with transformers: "
-    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)"
+    "AutoModelForCausalLM (a reward model: AutoModelForSequenceClassification).from_pretrained(DIR).save_pretrained(OUT)"
 )
 
 # Hugging Face's name, path in `Params`, stored transposed ([out, in] there, [in, out] here). `{}` is the layer, which
@@ -56,6 +56,7 @@ _TABLE = (
     ("model.layers.{}.mlp.down_proj.bias", "model/layers/mlp/down_proj/bias", False),
     ("model.norm.weight", "model/norm/weight", False),
     ("lm_head.weight", "lm_head/weight", False),
+    ("score.weight", "score/weight", True),
 )
 
 
@@ -93,19 +94,31 @@ def load_params(directory: str | Path, config: LlamaConfig, dtype: str = "float3
     Raises InputError for a name, shape or type that `config` does not expect, a missing tensor, or a damaged file.
     """
     check_dtype(dtype)
-    directory = Path(directory)
     with ExitStack() as stack:
-        handles = {path: stack.enter_context(_open(path)) for path in _weight_files(directory)}
-        found = {name: path for path, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
-        tensors = list(_tensors(config))
-        _check_names(found, tensors, config)
-        for tensor in tensors:
-            _check_tensor(handles[found[tensor.name]], tensor)
+        sources = _open_checked(Path(directory), config, stack)
         params: Params = {}
         for path, shape in _leaves(config).items():
-            parts = [(tensor, handles[found[tensor.name]]) for tensor in tensors if tensor.path == path]
+            parts = [(tensor, handle) for tensor, handle in sources if tensor.path == path]
             _insert(params, path, _load_leaf(parts, shape, dtype))
         return params
+
+
+def check_weights(directory: str | Path, config: LlamaConfig) -> None:
+    """Everything that `load_params` refuses, read from the files' headers alone; InputError."""
+    with ExitStack() as stack:
+        _open_checked(Path(directory), config, stack)
+
+
+def _open_checked(directory: Path, config: LlamaConfig, stack: ExitStack) -> list[tuple[_Tensor, Any]]:
+    """Every tensor of the model with the open file that holds it; names, types and shapes are checked."""
+    handles = {path: stack.enter_context(_open(path)) for path in _weight_files(directory)}
+    found = {name: path for path, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
+    tensors = list(_tensors(config))
+    _check_names(found, tensors, config)
+    sources = [(tensor, handles[found[tensor.name]]) for tensor in tensors]
+    for tensor, handle in sources:
+        _check_tensor(handle, tensor)
+    return sources
 
 
 def _load_leaf(parts: list[tuple[_Tensor, Any]], shape: tuple[int, ...], dtype: str) -> jax.Array:

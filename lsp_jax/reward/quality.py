@@ -22,8 +22,8 @@ from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import DeviceReward, RewardOutput
-from lsp_jax.text.prompts import CRITERIA, JudgeTemplate, Ragged, ids_row, judge_template, pack
-from lsp_jax.text.tokenizer import SPECIAL, Tokenizer
+from lsp_jax.text.prompts import CRITERIA, JudgeTemplate, Ragged, harmless, ids_row, judge_template, pack
+from lsp_jax.text.tokenizer import Tokenizer
 
 
 def quality_reward(
@@ -58,8 +58,8 @@ def quality_scores(
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(queries // chunk, chunk, *x.shape[1:])
 
-    query = jax.tree.map(split, _harmless(episode.queries.text, params["kinds"], blank))
-    answer = jax.tree.map(split, _harmless((episode.answers.tokens, episode.answer_lengths), params["kinds"], blank))
+    query = jax.tree.map(split, harmless(episode.queries.text, params["kinds"], blank))
+    answer = jax.tree.map(split, harmless((episode.answers.tokens, episode.answer_lengths), params["kinds"], blank))
 
     def judge(part: tuple[Ragged, Ragged]) -> jax.Array:
         query, (tokens, lengths) = part
@@ -67,11 +67,6 @@ def quality_scores(
 
     values = jax.lax.map(judge, (query, answer)).reshape(queries, answers)
     return RewardOutput(values, jnp.ones_like(values, bool), jnp.ones(queries, bool))
-
-
-def _harmless(text: Ragged, kinds: jax.Array, blank: int) -> Ragged:
-    tokens, lengths = text
-    return jnp.where(kinds[tokens] == SPECIAL, blank, tokens), lengths
 
 
 def _judge(params: Any, config: LlamaConfig, template: JudgeTemplate, query: Ragged, answer: Ragged) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from lsp_jax.errors import InputError
 from lsp_jax.text import tasks
-from lsp_jax.text.tokenizer import Tokenizer
+from lsp_jax.text.tokenizer import SPECIAL, Tokenizer
 
 Message = dict[str, str]
 Ragged = tuple[jax.Array, jax.Array]
@@ -129,8 +129,10 @@ def judge_template(tokenizer: Tokenizer, rubric: str = RUBRIC) -> JudgeTemplate:
     return JudgeTemplate(*pieces, branch_ids=branches, yes_ids=tuple(ids["yes"]), no_ids=tuple(ids["no"]))
 
 
-def template_pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[tuple[int, ...], ...]:
-    """The fixed ids before, between and after the slots of `messages`, generation prompt included.
+def template_pieces(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
+) -> tuple[tuple[int, ...], ...]:
+    """The fixed ids before, between and after the slots of `messages`, generation prompt included unless declined.
 
     Found by rendering: what stays the same while one slot's text varies is fixed. Raises InputError when a slot's text
     does not come back out of the ids between the pieces.
@@ -144,7 +146,7 @@ def template_pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[
             parts = message["content"].split(SLOT)
             text = parts[0] + "".join(next(filling) + part for part in parts[1:])
             filled.append({**message, "content": text})
-        return tokenizer.chat_ids(filled)
+        return tokenizer.chat_ids(filled, add_generation_prompt)
 
     first = [_STAND_INS[0]] * slots
     base = render(first)
@@ -210,6 +212,12 @@ def pack(parts: Sequence[Ragged]) -> Ragged:
 def splice(template: TokenTemplate, text: Ragged) -> Ragged:
     """Token ids [N, T] with lengths [N] into the template's slot: prompts [N, P] and their lengths."""
     return pack((ids_row(template.prefix_ids), text, ids_row(template.suffix_ids)))
+
+
+def harmless(text: Ragged, kinds: jax.Array, blank: int) -> Ragged:
+    """`text` with `blank` in place of control ids, so that nothing in it can close a turn; `kinds` uint8 [V]."""
+    tokens, lengths = text
+    return jnp.where(kinds[tokens] == SPECIAL, blank, tokens), lengths
 
 
 def contains_sequence(text: Ragged, sequence: Sequence[int]) -> jax.Array:

@@ -129,6 +129,11 @@ class Tokenizer:
         except TemplateError as error:
             raise InputError("messages", messages, f"the chat template refuses them: {error}") from error
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as the vocabulary spells it, and its id."""
+        return self._backend.vocabulary()
+
     def token_kinds(self) -> np.ndarray:
         """What each id is, uint8 [vocab_size]: 0 text, 1 blank (decodes to white space or nothing), 2 in `special_ids`.
 
@@ -176,6 +181,9 @@ class _FastBackend:
         added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
         self.special_ids = frozenset(added | set(tokenizer.all_special_ids))
         self.chat_template: str | None = template
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
         options = {"add_special_tokens": False, "split_special_tokens": not allow_special, "verbose": False}
@@ -238,6 +246,9 @@ class _SentencePieceBackend:
             return None
         token: Any = self._added.get(text, self._model.piece_to_id(text))
         return token if self._piece(token) == text else None
+
+    def vocabulary(self) -> dict[str, int]:
+        return {self._piece(token): token for token in range(self.vocab_size)}
 
     def _piece(self, token: int) -> str:
         in_model = 0 <= token < self._model.get_piece_size()
