@@ -1,6 +1,7 @@
 # Each command makes the virtual environment it needs; Python 3.11 or newer, make and the package index are all it takes.
 #   make quickstart    train the demo model by self-play (run-time packages only, no torch)
 #   make test          the whole suite but `slow`;  make test-fast  seconds a test;  make test-slow  the long ones
+#   make test-peers    GRPO against TRL's trainer, in .venv-peers (TRL's own dependencies stay out of .venv)
 #   make lint          ruff and pyright
 #   make clean         remove environments and caches (runs/ and models/ stay)
 # Variables: PYTHON=python3.12 VENV=.venv-3.12 PYTEST_WORKERS=2 PYTEST_ARGS="-k name"; TEST_EXTRA=checks leaves torch out.
@@ -18,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest --dist loadfile
 PINS := pyproject.toml requirements.txt requirements-nodeps.txt
 DEMO := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-fast test-slow lint clean
+.PHONY: quickstart test test-fast test-slow test-peers lint clean
 
 quickstart: $(VENV)/.demo-installed
 	$(BIN)/lsp-jax demo-model $(DEMO)
@@ -32,6 +33,9 @@ test-fast: $(VENV)/.test-installed-$(TEST_EXTRA)
 
 test-slow: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(PYTEST) -n 0 --timeout 0 -m slow $(PYTEST_ARGS)
+
+test-peers: .venv-peers/.installed
+	.venv-peers/bin/python -m pytest -n 0 tests/test_trl_parity.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(BIN)/ruff check .
@@ -57,6 +61,14 @@ $(VENV)/.test-installed-$(TEST_EXTRA): $(VENV)/.created $(PINS)
 	@$(PIP_INSTALL) -c requirements.txt -e ".[$(TEST_EXTRA)]"
 	@$(PIP_INSTALL) --no-deps -r requirements-nodeps.txt
 	@touch $@ $(VENV)/.demo-installed
+
+# torch by itself first, so that its pinned build is there before TRL asks for any.
+.venv-peers/.installed: $(PINS)
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@echo "Installing lsp-jax and TRL into .venv-peers (2.4 GB with torch for the CPU; minutes)"
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e ".[peers]"
+	@touch $@
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis build dist

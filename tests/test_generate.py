@@ -100,7 +100,8 @@ def test_sampler_logprobs_equal_the_learners(params: llama.Params, sampling: Sam
         jnp.ones(out.lengths.shape),
         jnp.ones(out.lengths.shape, bool),
         1.0,
-        False,
+        "sequence",
+        12,
     )
     hidden = completion_hidden(params, CONFIG, rows)
     learner = token_statistics(params, CONFIG, hidden, completion_tokens(rows), sampling.temperature, 64)

@@ -55,7 +55,8 @@ def ragged_rows(extra: int = 0, fill: int = EOS, counts: list[int] | None = None
         advantages=jnp.ones(len(COMPLETIONS)),
         counts=jnp.ones(len(COMPLETIONS), bool) if counts is None else jnp.asarray(counts, bool),
         scale=1.0,
-        per_token=False,
+        loss_type="sequence",
+        longest=max(COMPLETIONS),
     )
 
 
@@ -123,7 +124,8 @@ def test_one_prompt_for_all_rows_is_shared() -> None:
         advantages=jnp.ones(5),
         counts=jnp.ones(5, bool),
         scale=1.0,
-        per_token=False,
+        loss_type="sequence",
+        longest=max(COMPLETIONS),
     )
     assert rows.prompt_lengths.tolist() == [3] * 5
     for row, completion in enumerate(completions):

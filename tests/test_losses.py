@@ -18,6 +18,7 @@ from tiny import tiny_config
 
 LENGTHS = np.array([3, 7, 1, 5, 4])
 WIDTH = 7
+LONGEST = 9  # the declared maximum; no row reaches it
 COUNTS = np.array([1, 1, 1, 0, 1], bool)  # row 3 is masked
 NAN = float("nan")
 
@@ -55,7 +56,8 @@ class Case:
             advantages=jnp.asarray(self.advantages, jnp.float32),
             counts=jnp.asarray(COUNTS),
             scale=scale,
-            per_token=config.loss_type == "token_mean",
+            loss_type=config.loss_type,
+            longest=LONGEST,
         )
 
     def statistics(self) -> TokenStatistics:
@@ -72,7 +74,8 @@ class Case:
 def plain_loss(case: Case, config: LossConfig, scale: float = 1.0) -> tuple[float, np.ndarray, np.ndarray]:
     """Loss and its gradients with respect to log-probabilities and full_kl, token by token in Python floats."""
     counted = [i for i in range(len(LENGTHS)) if COUNTS[i]]
-    rows = len(LENGTHS) if config.loss_type == "sequence" else sum(int(LENGTHS[i]) for i in counted)
+    tokens = sum(int(LENGTHS[i]) for i in counted)
+    rows = {"sequence": len(LENGTHS), "token_mean": tokens, "constant_length": len(LENGTHS) * LONGEST}[config.loss_type]
     loss, by_logprob, by_full = 0.0, np.zeros_like(case.logprobs), np.zeros_like(case.logprobs)
     for i in counted:
         # the ratio's value is 1: once a row, or once a token
@@ -94,7 +97,7 @@ def plain_loss(case: Case, config: LossConfig, scale: float = 1.0) -> tuple[floa
 
 
 def loss_configs(beta: float = 0.3) -> list[LossConfig]:
-    return [LossConfig(beta=beta, kl_estimator=k, loss_type=a) for k in KL_ESTIMATORS for a in LOSS_TYPES]
+    return [LossConfig(beta=beta, kl_estimator=k, loss_type=t) for k in KL_ESTIMATORS for t in LOSS_TYPES]
 
 
 def config_id(config: LossConfig) -> str:
@@ -110,7 +113,7 @@ def test_value_and_gradient_equal_a_plain_calculation(config: LossConfig) -> Non
     np.testing.assert_allclose(grads.logprobs, by_logprob, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(grads.full_kl, by_full, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(grads.entropy, 0)
-    assert np.abs(by_logprob[case.mask]).min() > 1e-4
+    assert np.abs(by_logprob[case.mask]).min() > 1e-5
 
 
 def test_two_rows_by_hand() -> None:
@@ -157,8 +160,9 @@ def test_masked_row_equals_leaving_it_out_with_the_denominator_kept(config: Loss
     for name in ("logprobs", "reference", "full_kl", "entropy"):
         setattr(shorter, name, getattr(case, name)[COUNTS])
     kept = jax.tree.map(lambda x: x[COUNTS], rows)
-    expected = 1 / 5 if config.loss_type == "sequence" else 1 / (3 + 7 + 1 + 4)
-    np.testing.assert_allclose(kept.weights, expected, rtol=1e-6)  # a share of all five rows, of the counted tokens
+    # a share of all five rows, of the counted tokens, of five rows of the greatest length
+    expected = {"sequence": 1 / 5, "token_mean": 1 / (3 + 7 + 1 + 4), "constant_length": 1 / (5 * 9)}
+    np.testing.assert_allclose(kept.weights, expected[config.loss_type], rtol=1e-6)
     loss_without, sums_without, grads_without = shorter.compute(config, rows=kept)
     np.testing.assert_allclose(loss, loss_without, rtol=1e-6)
     for name, value in sums.items():
@@ -374,6 +378,13 @@ def test_unknown_estimator_and_wrong_shapes_are_refused() -> None:
     [
         ({"kl_estimator": "k4"}, "kl_estimator"),
         ({"loss_type": "mean"}, "loss_type"),
+        ({"scale_rewards": "std"}, "scale_rewards"),
+        ({"num_iterations": 0}, "num_iterations"),
+        ({"clip_epsilon": 0.0}, "clip_epsilon"),
+        ({"clip_epsilon": NAN}, "clip_epsilon"),
+        ({"clip_epsilon_high": -0.1}, "clip_epsilon_high"),
+        ({"importance_cap": 0.5}, "importance_cap"),
+        ({"importance_cap": NAN}, "importance_cap"),
         ({"beta": -0.1}, "beta"),
         ({"beta": NAN}, "beta"),
         ({"alpha_challenger": -1.0}, "alpha_challenger"),
