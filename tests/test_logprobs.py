@@ -135,6 +135,7 @@ def test_one_prompt_for_all_rows_is_shared() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_micro_batches_keep_every_row_and_add_rows_without_weight(size: int) -> None:
     rows = ragged_rows()
+    rows = rows._replace(old_logprobs=rows.behaviour_logprobs - 1)
     split = micro_batches(rows, size)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), split)
     assert split.tokens.shape[:2] == (-(-5 // size), size)

@@ -116,6 +116,48 @@ def test_value_and_gradient_equal_a_plain_calculation(config: LossConfig) -> Non
     assert np.abs(by_logprob[case.mask]).min() > 1e-5
 
 
+@pytest.mark.parametrize("cap", [0.0, 1.2])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_inner_epoch_equals_a_plain_calculation(loss_type: Any, cap: float) -> None:
+    """Ratios on both sides of the clip range: value and gradient token by token in Python floats, k2."""
+    case, rng = Case(), np.random.default_rng(9)
+    old = case.logprobs + 0.25 * rng.standard_normal(case.logprobs.shape)
+    config = LossConfig(
+        beta=0.3,
+        loss_type=loss_type,
+        num_iterations=2,
+        clip_epsilon=0.1,
+        clip_epsilon_high=0.2,
+        importance_cap=cap,
+    )
+    rows = case.rows(config)._replace(old_logprobs=jnp.asarray(np.where(case.mask, old, NAN), jnp.float32))
+    value, by_logprob = 0.0, np.zeros_like(old)
+    cut, weights = {"low": 0, "high": 0}, []
+    for i, t in zip(*np.nonzero(case.mask), strict=True):
+        ratio, d = np.exp(case.logprobs[i, t] - old[i, t]), case.logprobs[i, t] - case.reference[i, t]
+        weight = min(np.exp(old[i, t] - case.log_mass[i, t] - case.behaviour[i, t]), cap) if cap else 1.0
+        better, share = case.advantages[i], float(rows.weights[i])
+        kept = 1.0
+        if better > 0 and ratio > 1.2:
+            cut["high"], kept = cut["high"] + 1, 0.0
+        if better < 0 and ratio < 0.9:
+            cut["low"], kept = cut["low"] + 1, 0.0
+        gain = better * (ratio if kept else min(max(ratio, 0.9), 1.2))
+        value -= share * weight * (gain - 0.3 * ratio * d * d / 2)
+        by_logprob[i, t] = -share * weight * (kept * ratio * better - 0.3 * ratio * d)
+        weights.append(weight)
+    loss, sums, grads = case.compute(config, rows=rows)
+    np.testing.assert_allclose(loss, value, rtol=1e-5)
+    np.testing.assert_allclose(grads.logprobs, by_logprob, rtol=1e-4, atol=1e-7)
+    assert min(cut.values()) > 0
+    assert {side: int(sums[f"clip_ratio/{side}"]) for side in cut} == cut
+    difference = (case.logprobs - old)[case.mask]
+    np.testing.assert_allclose(sums["kl_to_old"], np.sum(np.exp(difference) - 1 - difference), rtol=1e-4)
+    if cap:
+        assert np.isclose(weights, cap).any() and min(weights) < 0.9
+        np.testing.assert_allclose(sums["importance_weight"], np.sum(weights), rtol=1e-5)
+
+
 def test_two_rows_by_hand() -> None:
     """Advantages 1 and -2, lengths 2 and 1, beta 0.5, every log-ratio to the reference 0.2, k2 = 0.02 a token."""
     logprobs = np.array([[-1.0, -2.0], [-0.5, -9.0]])
@@ -340,6 +382,42 @@ def test_policy_gradient_climbs_the_expected_advantage(estimator: str) -> None:
     np.testing.assert_allclose(expected_gradient(estimator, 0.0, advantages), -exact, atol=2e-6)
     joint = expected_gradient(estimator, 0.3, advantages)
     np.testing.assert_allclose(joint, -exact + 0.3 * expected_gradient(estimator), atol=2e-6)
+
+
+def off_policy_loss(weight: jax.Array, corrected: bool, advantages: jax.Array, estimator: Any) -> jax.Array:
+    """As `expected_loss` with tokens drawn from PLAYED, or, `corrected`, from a sampler that differs from it."""
+    statistics, reference = enumerated_statistics(weight, estimator)
+    old, sampled = (np.log(distribution(head))[:, None] for head in (PLAYED, SAMPLER if corrected else PLAYED))
+    rows = Rows(
+        tokens=jnp.stack([jnp.zeros(VOCABULARY, jnp.int32), jnp.arange(VOCABULARY)], axis=1),
+        prompt_lengths=jnp.ones(VOCABULARY, jnp.int32),
+        completion_lengths=jnp.ones(VOCABULARY, jnp.int32),
+        behaviour_logprobs=jnp.asarray(sampled, jnp.float32),
+        log_mass=jnp.zeros((VOCABULARY, 1)),
+        advantages=advantages,
+        weights=jnp.asarray(np.exp(sampled[:, 0]), jnp.float32),
+        old_logprobs=jnp.asarray(old, jnp.float32),
+    )
+    wide = {"num_iterations": 2, "clip_epsilon": 50.0, "importance_cap": 1e4 if corrected else 0.0}  # nothing is cut
+    return policy_loss(statistics, reference, rows, LossConfig(beta=1.0, kl_estimator=estimator, **wide))[0]
+
+
+PLAYED, SAMPLER = head(3), head(4)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("estimator", ["k2", "full"])
+def test_inner_epochs_keep_the_expected_gradient(estimator: str, corrected: bool) -> None:
+    """Drawn from the old policy, or from a sampler that is not quite it: still KL(pi || ref) and E_pi[A] at the new."""
+    advantages = np.random.default_rng(3).standard_normal(VOCABULARY)
+    p = distribution(POLICY)
+    climbing = head_gradient(p * (advantages - p @ advantages))
+    got = jax.grad(off_policy_loss)(
+        jnp.asarray(POLICY, jnp.float32), corrected, jnp.asarray(advantages, jnp.float32), estimator
+    )
+    # the weights of a full KL are those of its prefixes, which are the same here whoever draws the token
+    np.testing.assert_allclose(got, forward_gradient() - climbing, atol=5e-6)
+    assert kl(distribution(PLAYED), p) > 0.05 and kl(distribution(SAMPLER), distribution(PLAYED)) > 0.05
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "full"])

@@ -1,0 +1,142 @@
+"""Inner epochs: several updates on one iteration's play, for both roles, one counter, one program."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lsp_jax import host
+from lsp_jax.learn.losses import LossConfig
+from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
+from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.play.selfplay import PlayConfig
+from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec
+from lsp_jax.run import iteration as stages
+from lsp_jax.run.iteration import Game, policy_in_the_loss
+from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
+from lsp_jax.text.tokenizer import TEXT
+from tiny import tiny_config, tiny_params
+
+QUICK_COMPILES = True
+MODEL = tiny_config(vocab_size=12, hidden_size=16, intermediate_size=16, num_hidden_layers=1, initializer_range=0.5)
+PROMPTS = PlayPrompts((1, 5, 7), (3,), TokenTemplate((1, 2), (4,)), ((8, 9),))
+GAME = Game(
+    model=MODEL,
+    prompts=PROMPTS,
+    play=PlayConfig(num_queries=4, num_generations=3, max_query_length=5, max_completion_length=4),
+    solver_sampling=SamplingConfig(temperature=0.7, top_p=0.9),
+    challenger_sampling=SamplingConfig(temperature=1.3, top_k=6),
+    stop_ids=(0, 10, 11),
+    loss=LossConfig(beta=0.1, num_iterations=3),
+    optimizer=OptimizerConfig(learning_rate=0.02, micro_batch_size=8, logprob_chunk=16, remat=False, warmup_steps=4),
+    compute_dtype="float32",
+)
+POLICY, REFERENCE = tiny_params(MODEL, seed=1), tiny_params(MODEL, seed=2)
+KEY = jax.random.key(3)
+
+
+def score(_: Any, episode: Any) -> RewardOutput:
+    values = jnp.sum(episode.answers.tokens % 5, axis=-1).astype(jnp.float32)
+    return RewardOutput(values, jnp.ones(values.shape, bool), jnp.ones(values.shape[0], bool))
+
+
+def fresh() -> TrainState:
+    return init_state(POLICY, GAME.optimizer)
+
+
+def play(game: Game, state: TrainState) -> tuple[Any, Any]:
+    """The batch of one iteration and what the reference says of it."""
+    key = stages.iteration_key(KEY, state)
+    kinds = jnp.full(MODEL.vocab_size, TEXT, jnp.uint8)
+    episode = stages.solve(state.params, stages.challenge(state.params, kinds, key, game), key, game)
+    batch = stages.learn_batch(episode, (score(None, episode),), (RewardSpec("sum", "task", 1.0),), game).batch
+    return batch, stages.reference(REFERENCE, batch, game)
+
+
+def norm(left: Any, right: Any) -> float:
+    return float(optax.tree.norm(jax.tree.map(jnp.subtract, left, right)))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_old_log_probabilities_are_those_of_the_sampled_distribution(own: bool) -> None:
+    """Tempered, truncated sampling of both roles: the sampler's numbers with the kept mass are the learner's."""
+    game = replace(GAME, loss=replace(GAME.loss, importance_cap=2.0 if own else 0.0))
+    assert game.learner_rounds_apart == own
+    batch, _ = play(game, fresh())
+    old = stages.with_old_logprobs(POLICY, batch, game)
+    learner = stages.reference(POLICY, batch, game)  # the learner's pass over the same rows
+    for rows, mine in zip(old, learner, strict=True):
+        mask = np.asarray(rows.mask)
+        assert float(rows.log_mass[mask].min()) < -0.01, "or nothing was cut off"
+        np.testing.assert_allclose(rows.old_logprobs[mask], mine.logprobs[mask], atol=1e-4)
+        np.testing.assert_allclose(rows.old_logprobs[mask], (rows.behaviour_logprobs + rows.log_mass)[mask], atol=1e-4)
+
+
+def test_learning_repeats_one_update_with_the_old_log_probabilities_kept() -> None:
+    """`learn` is three updates by hand; its first step is that of one epoch; the iteration counts once."""
+    batch, references = play(GAME, fresh())
+    state, metrics = stages.learn(fresh(), REFERENCE, batch, references, GAME)
+    assert (int(state.iteration), int(state.skipped)) == (1, 0)
+    assert int(optax.tree.get(state.opt_state[1][0], "count")) == 3
+
+    fixed = stages.with_old_logprobs(POLICY, batch, GAME)
+    by_hand, each = fresh(), []
+    for _ in range(3):
+        by_hand, one = stages.update(by_hand, REFERENCE, fixed, references, GAME)
+        each.append(jax.device_get(one))
+    assert norm(state.params, by_hand.params) == 0
+    for role in ("solver", "challenger"):
+        name = f"{role}/kl_to_old"
+        assert each[0][name] < 1e-6 < each[1][name] < each[2][name], "ratios are measured from what played"
+        np.testing.assert_allclose(metrics[name], np.mean([one[name] for one in each]), rtol=1e-5)
+        # the sampler's mismatch is that of the first update: later ones differ because the policy moved
+        error = f"sampling/{role}/token_mult_prob_error"
+        np.testing.assert_allclose(metrics[error], 1, atol=1e-4)
+        assert each[2][error] > 1.001
+
+    single = replace(GAME, loss=replace(GAME.loss, num_iterations=1))
+    plain, _ = stages.joint_gradient(POLICY, REFERENCE, batch, references, single)
+    first, _ = stages.joint_gradient(POLICY, REFERENCE, fixed, references, GAME)
+    assert norm(first, plain) < 1e-4 * float(optax.tree.norm(plain))
+
+
+def test_further_iterations_compile_nothing_and_a_composed_one_does_the_same() -> None:
+    rewards = (DeviceReward("sum", "task", 1.0, score),)
+    kinds = jnp.full(MODEL.vocab_size, TEXT, jnp.uint8)
+    composed = jax.jit(partial(stages.iteration, rewards=rewards, game=GAME))
+    whole, _, metrics = composed(fresh(), REFERENCE, (None,), kinds, KEY)
+    batch, references = play(GAME, fresh())
+    staged, others = stages.learn(fresh(), REFERENCE, batch, references, GAME)
+    assert int(whole.iteration) == int(staged.iteration) == 1
+    np.testing.assert_allclose(metrics["grad_norm"], others["grad_norm"], rtol=1e-3)
+    np.testing.assert_allclose(metrics["solver/kl_to_old"], others["solver/kl_to_old"], rtol=0.05)
+    compiled = host.compiles()[0]
+    for _ in range(2):
+        staged, _ = stages.learn(staged, REFERENCE, batch, references, GAME)
+    assert host.compiles()[0] == compiled and int(staged.iteration) == 3
+
+
+def test_skipped_updates_are_counted_one_by_one() -> None:
+    batch, references = play(GAME, fresh())
+    broken = batch._replace(solver=batch.solver._replace(advantages=jnp.full_like(batch.solver.advantages, jnp.nan)))
+    state, metrics = stages.learn(fresh(), REFERENCE, broken, references, GAME)
+    assert (int(state.iteration), int(state.skipped), float(metrics["skipped_updates"])) == (1, 3, 3)
+    assert norm(state.params, POLICY) == 0
+
+
+def test_the_policy_in_the_loss_is_said_in_one_line() -> None:
+    assert policy_in_the_loss(GAME) == (
+        "Solver: temperature 0.7, top-p 0.9 (the loss sees the whole tempered distribution; kept mass stored); "
+        "Challenger: temperature 1.3, top-k 6 (the loss sees the whole tempered distribution; kept mass stored)"
+    )
+    alone = replace(GAME, loss=replace(GAME.loss, alpha_challenger=0.0), solver_sampling=SamplingConfig())
+    assert policy_in_the_loss(alone) == "Solver: temperature 1 (the loss sees the same distribution)"
+    tempered = replace(alone, solver_sampling=SamplingConfig(temperature=0.5, min_p=0.1))
+    assert "0.5, min-p 0.1 (the loss sees the whole tempered" in policy_in_the_loss(tempered)
