@@ -121,8 +121,19 @@ def stopping_dir(directory: str | Path) -> Path:
     return directory
 
 
-def hf_tiny(directory: str | Path, seed: int = 0, **config: Any) -> Any:
-    """A random tiny `LlamaForCausalLM` in float32, saved to `directory`; needs torch and transformers.
+def hf_classifier(directory: str | Path, seed: int = 0, **config: Any) -> Any:
+    """A random tiny `LlamaForSequenceClassification` over `byte_tokenizer`, with its files; needs torch.
+
+    One label unless `config` says otherwise. A reward model without torch: `tiny_dir(directory, head="score")`.
+    """
+    fields = {"vocab_size": VOCABULARY, "num_labels": 1, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
+    model = hf_tiny(directory, seed, "LlamaForSequenceClassification", **{**fields, **config})
+    write_tokenizer(directory)
+    return model
+
+
+def hf_tiny(directory: str | Path, seed: int = 0, architecture: str = "LlamaForCausalLM", **config: Any) -> Any:
+    """A random tiny Llama of transformers' class `architecture`, float32, saved to `directory`; needs torch.
 
     `config` are fields of transformers' own LlamaConfig. Norm weights and biases are randomised so that they matter.
     """
@@ -143,7 +154,7 @@ def hf_tiny(directory: str | Path, seed: int = 0, **config: Any) -> Any:
         "eos_token_id": 2,
     }
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**fields, **config})).eval()
+    model = getattr(transformers, architecture)(transformers.LlamaConfig(**{**fields, **config})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):

@@ -31,7 +31,8 @@ _STORED = ("F32", "BF16", "F16")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 _CONVERT = (
     "make safetensors of a trusted model with transformers: "
-    "AutoModelForCausalLM (a reward model: AutoModelForSequenceClassification).from_pretrained(DIR).save_pretrained(OUT)"
+    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT), for a reward model with "
+    "AutoModelForSequenceClassification"
 )
 
 # Hugging Face's name, path in `Params`, stored transposed ([out, in] there, [in, out] here). `{}` is the layer, which

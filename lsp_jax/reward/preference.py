@@ -91,6 +91,10 @@ def preference_template(tokenizer: Tokenizer) -> PreferenceTemplate:
     prefix, middle, tail = template_pieces(tokenizer, messages, add_generation_prompt=False)
     if not middle:
         raise InputError("chat_template", None, "must put something between a question and its answer")
+    filled = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "It is 7."}]
+    query, answer = (tokenizer.encode(message["content"]) for message in filled)
+    if [*prefix, *query, *middle, *answer, *tail] != tokenizer.chat_ids(filled, add_generation_prompt=False):
+        raise InputError("chat_template", str(tokenizer.directory), "a message inside it has other ids than one alone")
     bare, spaced = (
         tokenizer.chat_ids([{"role": "user", "content": text}], add_generation_prompt=False) for text in ("a", "\n a ")
     )
@@ -115,7 +119,9 @@ def same_tokenizer(left: Tokenizer, right: Tokenizer) -> bool:
     """Whether ids mean the same in both: vocabulary, control ids, and how a few texts of many kinds are cut."""
     if left.special_ids != right.special_ids or left.vocabulary != right.vocabulary:
         return False
-    return all(left.encode(text, special) == right.encode(text, special) for text in _PROBES for special in (True, False))
+    return all(
+        left.encode(text, special) == right.encode(text, special) for text in _PROBES for special in (True, False)
+    )
 
 
 # --- the reward ----------------------------------------------------------------------------------------------------
