@@ -217,8 +217,6 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a query prefix": ({"prompts": PromptConfig(query_prefix="What is ")}, "prompts.query_prefix"),
     "no prompt field": ({"data": DataConfig(source="x.jsonl", prompt_fields=())}, "data.prompt_fields"),
     "no length": ({"data": DataConfig(source="x.jsonl", max_prompt_length=0)}, "data.max_prompt_length"),
-    "maths without data": ({"data": DataConfig(), "reward": RewardConfig(maths_weight=1.0)}, "reward.maths_weight"),
-    "code without data": ({"data": DataConfig(), "reward": RewardConfig(code_weight=1.0)}, "reward.code_weight"),
 }
 
 

@@ -41,7 +41,7 @@ class DataConfig:
     instruction: str = ""
     """Text put before every prompt, such as the form that the final answer must have."""
     answer_field: str = "answer"
-    """Field with the reference answer, for the maths reward."""
+    """Field with the reference answer, given to rewards as `answer`."""
     max_prompt_length: int = 512
     """Longest prompt in tokens, without the chat template; longer rows are left out."""
     shuffle: bool = True

@@ -19,6 +19,7 @@ from lsp_jax.model.weights import load_params
 from lsp_jax.play.data import PromptData, load_data
 from lsp_jax.policy import Policy, open_pretrained
 from lsp_jax.reward.base import HostReward, Reward, RewardSpec, check_rewards
+from lsp_jax.reward.preference import check_context, load_reward_model, open_reward_model, preference_reward
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.reward.verify import arithmetic_reward, callable_reward, load_callable, probe_callable
 from lsp_jax.run.checkpoint import Checkpoints, abstract
@@ -63,18 +64,25 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     config = settled(config, directory)
     check_output(config, directory)
     host_rewards = _host_rewards(config)
-    check_rewards([*host_rewards, *rewards, *_quality_spec(config)], config.loss.use_quality)
+    check_rewards([*host_rewards, *rewards, *_device_specs(config)], config.loss.use_quality)
     for reward in rewards:
         if isinstance(reward, HostReward):
             probe_callable(reward)
+    reward_model = _open_preference(config)
     opened, load = _source(config, policy)
     opened = replace(opened, tokenizer=opened.tokenizer.dated(config.date))
     data = load_data(config.data, opened.tokenizer) if config.data.source else None
     game = make_game(config, opened, data)  # what does not fit is said before gigabytes are read
+    if reward_model is not None:
+        check_context(reward_model, longest_query(config, game.prompts, data), config.play.max_completion_length)
     policy = replace(opened, params=load())
     kinds = token_kinds(policy)
     reference = cast(policy.params, game.compute_dtype)
     components: list[Reward] = [*host_rewards, *rewards]
+    if reward_model is not None:
+        scored = load_reward_model(reward_model.source, revision=config.reward.preference_revision or None)
+        weight, rows = config.reward.preference_weight, config.reward.preference_rows
+        components.append(preference_reward(scored, policy.tokenizer, kinds, "task", weight, rows))
     if config.reward.quality_weight:
         components.append(
             quality_reward(
@@ -125,7 +133,7 @@ def make_game(config: TrainConfig, policy: Policy, data: PromptData | None = Non
         compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     prompts = PlayPrompts.build(policy.tokenizer, config.prompts)
     play, context = config.play, policy.config.max_position_embeddings
-    query = len(prompts.query_prefix_ids) + play.max_query_length if data is None else max(map(len, data.ids))
+    query = longest_query(config, prompts, data)
     solver = len(prompts.solver.prefix_ids) + query + len(prompts.solver.suffix_ids)
     lengths = {"play.max_completion_length": solver + play.max_completion_length}
     if data is None:
@@ -170,9 +178,30 @@ def start_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[st
     return checkpoints.restore(latest, abstract(make, run.policy.params))
 
 
-def _quality_spec(config: TrainConfig) -> list[RewardSpec]:
-    weight = config.reward.quality_weight
-    return [RewardSpec("quality", "quality", weight)] if weight else []
+def longest_query(config: TrainConfig, prompts: PlayPrompts, data: PromptData | None) -> int:
+    """Tokens of the longest query that can be played."""
+    if data is not None:
+        return max(map(len, data.ids))
+    return len(prompts.query_prefix_ids) + config.play.max_query_length
+
+
+def _open_preference(config: TrainConfig) -> Policy | None:
+    """The reward model without its weights, None when none is asked for."""
+    reward = config.reward
+    if not reward.preference_model or not reward.preference_weight:
+        return None
+    _, model = open_reward_model(reward.preference_model, reward.preference_revision or None)
+    return model
+
+
+def _device_specs(config: TrainConfig) -> list[RewardSpec]:
+    """The compiled components that the configuration asks for, known before they are made."""
+    reward, specs = config.reward, []
+    if reward.preference_model and reward.preference_weight:
+        specs.append(RewardSpec("preference", "task", reward.preference_weight))
+    if reward.quality_weight:
+        specs.append(RewardSpec("quality", "quality", reward.quality_weight))
+    return specs
 
 
 def _host_rewards(config: TrainConfig) -> list[HostReward]:
