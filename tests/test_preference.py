@@ -223,6 +223,12 @@ def test_ids_are_llama_3s(tmp_path: Path) -> None:
     template = preference_template(Tokenizer.from_pretrained(tmp_path))
     assert template.trims and template.prefix_ids.count(128000) == 1 and template.tail_ids == (128009,)
 
+    # a space before the message joins its first word: the ids of the message alone would not be the template's
+    joined = llama3_tokenizer.TEMPLATE.replace("+ message['content'] | trim", "+ ' ' + message['content'] | trim")
+    (tmp_path / "chat_template.jinja").write_text(joined.replace("end_header_id|>\n\n", "end_header_id|>"))
+    with pytest.raises(InputError, match="other ids than one alone"):
+        preference_template(Tokenizer.from_pretrained(tmp_path))
+
 
 @pytest.mark.full
 def test_demo_backbone_with_a_random_head(demo_dir: Path, tmp_path: Path) -> None:

@@ -222,6 +222,10 @@ def test_sentencepiece_equals_unchanged_transformers_on_single_spaces(mistral: T
         )
 
 
+def test_sentencepiece_vocabulary(mistral: Tokenizer) -> None:
+    assert mistral.vocabulary == reference(mistral.directory).get_vocab()
+
+
 def test_sentencepiece_added_tokens(tmp_path: Path) -> None:
     added = {"32000": {"content": "<|im_end|>", "special": True}, "32001": {"content": "<tool>", "special": False}}
     for entry in added.values():
