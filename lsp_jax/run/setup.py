@@ -22,8 +22,9 @@ from lsp_jax.model.llama import Params, cast, init_params
 from lsp_jax.model.weights import check_dtype, load_params, read_config
 from lsp_jax.policy import Policy, check_replaceable, open_pretrained, save_pretrained
 from lsp_jax.reward.base import HostReward, Reward, RewardSpec, check_rewards
+from lsp_jax.reward.calls import load_callable
 from lsp_jax.reward.quality import quality_reward
-from lsp_jax.reward.verify import arithmetic_reward, callable_reward, load_callable, probe_callable
+from lsp_jax.reward.verify import arithmetic_reward, callable_reward, probe_callable
 from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.iteration import Game
 from lsp_jax.run.metrics import check_trackers
