@@ -100,11 +100,12 @@ def run_program(program: str, tests: list[str]) -> bool:
     """
     module = types.ModuleType("program")
     sys.modules["program"] = sys.modules["__main__"] = module  # dataclasses look their module up
-    clean = dict(vars(builtins))
+    standard = vars(builtins)
+    clean = dict(standard)
     try:
         exec(compile(program, "<program>", "exec"), vars(module))  # noqa: S102 - the sandbox is for this
-        vars(builtins).clear()
-        vars(builtins).update(clean)
+        standard.clear()
+        standard.update(clean)
         sys.settrace(None)
         sys.setprofile(None)
         names = {key: value for key, value in vars(module).items() if key not in clean and key != "__builtins__"}
@@ -226,7 +227,6 @@ PROBES = {
 
 
 def main() -> None:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     source = os.fdopen(os.dup(0), "rb")
     protocol = os.dup(1)
     serve = {"code": serve_code, "maths": serve_maths, "probe": serve_probe}[sys.argv[1]]

@@ -51,7 +51,9 @@ def sandboxed(mode: str, packages: tuple[str, ...] = (), once: bool = False) -> 
         if not directory.startswith("/usr/"):
             argv += ["--ro-bind", directory, directory]
     for name in packages:
-        argv += ["--ro-bind", str(_package(name)), f"/packages/{name}"]
+        found = _package(name)
+        for path in (found, *sorted(found.parent.glob(f"{name}*.dist-info"))):  # some read their versions
+            argv += ["--ro-bind", str(path), f"/packages/{path.name}"]
     argv += ["--ro-bind", str(_INSIDE), "/inside.py"]
     for device in ("/dev/null", "/dev/urandom"):
         argv += ["--dev-bind", device, device]
@@ -75,7 +77,9 @@ def check_sandbox(workers: Workers) -> None:
     """
     (outcome,) = workers.run(sandboxed("probe", once=True), [{}])
     if outcome.reply is None:
-        remedy = f"did not start: {outcome.failure}; it needs user name spaces, which some systems and containers forbid"
+        remedy = (
+            f"did not start: {outcome.failure}; it needs user name spaces, which some systems and containers forbid"
+        )
         raise InputError("sandbox", "bwrap", remedy)
     allowed = outcome.reply.get("allowed")
     if allowed != []:
