@@ -15,16 +15,10 @@ import numpy as np
 import pytest
 
 from lsp_jax.errors import InputError
+from lsp_jax.reward.arithmetic import MAX_QUESTION, final_number, parse_arithmetic
 from lsp_jax.reward.base import EpisodeTexts, HostReward, RewardOutput, check_rewards, score_on_host
-from lsp_jax.reward.verify import (
-    MAX_QUESTION,
-    arithmetic_reward,
-    callable_reward,
-    final_number,
-    load_callable,
-    parse_arithmetic,
-    probe_callable,
-)
+from lsp_jax.reward.calls import load_callable
+from lsp_jax.reward.verify import arithmetic_reward, callable_reward, probe_callable
 
 SPELLINGS = {
     operator.add: ("+", " + ", " plus "),
@@ -177,7 +171,7 @@ def test_arithmetic_reward_compares_the_final_number_with_the_value():
         ["None", "0", "", "7"],
         ["1,234", "I say 1234, or perhaps 1235", "1 234", "1234.0001"],
     ]
-    values, valid_answer, valid_query = reward.score(queries, answers)
+    values, valid_answer, valid_query = reward.score(queries, answers, ())
     assert values.tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
     assert values.dtype == np.float32 and valid_answer.all() and valid_answer.shape == (4, 4)
     assert valid_query.tolist() == [True, True, False, True]
@@ -220,7 +214,7 @@ def test_hostile_questions_cost_nothing():
 
 
 def score_with(function: Callable) -> RewardOutput:
-    return callable_reward(function, "mine").score(["a", "b"], [["x", "y", "z"], ["p", "q", "r"]])
+    return callable_reward(function, "mine").score(["a", "b"], [["x", "y", "z"], ["p", "q", "r"]], ())
 
 
 @pytest.mark.parametrize("convert", [list, np.array, jnp.array, lambda rows: jnp.array(rows, jnp.bfloat16), tuple])
@@ -250,7 +244,7 @@ def test_a_callable_cannot_change_what_others_read():
             group.sort()
         return [[0.0, 0.0], [0.0, 0.0]]
 
-    callable_reward(sorts, "mine").score(queries, answers)
+    callable_reward(sorts, "mine").score(queries, answers, ())
     assert (queries, answers) == (["a", "b"], [["y", "x"], ["q", "p"]])
 
 
@@ -318,7 +312,7 @@ def test_load_callable_from_a_module_and_a_file(tmp_path: Path):
     )
     reward: HostReward = callable_reward(load_callable(f"{file}:ones"), "ones", kind="quality", weight=0.5)
     probe_callable(reward)
-    assert reward.score(["a"], [["x", "y"]]).values.tolist() == [[1, 1]]
+    assert reward.score(["a"], [["x", "y"]], ()).values.tolist() == [[1, 1]]
     assert (reward.name, reward.kind, reward.weight) == ("ones", "quality", 0.5)
 
 

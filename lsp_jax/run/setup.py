@@ -19,9 +19,10 @@ from lsp_jax.model.weights import load_params
 from lsp_jax.play.data import PromptData, load_data
 from lsp_jax.policy import Policy, open_pretrained
 from lsp_jax.reward.base import HostReward, Reward, RewardSpec, check_rewards
+from lsp_jax.reward.calls import load_callable
 from lsp_jax.reward.preference import check_context, load_reward_model, open_reward_model, preference_reward
 from lsp_jax.reward.quality import quality_reward
-from lsp_jax.reward.verify import arithmetic_reward, callable_reward, load_callable, probe_callable
+from lsp_jax.reward.verify import arithmetic_reward, callable_reward, probe_callable
 from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.folder import check_output, load_run_params, open_run, settled
 from lsp_jax.run.iteration import Game
@@ -81,6 +82,7 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     components: list[Reward] = [*host_rewards, *rewards]
     if reward_model is not None:
         scored = load_reward_model(reward_model.source, revision=config.reward.preference_revision or None)
+        scored = replace(scored, tokenizer=reward_model.tokenizer)
         weight, rows = config.reward.preference_weight, config.reward.preference_rows
         components.append(preference_reward(scored, policy.tokenizer, kinds, "task", weight, rows))
     if config.reward.quality_weight:
@@ -191,7 +193,7 @@ def _open_preference(config: TrainConfig) -> Policy | None:
     if not reward.preference_model or not reward.preference_weight:
         return None
     _, model = open_reward_model(reward.preference_model, reward.preference_revision or None)
-    return model
+    return replace(model, tokenizer=model.tokenizer.dated(config.date))
 
 
 def _device_specs(config: TrainConfig) -> list[RewardSpec]:

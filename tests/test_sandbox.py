@@ -1,0 +1,178 @@
+"""What a program in the sandbox tries in vain; each attempt is made for real."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lsp_jax.errors import InputError
+from lsp_jax.reward import sandbox
+from lsp_jax.reward.code import code_reward
+from lsp_jax.reward.inside import system_call_filter
+from lsp_jax.reward.sandbox import check_sandbox, sandboxed
+from lsp_jax.reward.workers import Workers
+
+needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap is not on PATH")
+OK = "def f():\n    return 1\n"
+ROW = {"test_list": ["assert f() == 1"]}
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    with Workers(2, timeout=10) as pool:
+        yield pool
+
+
+def passes(workers: Workers, program: str, timeout: float = 10) -> bool:
+    """Whether the program passes; also that the next one works."""
+    values, valid, _ = code_reward(workers=workers, timeout=timeout).score([""], [[program, OK]], [ROW])
+    assert valid.all() and values[0, 1] == 1
+    return bool(values[0, 0])
+
+
+@needs_bwrap
+def test_the_sandbox_is_whole(workers: Workers):
+    check_sandbox(workers)
+
+
+# Each finds what it looks for outside the sandbox and raises inside, or is ended there.
+ATTEMPTS = {
+    "socket": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)",
+    "environment": "import os\nassert os.environ['LSP_JAX_TEST_SECRET']",
+    "parent's environment": "open('/proc/1/environ', 'rb').read()",
+    "write outside": "open('{dir}/new', 'w').write('x')",
+    "write /usr": "open('/usr/x', 'w')",
+    "write /": "open('/x', 'w')",
+    "read a secret": "assert open('{dir}/secret').read()",
+    "read the home directory": "import os\nassert os.listdir('{home}')[{hidden}:]",
+    "read /etc/passwd": "open('/etc/passwd').read()",
+    "fork": "import os\nwhile True:\n    os.fork()",
+    "subprocess": "import subprocess\nsubprocess.run(['/usr/bin/true'], check=True)",
+    "threads": "import threading\nwhile True:\n    threading.Thread(target=lambda: __import__('time').sleep(99)).start()",
+    "memory": "x = bytearray(100 << 30)",
+    "memory by pieces": "x = []\nwhile True:\n    x.append(bytes(1 << 20))",
+    "disk": "i = 0\nwhile True:\n    i += 1\n    with open(f'f{{i}}', 'wb') as f:\n        f.write(bytes(8 << 20))",
+    "large file": "with open('f', 'wb') as f:\n    for _ in range(99):\n        f.write(bytes(1 << 20))",
+    "kill the parent": "import os\nassert os.getppid() == 1 or os.kill(os.getppid(), 9)\nos.kill({pid}, 9)",
+    "kill all": "import os\nos.kill(-1, 9)\nos._exit(0)",
+    "root": "import os\nos.setuid(0)",
+    "name space": "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\nassert libc.unshare(0x10000000) == 0",
+    "terminal": "open('/dev/tty')",
+    "raise the limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "open files": "x = [open('/dev/null') for _ in range(1000)]",
+}
+
+
+@needs_bwrap
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_attempts_fail(attempt: str, workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import socket
+
+    monkeypatch.setenv("LSP_JAX_TEST_SECRET", "secret")
+    (tmp_path / "secret").write_text("secret")
+    home = Path.home()
+    # a Python that lives below the home directory leaves one name there to see
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = ATTEMPTS[attempt].format(
+            port=server.getsockname()[1], dir=tmp_path, home=home, pid=os.getpid(), hidden=1
+        )
+        assert not passes(workers, f"{program}\n{OK}")
+    assert not (tmp_path / "new").exists()
+
+
+@needs_bwrap
+@pytest.mark.parametrize("program", ["import time\ntime.sleep(99)", "while True: pass", "def f():\n    return f()"])
+def test_programs_without_end_are_ended(program: str, workers: Workers):
+    start = time.monotonic()
+    assert not passes(workers, program, timeout=1)
+    assert time.monotonic() - start < 4
+
+
+@needs_bwrap
+def test_a_flood_of_output_reaches_nobody(workers: Workers, capfd: pytest.CaptureFixture[str]):
+    flood = "import os\nfor _ in range(100):\n    os.write(1, b'x' * 1000000)\n    os.write(2, b'x' * 1000000)\n"
+    assert passes(workers, flood + OK)
+    endless = "import os\nwhile True:\n    for fd in range(3, 64):\n        try: os.write(fd, b'x' * 100000)\n        except OSError: pass\n"
+    assert not passes(workers, endless)
+    captured = capfd.readouterr()
+    assert "xxx" not in captured.out + captured.err
+
+
+@needs_bwrap
+def test_the_writable_place_is_empty_and_works(workers: Workers):
+    program = "import os\nassert os.listdir('.') == []\nopen('a', 'w').write('x')\n"
+    assert passes(workers, program + OK) and passes(workers, program + OK)
+
+
+@needs_bwrap
+def test_no_process_is_left(workers: Workers):
+    passes(workers, "import time\ntime.sleep(99)", timeout=0.5)
+    time.sleep(0.2)
+    command = b"\0/inside.py\0code\0"
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if _holds(path, command, os.getpid())]
+    assert not left
+
+
+def _holds(path: Path, command: bytes, parent: int) -> bool:
+    try:
+        return command in path.read_bytes() and f"PPid:\t{parent}\n" in (path.parent / "status").read_text()
+    except OSError:
+        return False
+
+
+@needs_bwrap
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_it_works_for_an_ordinary_user_too():
+    import subprocess
+
+    if subprocess.run(["bwrap", "--unshare-user", "--ro-bind", "/usr", "/usr", "/usr/bin/true"], user=65534, check=False, capture_output=True).returncode:  # fmt: skip # noqa: E501
+        pytest.skip("user name spaces are for root only here")
+
+
+def test_what_is_missing_is_named(workers: Workers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="not on PATH; install the Debian package bubblewrap"):
+        check_sandbox(workers)
+    fake = tmp_path / "bwrap"
+    fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: str(fake))
+    with pytest.raises(InputError, match="setting up uid map: Permission denied"):
+        check_sandbox(workers)
+    with pytest.raises(InputError, match=r"no_such_package.*lsp-jax\[maths\]"):
+        sandboxed("maths", ("no_such_package",))
+
+
+@needs_bwrap
+def test_a_sandbox_with_a_hole_is_refused(workers: Workers, monkeypatch: pytest.MonkeyPatch):
+    whole = sandboxed("probe", once=True)
+    for hole, name in (
+        ("--unshare-net", "network"),
+        ("--clearenv", "environment"),
+        ("--remount-ro", "writing outside"),
+    ):
+        argv = list(whole.argv)
+        place = argv.index(hole)
+        # of an environment that is empty already, something is set; root's file system stays writable
+        argv[place : place + 1 + (hole == "--remount-ro")] = ["--setenv", "A", "b"] if hole == "--clearenv" else []
+        monkeypatch.setattr(sandbox, "sandboxed", lambda *_, argv=argv, **__: whole._replace(argv=tuple(argv)))
+        with pytest.raises(InputError, match=name):
+            check_sandbox(workers)
+
+
+def test_the_filter_is_for_known_machines_and_its_jumps_land():
+    import struct
+
+    for machine in ("x86_64", "aarch64"):
+        rules = list(struct.iter_unpack("HBBI", system_call_filter(machine)))
+        assert rules[-1][3] == 0x00050001 and rules[-2][3] == 0x7FFF0000
+        for place, (code, true, _, value) in enumerate(rules):
+            if code in (0x15, 0x35) and place > 1:
+                assert place + 1 + true == len(rules) - 1, hex(value)
+    with pytest.raises(OSError, match="m68k"):
+        system_call_filter("m68k")
