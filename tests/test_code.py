@@ -73,13 +73,13 @@ FORGED = {
     "ready again": "import os\nfor fd in range(64):\n    try:\n        os.write(fd, b'{\"ready\": true}\\n')\n"
     "    except OSError:\n        pass\nos._exit(0)",
     "closed descriptors": "import os\nos.closerange(0, 64)\ndef add(a, b):\n    return a + b",
-    "builtins": "import builtins\nbuiltins.AssertionError = int\nbuiltins.all = lambda x: True\ndef add(a, b):\n    return 0",
+    "builtins": "import builtins\nbuiltins.AssertionError = int\nbuiltins.all = any\ndef add(a, b):\n    return 0",
     "exit handler": "import atexit, os\natexit.register(os._exit, 0)\ndef add(a, b):\n    return 0",
     "own check": "def check(f):\n    pass\ndef add(a, b):\n    return 0",
     "trace": "import sys\nsys.settrace(lambda *a: None)\ndef add(a, b):\n    return 0",
     "main's names": "import __main__\nassert not hasattr(__main__, 'serve_code')\ndef add(a, b):\n    return 0",
     "source": "import sys\nopen('/proc/self/mem', 'rb')",
-    "alarm": "import signal\nsignal.signal(signal.SIGALRM, lambda *a: None)\nsignal.alarm(1)\ndef add(a, b):\n    return 0",
+    "alarm": "import signal\nsignal.signal(14, lambda *a: None)\nsignal.alarm(1)\ndef add(a, b):\n    return 0",
 }
 
 
@@ -167,5 +167,5 @@ def test_humanevals_reference_solutions_pass_and_broken_ones_fail():
         values, valid, _ = code_reward(workers=workers, timeout=20).score([""] * len(problems), answers, problems)
     assert len(problems) == 164 and valid.all()
     assert values.sum(0).tolist() == [164, 164, 0], [
-        p["task_id"] for p, v in zip(problems, values) if v.tolist() != [1, 1, 0]
+        p["task_id"] for p, v in zip(problems, values, strict=True) if v.tolist() != [1, 1, 0]
     ]

@@ -33,7 +33,7 @@ TABLE = [  # the row's answer, a model's answer, equal
     ("\\boxed{x^2+2x+1}", "\\boxed{(x-1)^2}", 0), ("\\boxed{(1, 2)}", "\\boxed{(1,2)}", 1),
     ("\\boxed{(1, 2)}", "\\boxed{(2,1)}", 0), ("\\boxed{\\{1, 2\\}}", "\\boxed{\\{2, 1\\}}", 1),
     ("\\boxed{[0, 1)}", "\\boxed{[0,1)}", 1), ("\\boxed{\\pi}", "\\boxed{\\pi}", 1), ("\\boxed{\\pi}", "\\boxed{3}", 0),
-    ("42", "\\boxed{42}", 1), ("\\frac{3}{4}", "\\boxed{\\frac{3}{4}}", 1), ("\\boxed{7}", "\\boxed{7", 1),
+    ("42", "\\boxed{42}", 1), ("\\frac{3}{4}", "\\boxed{\\frac{3}{4}}", 1), ("\\boxed{7}", "\\boxed{7", 0),
     ("\\boxed{\\text{even}}", "\\boxed{\\text{even}}", 1), ("#### 18", "__import__('os').system('true')", 0),
     ("#### 18", "\\boxed{__import__('os')._exit(0)}", 0), ("#### 18", "\\boxed{" * 2000, 0), ("#### 18", "\0\ud800", 0),
 ]

@@ -3,9 +3,9 @@
 Rows are spelled as HumanEval's (`prompt`, `test`, `entry_point`) or as MBPP's (`test_list`, perhaps `test_setup_code`).
 Every program gets a sandbox of its own.
 
-A program has passed when the harness, after the last test, says a number that was drawn for this program alone and is in
-no file, environment or source that the program can see. So printing, exiting with 0, closing or writing to descriptors,
-raising exceptions of any kind, redefining builtins or the tests' own functions, and leaving things running pass nothing.
+A program has passed when the harness, after the last test, says a number that was drawn for this program alone and is
+in no file, environment or source that the program can see. So it does not help to print, to exit with 0, to close or
+write to descriptors, to raise exceptions of any kind, or to define the tests' functions and Python's builtins anew.
 
 What this cannot show is that the function is right where the tests are blind: results whose `__eq__` is always true,
 modules of the standard library changed under the tests' feet, or a program that was written against this harness and

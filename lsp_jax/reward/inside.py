@@ -64,7 +64,7 @@ def system_call_filter(machine: str) -> bytes:
 
 
 class _Filter(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_char_p)]  # noqa: RUF012 - as ctypes wants it
+    _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_char_p)]
 
 
 def confine() -> None:
@@ -100,7 +100,7 @@ def run_program(program: str, tests: list[str]) -> bool:
     """
     module = types.ModuleType("program")
     sys.modules["program"] = sys.modules["__main__"] = module  # dataclasses look their module up
-    standard = vars(builtins)
+    standard = builtins.__dict__
     clean = dict(standard)
     try:
         exec(compile(program, "<program>", "exec"), vars(module))  # noqa: S102 - the sandbox is for this
@@ -204,6 +204,10 @@ def _writable(path: str) -> bool:
         return file.write("x") > 0
 
 
+def _there(path: str) -> bool:
+    return os.stat(path) is not None  # noqa: PTH116 - pathlib costs a third of the start
+
+
 def _fill() -> bool:
     """Whether the writable place takes 1 GiB."""
     for number in range(64):
@@ -221,8 +225,8 @@ PROBES = {
     "a full disk": _fill,
     "root's rights": lambda: os.getuid() == 0 or os.setuid(0) is None,
     "the environment": lambda: set(os.environ) - {"PWD", "LC_CTYPE"},
-    "other processes": lambda: os.getpid() > 10 or os.path.exists("/proc/1"),
-    "the terminal's session": lambda: os.path.exists("/dev/tty"),
+    "other processes": lambda: os.getpid() > 10 or _there("/proc/1"),
+    "the terminal's session": lambda: _there("/dev/tty"),
 }
 
 

@@ -1,8 +1,8 @@
 """The maths reward: is an answer's final result equal to the row's, as the package math-verify sees it?
 
 Its parser may evaluate what it reads, so it runs in a sandbox that stays for many answers. The result is read from the
-last \\boxed{}, else after the last ####, else from the end of the text, where math-verify looks for a formula and then for
-the last number.
+last \\boxed{}, else after the last ####, else from the end of the text, where math-verify looks for a formula and then
+for the last number.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ Python needs. Reading is not hidden either: /usr and Python's own directory are 
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -42,7 +41,7 @@ def sandboxed(mode: str, packages: tuple[str, ...] = (), once: bool = False) -> 
     argv += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     for path in map(Path, _SYSTEM):
         if path.is_symlink():
-            argv += ["--symlink", os.readlink(path), str(path)]
+            argv += ["--symlink", str(path.readlink()), str(path)]
         elif path.is_dir():
             argv += ["--ro-bind", str(path), str(path)]
     python = Path(getattr(sys, "_base_executable", sys.executable)).resolve()

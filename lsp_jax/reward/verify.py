@@ -17,7 +17,7 @@ import numpy as np
 from lsp_jax.errors import InputError
 from lsp_jax.reward.base import HostReward, Kind, RewardOutput, Rows
 from lsp_jax.reward.calls import call_reward, one_line, reward_array
-from lsp_jax.reward.workers import Program, WorkerFailure, Workers
+from lsp_jax.reward.workers import Program, WorkerFailure, Workers, printable
 
 _ARITHMETIC = "lsp_jax.reward.arithmetic:grade"
 
@@ -31,8 +31,9 @@ def arithmetic_reward(weight: float = 1.0, name: str = "arithmetic", workers: Wo
 
     def score(queries: list[str], answers: list[list[str]], rows: Rows = ()) -> RewardOutput:
         values = _in_worker(pool, _ARITHMETIC, name, queries, answers, ())
-        valid_query = np.isfinite(values).all(1)
-        return RewardOutput(np.where(valid_query[:, None], values, 0), np.ones(values.shape, bool), valid_query)
+        valid_query = np.all(np.isfinite(values), axis=1)
+        values[~valid_query] = 0
+        return RewardOutput(values, np.ones(values.shape, bool), valid_query)
 
     return HostReward(name, "task", weight, score)
 
@@ -93,12 +94,14 @@ def _in_worker(
     item = {"queries": queries, "answers": answers, "rows": [dict(row) for row in rows]}
     (outcome,) = pool.run(_program(spec), [item])
     reply = outcome.reply
-    if outcome.refused or (reply and isinstance(reply.get("refused"), str)):
-        raise InputError("reward.callable", spec if outcome.refused else name, outcome.refused or reply["refused"])
+    if outcome.refused:
+        raise InputError("reward.callable", spec, outcome.refused)
     if reply is None:
         raise WorkerFailure(outcome.failure)
+    if "refused" in reply:
+        raise InputError("reward.callable", name, printable(str(reply["refused"])))
     if "values" not in reply:
-        raise WorkerFailure(f"raised {str(reply.get('raised'))[:200]}")
+        raise WorkerFailure(f"raised {printable(str(reply.get('raised')))}")
     return reward_array(reply["values"], name, (len(queries), len(answers[0])))
 
 
