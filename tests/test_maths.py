@@ -60,7 +60,7 @@ def test_a_comparison_without_end_is_masked_and_the_next_one_works(workers: Work
     reward = maths_reward(workers=workers, timeout=1.5)
     bomb = "\\boxed{9^{9^{9^{9^{9}}}} + (10^{10^{10}})!}"
     values, valid, _ = reward.score([""], [[bomb, "\\boxed{18}"]], [{"answer": "#### 18"}])
-    assert values[0, 0] == 0 and values[0, 1] == 1 and valid[0, 1]
+    assert values.tolist() == [[0, 1]] and valid.tolist() == [[False, True]]
     rows = [{"answer": "see the picture"}]
     values, valid, _ = reward.score([""], [["18"]], rows)
     assert not valid.any() and not values.any()

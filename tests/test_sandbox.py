@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,7 +53,7 @@ ATTEMPTS = {
     "write /usr": "open('/usr/x', 'w')",
     "write /": "open('/x', 'w')",
     "read a secret": "assert open('{dir}/secret').read()",
-    "read the home directory": "import os\nassert os.listdir('{home}')[{hidden}:]",
+    "read the home directory": "import os\nassert os.listdir('{home}')",
     "read /etc/passwd": "open('/etc/passwd').read()",
     "fork": "import os\nwhile True:\n    os.fork()",
     "subprocess": "import subprocess\nsubprocess.run(['/usr/bin/true'], check=True)",
@@ -70,21 +72,59 @@ ATTEMPTS = {
 }
 
 
+HARMLESS = (
+    "socket",
+    "environment",
+    "write outside",
+    "read a secret",
+    "read the home directory",
+    "read /etc/passwd",
+    "subprocess",
+    "open files",
+)
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The attempts, aimed at a server, a file, an environment and a home directory that are there."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "letter").write_text("secret")
+    (tmp_path / "secret").write_text("secret")
+    monkeypatch.setenv("LSP_JAX_TEST_SECRET", "secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        yield {
+            name: program.format(port=port, dir=tmp_path, home=home, pid=os.getpid())
+            for name, program in ATTEMPTS.items()
+        }
+
+
 @needs_bwrap
 @pytest.mark.parametrize("attempt", ATTEMPTS)
-def test_attempts_fail(attempt: str, workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import socket
-
-    monkeypatch.setenv("LSP_JAX_TEST_SECRET", "secret")
-    (tmp_path / "secret").write_text("secret")
-    home = Path.home()
-    # a Python that lives below the home directory leaves one name there to see
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        program = ATTEMPTS[attempt].format(
-            port=server.getsockname()[1], dir=tmp_path, home=home, pid=os.getpid(), hidden=1
-        )
-        assert not passes(workers, f"{program}\n{OK}")
+def test_attempts_fail(attempt: str, workers: Workers, written: dict[str, str], tmp_path: Path):
+    program = f"{written[attempt]}\n{OK}"
+    compile(program, attempt, "exec")
+    assert not passes(workers, program)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("attempt", HARMLESS)
+def test_the_same_attempts_succeed_outside(attempt: str, written: dict[str, str]):
+    """So that they fail inside for the reason that is meant."""
+    assert subprocess.run([sys.executable, "-c", written[attempt]], check=False).returncode == 0
+
+
+@needs_bwrap
+def test_the_real_home_directory_is_not_there(workers: Workers):
+    """Nothing below it but the way to a Python that lives there."""
+    own = Path(sys.base_prefix)
+    names = [path.name for path in Path.home().iterdir() if path != own and path not in own.parents]
+    if not names:
+        pytest.skip("the home directory is empty")
+    program = f"import os\nhome = {str(Path.home())!r}\n"
+    program += f"seen = set(os.listdir(home)) if os.path.isdir(home) else set()\nassert not seen & set({names!r})\n"
+    assert passes(workers, program + OK)
 
 
 @needs_bwrap
@@ -162,16 +202,20 @@ def test_what_is_missing_is_named(workers: Workers, monkeypatch: pytest.MonkeyPa
 
 @needs_bwrap
 def test_a_sandbox_with_a_hole_is_refused(workers: Workers, monkeypatch: pytest.MonkeyPatch):
-    whole = sandboxed("probe", once=True)
-    for hole, name in (
-        ("--unshare-net", "network"),
-        ("--clearenv", "environment"),
-        ("--remount-ro", "writing outside"),
-    ):
+    whole, shared = sandboxed("probe", once=True), tempfile.gettempdir()
+    holes = {
+        "network": (["--unshare-net"], []),
+        "the environment": (["--clearenv"], ["--setenv", "A", "b"]),
+        "writing outside": (["--remount-ro", "/"], []),
+        "the run's files": (["--remount-ro", "/"], ["--ro-bind", shared, shared]),
+        "capabilities": (["--cap-drop", "ALL"], ["--cap-add", "ALL"]),
+        "root's rights": (["--uid", "65534"], ["--uid", "0"]),
+        "other processes": (["--unshare-pid"], ["--ro-bind", "/proc", "/proc"]),
+    }
+    for name, (without, instead) in holes.items():
         argv = list(whole.argv)
-        place = argv.index(hole)
-        # of an environment that is empty already, something is set; root's file system stays writable
-        argv[place : place + 1 + (hole == "--remount-ro")] = ["--setenv", "A", "b"] if hole == "--clearenv" else []
+        place = next(i for i in range(len(argv)) if argv[i : i + len(without)] == without)
+        argv[place : place + len(without)] = instead
         monkeypatch.setattr(sandbox, "sandboxed", lambda *_, argv=argv, **__: whole._replace(argv=tuple(argv)))
         with pytest.raises(InputError, match=name):
             check_sandbox(workers)

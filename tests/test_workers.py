@@ -33,6 +33,7 @@ for line in sys.stdin:
     if do == "list": print("[1]", flush=True)
     if do == "other": print(json.dumps({"number": n + 1}), flush=True)
     if do == "twice": sys.stdout.write(json.dumps({"number": n}) + "\\n" + json.dumps({"number": n + 1}) + "\\n"); sys.stdout.flush()
+    if do == "quiet": os.close(2); time.sleep(0.5)
     if do == "noise": sys.stderr.write("\\x1b[31m" + "loud " * 100000); sys.stderr.flush()
     print(json.dumps({"number": n, "did": do, "pid": os.getpid(), "size": len(r.get("text", ""))}), flush=True)
 """  # noqa: E501
@@ -91,6 +92,14 @@ def test_standard_error_is_passed_on_printable_and_bounded(capsys: pytest.Captur
     shown = capsys.readouterr().err
     assert "loud" in shown and "\x1b" not in shown and len(shown) < 2 * MAX_LOG
     assert printable(b"a\x00\xff\n b\x1b") == "a\\x00\ufffd b\\x1b"
+
+
+def test_a_child_without_standard_error_costs_no_time_of_ours():
+    with Workers(1, timeout=5) as workers:
+        workers.run(PROGRAM, [{"do": "well"}])
+        start = time.process_time()
+        assert workers.run(PROGRAM, [{"do": "quiet"}])[0].reply
+        assert time.process_time() - start < 0.1
 
 
 @pytest.mark.parametrize(("count", "timeout"), [(0, 1.0), (-1, 1.0), (1, 0.0), (1, float("nan")), (1, float("inf"))])

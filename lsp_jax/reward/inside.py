@@ -174,10 +174,14 @@ def serve_maths(source: Any, protocol: int) -> None:
 
 def serve_probe(source: Any, protocol: int) -> None:
     """What the sandbox still allows, tried: the names of what should be impossible and is not."""
-    for line in source:
-        number = json.loads(line)["number"]
-        allowed = [name for name, attempt in PROBES.items() if _possible(attempt)]
-        os.write(protocol, json.dumps({"number": number, "allowed": allowed}).encode() + b"\n")
+    request = json.loads(source.readline())
+    probes = {
+        "network": lambda: _network(request["port"]),
+        "the run's files": lambda: _there(request["file"]),
+        **PROBES,
+    }
+    allowed = [name for name, attempt in probes.items() if _possible(attempt)]
+    os.write(protocol, json.dumps({"number": request["number"], "allowed": allowed}).encode() + b"\n")
 
 
 def _possible(attempt: Any) -> bool:
@@ -187,10 +191,12 @@ def _possible(attempt: Any) -> bool:
         return False
 
 
-def _network() -> bool:
+def _network(port: int) -> bool:
+    """Whether a server of this machine can be reached."""
     import socket
 
-    return [name for _, name in socket.if_nameindex() if name != "lo"] != []
+    with socket.create_connection(("127.0.0.1", port), 5):
+        return True
 
 
 def _fork() -> bool:
@@ -217,13 +223,13 @@ def _fill() -> bool:
 
 
 PROBES = {
-    "network": _network,
     "processes": _fork,
     "memory": lambda: bytearray(MEMORY),
     "writing outside": lambda: any(_possible(lambda p=p: _writable(p)) for p in ("/x", "/dev/x", "/usr/x", sys.prefix)),
     "a large file": lambda: _writable("large") and os.truncate("large", FILE + 1) is None,
     "a full disk": _fill,
     "root's rights": lambda: os.getuid() == 0 or os.setuid(0) is None,
+    "capabilities": lambda: os.chroot("/") is None,
     "the environment": lambda: set(os.environ) - {"PWD", "LC_CTYPE"},
     "other processes": lambda: os.getpid() > 10 or _there("/proc/1"),
     "the terminal's session": lambda: _there("/dev/tty"),

@@ -53,7 +53,8 @@ def maths_reward(
     """Task reward: 1 when the answer's result equals that of the row's `field`, else 0.
 
     An answer is masked when its comparison takes more than `timeout` seconds or its child dies, and when the row's own
-    result cannot be read. Check the rows with `check_rows` and the sandbox with `check_maths` before long work.
+    result cannot be read. One that math-verify cannot read, or gives up on after its own 5 seconds, scores 0.
+    Check the rows with `check_rows` and the sandbox with `check_maths` before long work.
 
     Raises:
         InputError: no bwrap on PATH, or math-verify is not installed.

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import socket
 import sys
+import tempfile
 from pathlib import Path
 
 from lsp_jax.errors import InputError
@@ -74,7 +76,9 @@ def check_sandbox(workers: Workers) -> None:
     Raises:
         InputError: it cannot be had here: names what is missing.
     """
-    (outcome,) = workers.run(sandboxed("probe", once=True), [{}])
+    program = sandboxed("probe", once=True)
+    with socket.create_server(("127.0.0.1", 0)) as server, tempfile.NamedTemporaryFile() as file:
+        (outcome,) = workers.run(program, [{"port": server.getsockname()[1], "file": file.name}])
     if outcome.reply is None:
         remedy = (
             f"did not start: {outcome.failure}; it needs user name spaces, which some systems and containers forbid"
@@ -82,4 +86,5 @@ def check_sandbox(workers: Workers) -> None:
         raise InputError("sandbox", "bwrap", remedy)
     allowed = outcome.reply.get("allowed")
     if allowed != []:
-        raise InputError("sandbox", str(allowed), "should be impossible inside and is not: nothing runs there")
+        names = ", ".join(map(str, allowed)) if isinstance(allowed, list) else allowed
+        raise InputError("sandbox", names, "should be impossible inside and is not: nothing runs there")

@@ -85,7 +85,7 @@ class _Child:
         for pipe in (self.stdin, self.stdout, self.stderr):
             os.set_blocking(pipe.fileno(), False)
         self.ready: dict[str, Any] | None = None
-        self.reading, self.log, self.logged = bytearray(), bytearray(), 0
+        self.reading, self.log, self.logged, self.log_open = bytearray(), bytearray(), 0, True
 
     def give(self, item: Mapping[str, Any], seconds: float) -> None:
         """The item's number tells its reply from a late one."""
@@ -117,6 +117,7 @@ class _Child:
         data = _read(self.stderr)
         if data is None:
             return True
+        self.log_open = bool(data)
         self.log = (self.log + data)[-1000:]
         shown = data[: max(MAX_LOG - self.logged, 0)]
         self.logged += len(data)
@@ -201,7 +202,7 @@ class Workers:
     """Up to `count` children at work side by side, each item for at most `timeout` seconds.
 
     Children start when they are first needed, wait for the next call, and are closed with the pool. Calls from several
-    threads take turns.
+    threads take turns; Linux ends a child with the thread that started it, so call from a thread that stays.
 
     Raises:
         InputError: `count` below 1 or `timeout` not above 0.
@@ -304,7 +305,8 @@ def _attend(children: list[_Child], write: bool = True) -> None:
     with selectors.DefaultSelector() as selector:
         for child in children:
             selector.register(child.stdout, selectors.EVENT_READ, child.read)
-            selector.register(child.stderr, selectors.EVENT_READ, child.read_log)
+            if child.log_open:
+                selector.register(child.stderr, selectors.EVENT_READ, child.read_log)
             if write and child.ready is not None and len(child.request):
                 selector.register(child.stdin, selectors.EVENT_WRITE, child.write)
         wait = max(min(child.deadline for child in children) - time.monotonic(), 0.0)
