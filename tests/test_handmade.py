@@ -32,7 +32,7 @@ def played(use_quality: bool, scale_rewards: str = "none") -> Advantages:
 
 
 def role_loss(values: Any, lengths: list[int], scale: float, config: LossConfig, ratio: float = 1.0) -> float:
-    """Loss of rows with the advantages `values`, whose tokens are `ratio` times as probable as when they were played."""
+    """Loss of rows with the advantages `values`, each token `ratio` times as probable as when played."""
     shape = (len(lengths), 2)
     logprobs = jnp.full(shape, -1.0)
     rows = make_rows(

@@ -13,7 +13,7 @@ import pytest
 from lsp_jax.errors import InputError
 from lsp_jax.learn.batch import Rows, make_rows
 from lsp_jax.learn.logprobs import TokenStatistics, token_statistics
-from lsp_jax.learn.losses import LOSS_TYPES, KL_ESTIMATORS, LossConfig, kl_terms, policy_loss
+from lsp_jax.learn.losses import KL_ESTIMATORS, LOSS_TYPES, LossConfig, kl_terms, policy_loss
 from tiny import tiny_config
 
 LENGTHS = np.array([3, 7, 1, 5, 4])
