@@ -64,7 +64,7 @@ def norm(left: Any, right: Any) -> float:
     return float(optax.tree.norm(jax.tree.map(jnp.subtract, left, right)))
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_old_log_probabilities_are_those_of_the_sampled_distribution(own: bool) -> None:
     """Tempered, truncated sampling of both roles: the sampler's numbers with the kept mass are the learner's."""
     game = replace(GAME, loss=replace(GAME.loss, importance_cap=2.0 if own else 0.0))
@@ -79,6 +79,7 @@ def test_old_log_probabilities_are_those_of_the_sampled_distribution(own: bool) 
         np.testing.assert_allclose(rows.old_logprobs[mask], (rows.behaviour_logprobs + rows.log_mass)[mask], atol=1e-4)
 
 
+@pytest.mark.full
 def test_learning_repeats_one_update_with_the_old_log_probabilities_kept() -> None:
     """`learn` is three updates by hand; its first step is that of one epoch; the iteration counts once."""
     batch, references = play(GAME, fresh())
@@ -107,6 +108,7 @@ def test_learning_repeats_one_update_with_the_old_log_probabilities_kept() -> No
     assert norm(first, plain) < 1e-4 * float(optax.tree.norm(plain))
 
 
+@pytest.mark.full
 def test_further_iterations_compile_nothing_and_a_composed_one_does_the_same() -> None:
     rewards = (DeviceReward("sum", "task", 1.0, score),)
     kinds = jnp.full(MODEL.vocab_size, TEXT, jnp.uint8)
