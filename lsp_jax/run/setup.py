@@ -27,7 +27,8 @@ from lsp_jax.reward.verify import arithmetic_reward, callable_reward, load_calla
 from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.iteration import Game
 from lsp_jax.run.metrics import check_trackers
-from lsp_jax.text.prompts import PlayPrompts, judge_template
+from lsp_jax.text.judge import judge_template
+from lsp_jax.text.prompts import PlayPrompts
 from lsp_jax.text.tokenizer import SPECIAL, Tokenizer
 
 CHECKPOINTS, BASE, EXPORT = "checkpoints", "base", "export"
