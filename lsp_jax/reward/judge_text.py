@@ -28,8 +28,9 @@ from lsp_jax.text.judge import CRITERIA
 from lsp_jax.text.tokenizer import Tokenizer
 
 _GREEDY = SamplingConfig(temperature=0.0)
-_ITEMS = r"([01](?:\s*\+\s*[01]){%d})" % (CRITERIA - 1)
-_TURN = re.compile(rf"\s*{_ITEMS}\s*=\s*([0-{CRITERIA}])\s*<score>\s*([0-{CRITERIA}])\s*</score>\s*", re.ASCII)
+_SPACE, _TOTAL = r"\s*", f"([0-{CRITERIA}])"
+_ITEMS = "([01](?:" + _SPACE + r"\+" + _SPACE + f"[01]){{{CRITERIA - 1}}})"
+_TURN = re.compile(_SPACE.join(("", _ITEMS, "=", _TOTAL, "<score>", _TOTAL, "</score>", "")), re.ASCII)
 
 
 def parse_score(turn: str) -> int | None:
