@@ -234,3 +234,19 @@ def test_what_the_judge_does_not_write_well_is_masked(tmp_path: Path, words: lis
 def test_a_judge_that_never_stops_is_masked(tmp_path: Path) -> None:
     policy = speaking_policy(tmp_path, WORDS, stops=False)
     assert not bool(text_reward(policy).score(played(policy, [("Add 1", "2")])).valid_answer.any())
+
+
+@pytest.mark.full
+def test_demo_model_writes_what_it_would_in_its_own_chat(demo_dir: Path) -> None:
+    policy = lsp.load_pretrained(demo_dir)
+    encode = policy.tokenizer.encode
+    texts = [("What is 3 + 4?", "3 + 4 = 7."), ("What is 3 + 4?", "banana banana")]
+    play = episode([encode(texts[0][0])], [[encode(answer) for _, answer in texts]], policy.tokenizer.stop_ids[0], 12)
+    judge = Judge(policy.config, text_judge_template(policy.tokenizer), encode(" ")[0], rows=2)
+    params = judge_params(policy.params, judge, policy.tokenizer, token_kinds(policy))
+    written = write_judgements(params, play, judge=judge, max_length=12, stop_ids=policy.tokenizer.stop_ids)
+    tokens, lengths = host.to_host((written.tokens[0], written.lengths[0] - written.stopped[0]))
+    turns = [policy.tokenizer.decode(ids[:length].tolist()) for ids, length in zip(tokens, lengths, strict=True)]
+    assert turns == lsp.generate(policy, conversations(policy, texts), temperature=0, max_completion_length=12)
+    out = text_reward(policy, max_length=12).score(play)
+    assert out.values.shape == (1, 2) and bool(((out.values >= 0) & (out.values <= 7)).all())
