@@ -41,16 +41,32 @@ class RewardConfig:
     """Conversations that it reads at one time."""
     quality_weight: float = 1.0
     """The reference's quality score 0..7 (kind quality)."""
+    quality_mode: Literal["logits", "text"] = "logits"
+    """logits: seven yes/no probabilities from one prefill; text: the reference writes its score, as in the paper."""
+    quality_max_length: int = 64
+    """text: tokens that the judge may write for one answer; a verdict cut off there is a parse failure."""
+    rubric: str = ""
+    """A TOML file of seven criteria in place of ours (`lsp_jax/text/rubric.toml`); empty: ours."""
     judge_rows: int = 16
     """Answers that the quality judge reads at one time."""
     arithmetic_weight: float = 0.0
     """1 for the right final number of an arithmetic question, else 0 (kind task)."""
+    maths_weight: float = 0.0
+    """1 when the final answer equals the data's reference answer, else 0 (kind task); needs data and a sandbox."""
+    code_weight: float = 0.0
+    """1 when the answer's program passes the data's tests, else 0 (kind task); needs --allow-code-execution."""
     callable: str = ""
     """A Python function `package.module:function` or `file.py:function`, (queries, answers) -> rewards [N, G]."""
     callable_weight: float = 1.0
     """Weight of that function's rewards."""
     callable_kind: Literal["task", "quality"] = "task"
     """task: the Challenger gets it negated; quality: as it is."""
+    workers: int = 2
+    """Processes that score texts on the host."""
+    timeout: float = 60.0
+    """Seconds that one call of a host reward may take; what takes longer is masked."""
+    code_timeout: float = 10.0
+    """Seconds that one program may run; what takes longer has failed its tests."""
     standardize: tuple[str, ...] = ()
     """Names of components brought to mean 0 and standard deviation 1 over each iteration, before clipping."""
     clip: tuple[str, ...] = ()
@@ -58,13 +74,17 @@ class RewardConfig:
 
     def check(self) -> None:
         """Raises InputError naming the field."""
-        for name in ("preference", "quality", "arithmetic", "callable"):
+        for name in ("preference", "quality", "arithmetic", "maths", "code", "callable"):
             if not math.isfinite(getattr(self, f"{name}_weight")):
                 raise InputError(f"reward.{name}_weight", getattr(self, f"{name}_weight"), "must be a finite number")
         _one_of("reward.callable_kind", self.callable_kind, ("task", "quality"))
-        for name in ("preference_rows", "judge_rows"):
+        _one_of("reward.quality_mode", self.quality_mode, ("logits", "text"))
+        for name in ("preference_rows", "quality_max_length", "judge_rows", "workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"reward.{name}", getattr(self, name), "must be at least 1")
+        for name in ("timeout", "code_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"reward.{name}", getattr(self, name), "must be > 0 seconds and finite")
         self.bounds()
 
     def bounds(self) -> dict[str, tuple[float, float]]:
@@ -114,6 +134,8 @@ class TrainConfig:
     """dtype of master parameters and moments."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of forward and backward passes; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    allow_code_execution: bool = False
+    """Run the programs that the model writes, in a sandbox, for the code reward."""
     play: PlayConfig = field(default_factory=PlayConfig)
     """Sizes of an iteration."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -159,7 +181,15 @@ class TrainConfig:
         self._check_data()
 
     def _check_data(self) -> None:
-        """What does not go with queries from data."""
+        """What needs queries from data, and what does not go with them."""
+        for name in ("maths", "code"):
+            weight = getattr(self.reward, f"{name}_weight")
+            if weight and not self.data.source:
+                remedy = f"needs data.source: the {name} reward compares with what the data set's rows hold"
+                raise InputError(f"reward.{name}_weight", weight, remedy)
+        if self.reward.code_weight and not self.allow_code_execution:
+            remedy = "runs programs that the model writes: allow it with --allow-code-execution"
+            raise InputError("reward.code_weight", self.reward.code_weight, remedy)
         if self.data.source:
             if self.loss.alpha_challenger > 0:
                 remedy = "must be 0 with data: queries from a data set were not sampled, nothing trains the Challenger"
@@ -192,10 +222,10 @@ class TrainConfig:
 MAY_CHANGE = (
     *("output_dir", "max_steps", "save_steps", "save_total_limit", "resume", "report_to"),
     *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat"),
-    *("reward.judge_rows", "reward.preference_rows"),
+    *("reward.judge_rows", "reward.preference_rows", "reward.workers", "reward.timeout", "reward.code_timeout"),
 )
 """Fields that a resumed run may change: they do not decide what the next iteration computes. (Memory settings change
-how sums round, no more.)"""
+how sums round, time limits what is masked as too slow, no more.)"""
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -15,8 +15,8 @@ from lsp_jax.errors import InputError
 from lsp_jax.learn.batch import make_rows
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.model import llama
-from lsp_jax.play.generate import Completions, complete
-from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.play.generate import Completions, complete, rollout
+from lsp_jax.play.sampler import SamplingConfig, row_keys
 from tiny import stopping_dir, tiny_config, tiny_params
 
 CONFIG = tiny_config()
@@ -145,6 +145,29 @@ def test_padding_and_batch_change_no_row(params: llama.Params) -> None:
     np.testing.assert_allclose(more.logprobs, out.logprobs, atol=1e-5)
     tail = run(params, tokens[4:], lengths[4:], SamplingConfig(), columns=8, first_row=4)
     assert tail.tokens.tolist() == out.tokens[4:].tolist()
+
+
+def test_several_prefixes_continue_as_the_whole_prompt(params: llama.Params) -> None:
+    """One beginning for all, two middles, four ends with two rows each: as eight prompts in one piece."""
+    parts = [ragged_prompts(rows, width, seed) for seed, (rows, width) in enumerate(((1, 5), (2, 7), (4, 6)))]
+    prefixes: tuple[llama.KVCache, ...] = ()
+    for tokens, lengths in parts:
+        hidden, cache = jax.jit(llama.extend, static_argnums=1)(params, CONFIG, tokens, lengths, prefixes)
+        prefixes = (*prefixes, cache)
+    whole = np.zeros((4, 18), np.int32)
+    lengths = np.zeros(4, np.int32)
+    for row in range(4):
+        pieces = [part[row * len(part) // 4][: size[row * len(part) // 4]] for part, size in parts]
+        lengths[row] = sum(map(len, pieces))
+        whole[row, : lengths[row]] = np.concatenate(pieces)
+    assert len(set(lengths.tolist())) > 1
+    sampling = SamplingConfig(temperature=0.7)
+    keys = row_keys(jax.random.key(0), 8)
+    last = llama.last_hidden(hidden, jnp.asarray(parts[-1][1]))
+    out = jax.jit(rollout, static_argnums=(1, 5, 6, 7))(params, CONFIG, prefixes, last, keys, sampling, 10, (5, 9))
+    expected = run(params, whole, lengths, sampling, repeats=2, stop_ids=(5, 9))
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    np.testing.assert_allclose(out.logprobs, expected.logprobs, atol=1e-5)
 
 
 def test_answers_of_a_group_differ_and_seeds_differ(params: llama.Params) -> None:

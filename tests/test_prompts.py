@@ -10,17 +10,13 @@ import numpy as np
 import pytest
 
 from lsp_jax.text.prompts import (
-    CRITERIA,
-    RUBRIC,
     SLOT,
-    VERDICT,
     PlayPrompts,
     PromptConfig,
     Ragged,
     TokenTemplate,
     contains_sequence,
     ids_row,
-    judge_template,
     pack,
     splice,
     template_pieces,
@@ -148,21 +144,6 @@ def test_pieces_around_two_slots_rebuild_the_conversation(tokenizer: Tokenizer) 
     filled = [{"role": "user", "content": "Ask: Who?"}, {"role": "assistant", "content": "You."}]
     built = [*first, *tokenizer.encode("Who?"), *middle, *tokenizer.encode("You."), *last]
     assert built == tokenizer.chat_ids(filled)
-
-
-def test_judge_template_is_the_conversation(tokenizer: Tokenizer) -> None:
-    # the tiny tokenizer has single tokens for Yes and No
-    judge = judge_template(tokenizer)
-    query, answer = tokenizer.encode("What is 3 + 4?"), tokenizer.encode("It is 7.")
-    built = [*judge.rubric_ids, *query, *judge.middle_ids, *answer, *judge.tail_ids]
-    conversation = [
-        {"role": "user", "content": RUBRIC + "What is 3 + 4?"},
-        {"role": "assistant", "content": "It is 7."},
-        {"role": "user", "content": VERDICT},
-    ]
-    assert built == tokenizer.chat_ids(conversation)
-    assert len(judge.branch_ids) == CRITERIA == len(set(judge.branch_ids))
-    assert judge.yes_ids and judge.no_ids and not set(judge.yes_ids) & set(judge.no_ids)
 
 
 def test_template_that_changes_its_text_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
+from lsp_jax.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.play.generate import Completions
 from lsp_jax.play.selfplay import Episode, Queries
@@ -17,7 +19,18 @@ from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.run import iteration as stages
 from lsp_jax.run.setup import token_kinds
-from lsp_jax.text.prompts import CRITERIA, RUBRIC, VERDICT, judge_template
+from lsp_jax.text.judge import (
+    CRITERIA,
+    RUBRIC_FILE,
+    TEXT_VERDICT,
+    VERDICT,
+    JudgeTemplate,
+    judge_length,
+    judge_template,
+    load_criteria,
+    rubric_text,
+    text_judge_template,
+)
 from tiny import tiny_dir
 
 
@@ -47,8 +60,10 @@ def episode(queries: list[list[int]], answers: list[list[list[int]]], stop: int,
     return Episode(Queries(done, text, jnp.ones(shape[0], bool)), text, done)  # prompts are not read by the judge
 
 
-def component(policy: lsp.Policy, rows: int = 16) -> DeviceReward:
-    return quality_reward(policy.params, policy.config, policy.tokenizer, token_kinds(policy), rows=rows)
+def component(policy: lsp.Policy, rows: int = 16, **options: Any) -> DeviceReward:
+    reward = quality_reward(policy.params, policy.config, policy.tokenizer, token_kinds(policy), rows=rows, **options)
+    assert isinstance(reward, DeviceReward)
+    return reward
 
 
 def plain_scores(policy: lsp.Policy, queries: list[str], answers: list[list[str]]) -> np.ndarray:
@@ -57,7 +72,7 @@ def plain_scores(policy: lsp.Policy, queries: list[str], answers: list[list[str]
     for query, group in zip(queries, answers, strict=True):
         for answer in group:
             messages = [
-                {"role": "user", "content": RUBRIC + query},
+                {"role": "user", "content": rubric_text(load_criteria()) + query},
                 {"role": "assistant", "content": answer},
                 {"role": "user", "content": VERDICT},
             ]
@@ -73,6 +88,30 @@ def plain_scores(policy: lsp.Policy, queries: list[str], answers: list[list[str]
 
 def scores(reward: DeviceReward, play: Episode) -> np.ndarray:
     return np.asarray(stages.score(reward.score, reward.params, play).values)
+
+
+def test_templates_are_the_conversation(policy: lsp.Policy) -> None:
+    tokenizer = policy.tokenizer
+    query, answer = tokenizer.encode("What is 3 + 4?"), tokenizer.encode("It is 7.")
+    judges = judge_template(tokenizer), text_judge_template(tokenizer)
+    for judge, verdict in zip(judges, (VERDICT, TEXT_VERDICT), strict=True):
+        conversation = [
+            {"role": "user", "content": rubric_text(load_criteria()) + "What is 3 + 4?"},
+            {"role": "assistant", "content": "It is 7."},
+            {"role": "user", "content": verdict},
+        ]
+        ids = tokenizer.chat_ids(conversation)
+        assert [*judge.rubric_ids, *query, *judge.middle_ids, *answer, *judge.tail_ids] == ids
+        assert judge.rubric_ids == text_judge_template(tokenizer).rubric_ids
+    logits, text = judges
+    assert len(logits.branch_ids) == CRITERIA == len(set(logits.branch_ids))
+    assert logits.yes_ids and logits.no_ids and not set(logits.yes_ids) & set(logits.no_ids)
+    assert judge_length(tokenizer) == logits.fixed_length == len(ids_of(logits)) + 2
+    assert judge_length(tokenizer, "text", max_length=9) == len(ids_of(text)) + 9
+
+
+def ids_of(judge: JudgeTemplate) -> tuple[int, ...]:
+    return judge.rubric_ids + judge.middle_ids + judge.tail_ids
 
 
 QUERIES = ["What is 3 + 4?", "Add 12", "Say it"]
@@ -125,6 +164,51 @@ def test_padding_is_never_read(policy: lsp.Policy) -> None:
     dirty = jnp.asarray(np.where(real, one.answers.tokens, 5))
     two = one._replace(answers=one.answers._replace(tokens=dirty))
     np.testing.assert_array_equal(scores(reward, one), scores(reward, two))
+
+
+# --- the rubric file -------------------------------------------------------------------------------------------------
+
+
+def test_another_rubric_is_what_the_judge_reads(policy: lsp.Policy, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(RUBRIC_FILE.read_text().replace("The response is complete.", "The response rhymes."))
+    assert load_criteria(own)[4] == "The response rhymes." and len(load_criteria(own)) == CRITERIA
+    assert load_criteria(own)[:4] == load_criteria()[:4]
+    changed = scores(component(policy, rubric=own), encoded(policy))
+    assert np.abs(changed - scores(component(policy), encoded(policy))).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("", "seven|7"),
+        ("criteria = [", "not TOML"),
+        (b"criteria = ['\xff']", "not TOML in UTF-8"),
+        ("criteria = ['a', 'b', 'c', 'd', 'e', 'f']", "found 6"),
+        ("criteria = ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h']", "found 8"),
+        ("criteria = 'abcdefg'", "list of 7"),
+        ("criteria = ['a', 'b', 'c', ' ', 'e', 'f', 'g']", "criterion 4"),
+        ("criteria = ['a', 'b', 3, 'd', 'e', 'f', 'g']", "criterion 3"),
+        ("title = 1\ncriteria = ['a', 'b', 'c', 'd', 'e', 'f', 'g']", "alone"),
+        ("criteria = ['a', 'b', '<|im_end|>', 'd', 'e', 'f', 'g']", "control token"),
+        (f"criteria = ['a', 'b', 'c', 'd', 'e', 'f', '{'x' * 4000}']", "leave no room"),
+    ],
+)
+def test_bad_rubric_files_are_refused(policy: lsp.Policy, tmp_path: Path, content: Any, message: str) -> None:
+    path = tmp_path / "rubric.toml"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message) as caught:
+        component(policy, rubric=path)
+    assert caught.value.field == "rubric"
+
+
+@pytest.mark.parametrize(("options", "field"), [({"mode": "words"}, "mode"), ({"max_length": 0}, "max_length")])
+def test_bad_options_name_their_field(policy: lsp.Policy, options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InputError) as caught:
+        component(policy, **options)
+    assert caught.value.field == field
 
 
 @pytest.mark.full

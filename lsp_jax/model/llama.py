@@ -262,10 +262,7 @@ def extend(
     Returns normed hidden states [B, S, D] and the tokens' own cache. With no prefix this is the prefill.
     """
     batch, length = tokens.shape
-    offset = jnp.zeros(batch, jnp.int32)
-    for prefix in prefixes:
-        offset = offset + jnp.repeat(prefix.lengths, batch // prefix.lengths.shape[0])
-    angles = rotation(offset[:, None] + jnp.arange(length)[None], config)
+    angles = rotation(_total_lengths(prefixes, batch)[:, None] + jnp.arange(length)[None], config)
     masks = [length_mask(prefix.lengths, prefix.keys.shape[2]) for prefix in prefixes]
     visible, graph = causal_mask(length), _layer_graph(config)
 
@@ -278,6 +275,14 @@ def extend(
     layered = [(prefix.keys, prefix.values) for prefix in prefixes]
     x, (keys, values) = jax.lax.scan(body, _embed(params, tokens), (params["model"]["layers"], layered))
     return _norm(params, config, x), KVCache(keys, values, lengths)
+
+
+def _total_lengths(prefixes: Sequence[KVCache], batch: int) -> jax.Array:
+    """Tokens int32 [B] that stand before each row."""
+    total = jnp.zeros(batch, jnp.int32)
+    for prefix in prefixes:
+        total = total + jnp.repeat(prefix.lengths, batch // prefix.lengths.shape[0])
+    return total
 
 
 def last_hidden(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -301,32 +306,32 @@ def decode_step(
     layers: tuple[Params, ...],
     config: LlamaConfig,
     tokens: jax.Array,
-    prompt: tuple[KVCache, ...],
+    prompts: Sequence[Sequence[KVCache]],
     cache: DecodeCache,
     column: jax.Array,
 ) -> tuple[jax.Array, DecodeCache]:
     """One token a row: `tokens` [B] at generated position `column` (a scalar, the same for all rows).
 
-    `layers` is `unstack_layers` of the stacked layers; `prompt` the prompts' cache as one `KVCache` a layer, keys and
-    values [N, P, K, h], each with all lengths [N]. The token's keys and values are written at `column`, and
-    columns up to it are attended. Returns normed hidden states [B, D] and the cache.
+    `layers` is `unstack_layers` of the stacked layers; `prompts` holds for each layer the prefixes that the rows
+    continue, in their order, as in `extend`: one layer's keys and values [N, P, K, h] of each, with all its lengths
+    [N]. The token's keys and values are written at `column`, and columns up to it are attended. Returns normed hidden
+    states [B, D] and the cache.
     """
     batch = tokens.shape[0]
-    lengths = prompt[0].lengths
-    positions = jnp.repeat(lengths, batch // lengths.shape[0]) + column
+    positions = _total_lengths(prompts[0], batch) + column
     angles = rotation(positions[:, None], config)
-    prompt_mask = length_mask(lengths, prompt[0].keys.shape[1])
+    masks = [length_mask(prefix.lengths, prefix.keys.shape[1]) for prefix in prompts[0]]
     own_mask = (jnp.arange(cache.keys[0].shape[1]) <= column)[None, None, None, :]
     graph = _layer_graph(config)
     x = _embed(params, tokens)[:, None]
     all_keys, all_values = [], []
-    for layer_params, shared, old_keys, old_values in zip(layers, prompt, cache.keys, cache.values, strict=True):
+    for layer_params, shared, old_keys, old_values in zip(layers, prompts, cache.keys, cache.values, strict=True):
         layer = nnx.merge(graph, layer_params)
         queries, key, value = layer.project(x, angles)
         keys = jax.lax.dynamic_update_slice_in_dim(old_keys, key, column, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(old_values, value, column, axis=1)
-        segments = (Segment(shared.keys, shared.values, prompt_mask), Segment(keys, values, own_mask))
-        x = layer.finish(x, attend(queries, segments))
+        segments = [Segment(prefix.keys, prefix.values, m) for prefix, m in zip(shared, masks, strict=True)]
+        x = layer.finish(x, attend(queries, (*segments, Segment(keys, values, own_mask))))
         all_keys.append(keys)
         all_values.append(values)
     return _norm(params, config, x)[:, 0], DecodeCache(tuple(all_keys), tuple(all_values))

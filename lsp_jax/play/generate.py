@@ -73,7 +73,7 @@ def _record(done: Completions, draw: Draw, column: jax.Array, stop_ids: tuple[in
 def rollout(
     params: llama.Params,
     config: LlamaConfig,
-    prompt: llama.KVCache,
+    prefixes: Sequence[llama.KVCache],
     last_hidden: jax.Array,
     keys: jax.Array,
     sampling: SamplingConfig,
@@ -82,12 +82,16 @@ def rollout(
 ) -> Completions:
     """Up to `columns` tokens for each of B rows that continue N prefilled prompts (B / N rows a prompt).
 
+    A prompt is the `prefixes` in their order, each with rows of its own number as in `llama.extend`; most have one.
     `last_hidden` [N, D] belongs to each prompt's last real token, `keys` [B] are the rows' own. An empty `stop_ids`
     forces the full length. Returns arrays [B, ...].
     """
     rows, repeats = keys.shape[0], keys.shape[0] // last_hidden.shape[0]
     layers = llama.unstack_layers(params["model"]["layers"], config.num_hidden_layers)
-    shared = tuple(llama.KVCache(k, v, prompt.lengths) for k, v in zip(prompt.keys, prompt.values, strict=True))
+    shared = tuple(
+        tuple(llama.KVCache(prefix.keys[layer], prefix.values[layer], prefix.lengths) for prefix in prefixes)
+        for layer in range(config.num_hidden_layers)
+    )
     empty = Completions(
         tokens=jnp.zeros((rows, columns), jnp.int32),
         lengths=jnp.zeros(rows, jnp.int32),
@@ -134,7 +138,7 @@ def complete(
     hidden, cache = llama.extend(params, config, tokens, lengths)
     last = llama.last_hidden(hidden, lengths)
     keys = row_keys(key, tokens.shape[0] * repeats, first_row)
-    return rollout(params, config, cache, last, keys, sampling, columns, stop_ids)
+    return rollout(params, config, (cache,), last, keys, sampling, columns, stop_ids)
 
 
 def bucket(size: int, buckets: Sequence[int], field: str) -> int:

@@ -99,7 +99,7 @@ def challenge(
     hidden, cache = llama.extend(params, config, tokens, lengths)
     keys = row_keys(jax.random.fold_in(key, CHALLENGER), play.num_queries)
     last = llama.last_hidden(hidden, lengths)
-    sampled = rollout(params, config, cache, last, keys, sampling, play.max_query_length, stop_ids)
+    sampled = rollout(params, config, (cache,), last, keys, sampling, play.max_query_length, stop_ids)
     written = (sampled.tokens, sampled.lengths - sampled.stopped)
     text = pack((ids_row(prompts.query_prefix_ids), written))
     return Queries(sampled, text, sampled.stopped & _has_text(written, kinds) & ~_leaks(written, kinds, prompts.tags))
@@ -140,5 +140,5 @@ def solve(
     queries, answers = tokens.shape[0], play.num_generations
     keys = row_keys(jax.random.fold_in(key, SOLVER), queries * answers)
     last = llama.last_hidden(hidden, lengths)
-    flat = rollout(params, config, cache, last, keys, sampling, play.max_completion_length, stop_ids)
+    flat = rollout(params, config, (cache,), last, keys, sampling, play.max_completion_length, stop_ids)
     return jax.tree.map(lambda x: x.reshape(queries, answers, *x.shape[1:]), flat)

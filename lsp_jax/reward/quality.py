@@ -1,28 +1,39 @@
-"""The quality self-reward R_Q in 0..7, `logits` mode: the frozen reference judges answers by seven yes/no criteria.
+"""The quality self-reward R_Q in 0..7: the frozen reference judges answers by seven yes/no criteria.
 
-1. The rubric is prefilled once a run, its cache shared by every query of every iteration.
-2. Each query continues the rubric, once for its G answers.
-3. Each answer, with the request to judge it, continues its query, once for the seven criteria.
-4. Seven branches of a few tokens ("3.") read p = yes / (yes + no) from the logits; the score is the sum of the p.
+`text` mode is the paper's: the judge writes a calculation and a tagged score (`reward/judge_text.py`). It needs a model
+that keeps to a form, and what it does not write well is masked.
 
-The paper's judge writes a calculation and a tagged score; reading the same verdicts from the logits needs no decoding
-and cannot fail to parse. Query and answer enter as ids, with control ids replaced, so that nothing in them can close a
-turn of a template whose tags are control tokens (ChatML's, Llama 3's). LSP, Section 3 (quality self-reward).
+`logits` mode reads the same verdicts without decoding, and cannot fail to parse: after rubric, query and answer
+(`reward/judge.py`), seven branches of a few tokens ("3.") read p = yes / (yes + no) from the logits; the score is the
+sum of the p. LSP, Section 3 (quality self-reward).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lsp_jax.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.play.selfplay import Episode
-from lsp_jax.reward.base import DeviceReward, RewardOutput
-from lsp_jax.text.prompts import CRITERIA, JudgeTemplate, Ragged, harmless, ids_row, judge_template, pack
+from lsp_jax.reward.base import DeviceReward, EpisodeReward, RewardOutput
+from lsp_jax.reward.judge import Judge, judge_episode, judge_params
+from lsp_jax.reward.judge_text import text_scores
+from lsp_jax.text.judge import (
+    CRITERIA,
+    LogitsTemplate,
+    Mode,
+    check_mode,
+    judge_template,
+    load_criteria,
+    text_judge_template,
+)
 from lsp_jax.text.tokenizer import Tokenizer
 
 
@@ -34,60 +45,57 @@ def quality_reward(
     weight: float = 1.0,
     rows: int = 16,
     name: str = "quality",
-) -> DeviceReward:
+    *,
+    mode: Mode = "logits",
+    rubric: str | Path = "",
+    max_length: int = 64,
+) -> DeviceReward | EpisodeReward:
     """The component, with the rubric prefilled under the frozen `reference` parameters.
 
-    `kinds` uint8 [V] is `Tokenizer.token_kinds()` over the model's vocabulary; about `rows` answers are judged
-    at one time (whole groups: at least G).
+    `kinds` uint8 [V] is `Tokenizer.token_kinds()` over the model's vocabulary; about `rows` answers are judged at one
+    time (whole groups: at least G). `rubric` is a file of seven criteria (`load_criteria`), empty for the package's
+    own; `max_length` the longest turn of the judge in `text` mode, its stop token included.
+
+    Raises InputError for an unknown mode, a bad rubric file, a length below 1, and a judge's prompt that leaves no
+    room for query and answer in the model's context.
     """
-    template = judge_template(tokenizer)
-    tokens, lengths = ids_row(template.rubric_ids)
-    _, rubric = jax.jit(llama.extend, static_argnums=1)(reference, config, tokens, lengths)
-    blank = tokenizer.encode(" ")[0]
-    score = partial(quality_scores, config=config, template=template, blank=blank, rows=rows)
-    return DeviceReward(name, "quality", weight, score, {"reference": reference, "rubric": rubric, "kinds": kinds})
+    check_mode(mode)
+    if max_length < 1:
+        raise InputError("max_length", max_length, "must be at least 1 token")
+    criteria, context = load_criteria(rubric), config.max_position_embeddings
+    template = judge_template(tokenizer, criteria) if mode == "logits" else text_judge_template(tokenizer, criteria)
+    length = template.fixed_length + (max_length if mode == "text" else 0)
+    if length >= context:
+        raise InputError("rubric", str(rubric), f"the judge's {length} tokens leave no room in a context of {context}")
+    judge = Judge(config, template, tokenizer.encode(" ")[0], rows)
+    params = judge_params(reference, judge, tokenizer, kinds)
+    if mode == "logits":
+        return DeviceReward(name, "quality", weight, partial(logits_scores, judge=judge), params)
+    score = partial(text_scores, params, tokenizer, judge, max_length, tokenizer.stop_ids)
+    return EpisodeReward(name, "quality", weight, score)
 
 
-def quality_scores(
-    params: Any, episode: Episode, *, config: LlamaConfig, template: JudgeTemplate, blank: int, rows: int
-) -> RewardOutput:
+def logits_scores(params: Any, episode: Episode, *, judge: Judge) -> RewardOutput:
     """R_Q in [0, 7] for every answer, `values` [N, G]; nothing is masked. Pure."""
-    queries, answers = episode.answers.lengths.shape
-    chunk = _largest_divisor(queries, max(1, rows // answers))
-
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(queries // chunk, chunk, *x.shape[1:])
-
-    query = jax.tree.map(split, harmless(episode.queries.text, params["kinds"], blank))
-    answer = jax.tree.map(split, harmless((episode.answers.tokens, episode.answer_lengths), params["kinds"], blank))
-
-    def judge(part: tuple[Ragged, Ragged]) -> jax.Array:
-        query, (tokens, lengths) = part
-        return _judge(params, config, template, query, (tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1)))
-
-    values = jax.lax.map(judge, (query, answer)).reshape(queries, answers)
-    return RewardOutput(values, jnp.ones_like(values, bool), jnp.ones(queries, bool))
+    values = judge_episode(params, episode, judge, partial(_read, params["reference"], judge))
+    return RewardOutput(values, jnp.ones_like(values, bool), jnp.ones(values.shape[0], bool))
 
 
-def _judge(params: Any, config: LlamaConfig, template: JudgeTemplate, query: Ragged, answer: Ragged) -> jax.Array:
-    """Scores [n * G] of n queries [n, .] with their answers [n * G, .]."""
-    reference, rubric = params["reference"], params["rubric"]
-    query_part = pack((query, ids_row(template.middle_ids)))
-    _, query_cache = llama.extend(reference, config, *query_part, (rubric,))
-    answer_part = pack((answer, ids_row(template.tail_ids)))
-    _, answer_cache = llama.extend(reference, config, *answer_part, (rubric, query_cache))
-
-    rows = answer_part[0].shape[0]
+def _read(reference: llama.Params, judge: Judge, prefixes: Sequence[llama.KVCache], last: jax.Array) -> jax.Array:
+    """The seven branches' yes / (yes + no), added up: [B]."""
+    template = judge.template
+    assert isinstance(template, LogitsTemplate)
+    rows = last.shape[0]
     width = max(map(len, template.branch_ids))
     padded = [(*ids, *[0] * (width - len(ids))) for ids in template.branch_ids]
     branches = jnp.tile(jnp.asarray(padded, jnp.int32), (rows, 1))
     lengths = jnp.tile(jnp.asarray([len(ids) for ids in template.branch_ids], jnp.int32), rows)
-    hidden, _ = llama.extend(reference, config, branches, lengths, (rubric, query_cache, answer_cache))
-    log_odds = _yes_no(reference, config, template, llama.last_hidden(hidden, lengths))
+    hidden, _ = llama.extend(reference, judge.config, branches, lengths, prefixes)
+    log_odds = _yes_no(reference, judge.config, template, llama.last_hidden(hidden, lengths))
     return jnp.sum(jax.nn.sigmoid(log_odds).reshape(rows, CRITERIA), axis=-1)
 
 
-def _yes_no(params: llama.Params, config: LlamaConfig, template: JudgeTemplate, hidden: jax.Array) -> jax.Array:
+def _yes_no(params: llama.Params, config: LlamaConfig, template: LogitsTemplate, hidden: jax.Array) -> jax.Array:
     """log(yes / no) [B]: only the declared tokens' rows of the head are read."""
     weight = llama.head_weight(params, config)
     sides = [
@@ -97,7 +105,3 @@ def _yes_no(params: llama.Params, config: LlamaConfig, template: JudgeTemplate, 
         for ids in (template.yes_ids, template.no_ids)
     ]
     return sides[0] - sides[1]
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(size for size in range(1, min(number, limit) + 1) if number % size == 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT
+from lsp_jax.run.iteration import policy_in_the_loss
 from lsp_jax.run.metrics import METRICS_FILE, TRANSCRIPTS_FILE, printable
 from lsp_jax.run.setup import Run
 
@@ -31,6 +32,7 @@ def announce(run: Run, done: int) -> None:
         f"rewards {', '.join(reward.name for reward in run.rewards)}, "
         f"{jax.default_backend()} ({run.game.compute_dtype}), {config.max_steps} iterations -> {run.directory}"
     )
+    print(policy_in_the_loss(run.game))
     if run.data is not None:
         print(f"data: {len(run.data.rows)} prompts of {printable(config.data.source)}, {run.data.left_out} left out")
     if config.loss.kl_estimator == "k1" and config.loss.beta:

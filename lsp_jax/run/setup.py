@@ -18,16 +18,16 @@ from lsp_jax.model.llama import Params, cast
 from lsp_jax.model.weights import load_params
 from lsp_jax.play.data import PromptData, load_data
 from lsp_jax.policy import Policy, open_pretrained
-from lsp_jax.reward.base import HostReward, Reward, RewardSpec, check_rewards
-from lsp_jax.reward.calls import load_callable
-from lsp_jax.reward.preference import check_context, load_reward_model, open_reward_model, preference_reward
-from lsp_jax.reward.quality import quality_reward
-from lsp_jax.reward.verify import arithmetic_reward, callable_reward, probe_callable
+from lsp_jax.reward.base import Reward, RewardSpec
+from lsp_jax.reward.preference import check_context
+from lsp_jax.reward.workers import Workers
 from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.folder import check_output, load_run_params, open_run, settled
 from lsp_jax.run.iteration import Game
 from lsp_jax.run.metrics import check_trackers
-from lsp_jax.text.prompts import PlayPrompts, judge_template
+from lsp_jax.run.rewards import check_data, load_rewards, open_rewards
+from lsp_jax.text.judge import judge_length
+from lsp_jax.text.prompts import PlayPrompts
 from lsp_jax.text.tokenizer import SPECIAL
 
 
@@ -46,6 +46,8 @@ class Run:
     rewards: tuple[Reward, ...]
     specs: tuple[RewardSpec, ...]
     """How they are mixed, in their order."""
+    workers: Workers
+    """Where host components score; closed at the run's end."""
     kinds: jax.Array
     """uint8 [V]: text, blank or control, over the model's vocabulary."""
     seed_key: jax.Array
@@ -64,41 +66,27 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     directory = Path(config.output_dir).expanduser()
     config = settled(config, directory)
     check_output(config, directory)
-    host_rewards = _host_rewards(config)
-    check_rewards([*host_rewards, *rewards, *_device_specs(config)], config.loss.use_quality)
-    for reward in rewards:
-        if isinstance(reward, HostReward):
-            probe_callable(reward)
-    reward_model = _open_preference(config)
-    opened, load = _source(config, policy)
-    opened = replace(opened, tokenizer=opened.tokenizer.dated(config.date))
-    data = load_data(config.data, opened.tokenizer) if config.data.source else None
-    game = make_game(config, opened, data)  # what does not fit is said before gigabytes are read
-    if reward_model is not None:
-        check_context(reward_model, longest_query(config, game.prompts, data), config.play.max_completion_length)
-    policy = replace(opened, params=load())
-    kinds = token_kinds(policy)
-    reference = cast(policy.params, game.compute_dtype)
-    components: list[Reward] = [*host_rewards, *rewards]
-    if reward_model is not None:
-        scored = load_reward_model(reward_model.source, revision=config.reward.preference_revision or None)
-        scored = replace(scored, tokenizer=reward_model.tokenizer)
-        weight, rows = config.reward.preference_weight, config.reward.preference_rows
-        components.append(preference_reward(scored, policy.tokenizer, kinds, "task", weight, rows))
-    if config.reward.quality_weight:
-        components.append(
-            quality_reward(
-                reference,
-                policy.config,
-                policy.tokenizer,
-                kinds,
-                config.reward.quality_weight,
-                config.reward.judge_rows,
-            )
-        )
-    seed_key = jax.device_put(jax.random.key(config.seed))
-    specs = mixing(config, components)
-    return Run(config, policy, reference, game, data, tuple(components), specs, kinds, seed_key, directory)
+    workers = Workers(config.reward.workers, config.reward.timeout)
+    try:
+        opened_rewards = open_rewards(config, rewards, workers)
+        opened, load = _source(config, policy)
+        opened = replace(opened, tokenizer=opened.tokenizer.dated(config.date))
+        data = load_data(config.data, opened.tokenizer) if config.data.source else None
+        check_data(config, data)
+        game = make_game(config, opened, data)  # what does not fit is said before gigabytes are read
+        if opened_rewards.reward_model is not None:
+            query = longest_query(config, game.prompts, data)
+            check_context(opened_rewards.reward_model, query, config.play.max_completion_length)
+        policy = replace(opened, params=load())
+        kinds = token_kinds(policy)
+        reference = cast(policy.params, game.compute_dtype)
+        components = load_rewards(config, opened_rewards, policy, reference, kinds)
+        seed_key = jax.device_put(jax.random.key(config.seed))
+    except BaseException:
+        workers.close()
+        raise
+    specs = opened_rewards.specs
+    return Run(config, policy, reference, game, data, components, specs, workers, kinds, seed_key, directory)
 
 
 def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callable[[], Params]]:
@@ -111,21 +99,6 @@ def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callabl
         return opened, lambda: load_run_params(config.init_from, config.init_step, config.param_dtype)
     directory, opened = open_pretrained(config.model, config.revision or None)
     return opened, lambda: load_params(directory, opened.config, config.param_dtype)
-
-
-def mixing(config: TrainConfig, rewards: Sequence[Reward]) -> tuple[RewardSpec, ...]:
-    """How the components are standardised, clipped and weighted; InputError for a name that is none of theirs."""
-    names, bounds = [reward.name for reward in rewards], config.reward.bounds()
-    for field, used in (("reward.standardize", config.reward.standardize), ("reward.clip", tuple(bounds))):
-        unknown = [name for name in used if name not in names]
-        if unknown:
-            raise InputError(field, unknown[0], f"no component has this name; there are {', '.join(names)}")
-    return tuple(
-        RewardSpec(
-            reward.name, reward.kind, reward.weight, reward.name in config.reward.standardize, bounds.get(reward.name)
-        )
-        for reward in rewards
-    )
 
 
 def make_game(config: TrainConfig, policy: Policy, data: PromptData | None = None) -> Game:
@@ -141,7 +114,8 @@ def make_game(config: TrainConfig, policy: Policy, data: PromptData | None = Non
     if data is None:
         lengths["prompts.challenger"] = len(prompts.challenger_ids) + play.max_query_length
     if config.reward.quality_weight:
-        judge = judge_template(policy.tokenizer).fixed_length
+        reward = config.reward
+        judge = judge_length(policy.tokenizer, reward.quality_mode, reward.rubric, reward.quality_max_length)
         lengths["reward.quality_weight"] = judge + query + play.max_completion_length
     for field, length in lengths.items():
         if length > context:
@@ -185,34 +159,3 @@ def longest_query(config: TrainConfig, prompts: PlayPrompts, data: PromptData | 
     if data is not None:
         return max(map(len, data.ids))
     return len(prompts.query_prefix_ids) + config.play.max_query_length
-
-
-def _open_preference(config: TrainConfig) -> Policy | None:
-    """The reward model without its weights, None when none is asked for."""
-    reward = config.reward
-    if not reward.preference_model or not reward.preference_weight:
-        return None
-    _, model = open_reward_model(reward.preference_model, reward.preference_revision or None)
-    return replace(model, tokenizer=model.tokenizer.dated(config.date))
-
-
-def _device_specs(config: TrainConfig) -> list[RewardSpec]:
-    """The compiled components that the configuration asks for, known before they are made."""
-    reward, specs = config.reward, []
-    if reward.preference_model and reward.preference_weight:
-        specs.append(RewardSpec("preference", "task", reward.preference_weight))
-    if reward.quality_weight:
-        specs.append(RewardSpec("quality", "quality", reward.quality_weight))
-    return specs
-
-
-def _host_rewards(config: TrainConfig) -> list[HostReward]:
-    reward, components = config.reward, []
-    if reward.arithmetic_weight:
-        components.append(arithmetic_reward(reward.arithmetic_weight))
-    if reward.callable:
-        function = load_callable(reward.callable)
-        component = callable_reward(function, "callable", reward.callable_kind, reward.callable_weight)
-        probe_callable(component)
-        components.append(component)
-    return components

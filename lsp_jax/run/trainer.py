@@ -113,7 +113,7 @@ def train(
         save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
         messages.finish(run)
     finally:
-        for resource in (console, writer, checkpoints):
+        for resource in (console, writer, checkpoints, run.workers):
             if resource is not None:
                 resource.close()
     return state

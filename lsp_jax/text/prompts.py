@@ -27,24 +27,6 @@ Ragged = tuple[jax.Array, jax.Array]
 SLOT = "\0slot\0"  # a NUL cannot stand in a sensible prompt
 _STAND_INS = ("Apples", "Which 2", "question?", "seven things.", "Blue", "Write code")
 
-RUBRIC = """\
-Below are an instruction and then the response that an assistant gave to it. Judge the response by seven criteria, \
-each with yes or no:
-1. The instruction is a clear request that can be understood.
-2. The instruction can be carried out in text, with what it says.
-3. The response deals with what the instruction asks.
-4. The response is correct as far as it goes.
-5. The response is complete.
-6. The response is clear and well written, in the language and form that the instruction calls for.
-7. The response contains nothing useless, repeated or made up.
-
-Instruction:
-"""
-
-VERDICT = "Judge the response above by the seven criteria. Write each number with yes or no."
-
-CRITERIA = 7
-
 
 @dataclass(frozen=True)
 class PromptConfig:
@@ -64,24 +46,6 @@ class TokenTemplate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class JudgeTemplate:
-    """The judge's prompt: rubric, query, middle, answer, tail, then one short branch a criterion."""
-
-    rubric_ids: tuple[int, ...]
-    middle_ids: tuple[int, ...]
-    tail_ids: tuple[int, ...]
-    branch_ids: tuple[tuple[int, ...], ...]
-    """CRITERIA tuples: how the judge's turn goes on up to where it says yes or no."""
-    yes_ids: tuple[int, ...]
-    no_ids: tuple[int, ...]
-
-    @property
-    def fixed_length(self) -> int:
-        """Tokens of the prompt beside query and answer."""
-        return len(self.rubric_ids + self.middle_ids + self.tail_ids) + max(map(len, self.branch_ids))
-
-
-@dataclass(frozen=True)
 class PlayPrompts:
     """Every fixed piece of the game as ids; hashable, a static argument of the jitted stages."""
 
@@ -92,41 +56,20 @@ class PlayPrompts:
     solver: TokenTemplate
     """The Solver's chat template around a query."""
     tags: tuple[tuple[int, ...], ...]
-    """Template tags that are ordinary text (`[INST]`), as the id sequences that spell them."""
+    """Template tags that are ordinary text (`[INST]`), as id sequences that spell them, with and without a space."""
 
     @classmethod
     def build(cls, tokenizer: Tokenizer, config: PromptConfig) -> PlayPrompts:
         """Raises InputError when the chat template is missing or changes the text put into it."""
         prefix, suffix = template_pieces(tokenizer, [{"role": "user", "content": SLOT}])
         query_prefix = tuple(tokenizer.encode(config.query_prefix))
+        tags = text_tags(tokenizer, (prefix, suffix))
         return cls(
             challenger_ids=(*tokenizer.chat_ids(config.challenger), *query_prefix),
             query_prefix_ids=query_prefix,
             solver=TokenTemplate(prefix, suffix),
-            tags=_text_tags(tokenizer, (prefix, suffix)),
+            tags=tuple(sorted({tuple(tokenizer.encode(lead + tag)) for tag in tags for lead in ("", " ")})),
         )
-
-
-def judge_template(tokenizer: Tokenizer, rubric: str = RUBRIC) -> JudgeTemplate:
-    """The judge's prompt as a conversation: the rubric and the query, the answer in its turn, the request to judge.
-
-    Each slot ends where the template puts its own tag, so no token can straddle model text and frame.
-    """
-    messages = [
-        {"role": "user", "content": rubric + SLOT},
-        {"role": "assistant", "content": SLOT},
-        {"role": "user", "content": VERDICT},
-    ]
-    pieces = template_pieces(tokenizer, messages)
-    words = {answer: [answer, answer.capitalize(), " " + answer, " " + answer.capitalize()] for answer in ("yes", "no")}
-    ids = {
-        answer: sorted({tokenizer.encode(form)[0] for form in forms if len(tokenizer.encode(form)) == 1})
-        for answer, forms in words.items()
-    }
-    if not ids["yes"] or not ids["no"]:
-        raise InputError("tokenizer", "yes / no", "the judge needs a vocabulary in which yes and no are single tokens")
-    branches = tuple(tuple(tokenizer.encode(f"{number}.")) for number in range(1, CRITERIA + 1))
-    return JudgeTemplate(*pieces, branch_ids=branches, yes_ids=tuple(ids["yes"]), no_ids=tuple(ids["no"]))
 
 
 def template_pieces(
@@ -168,8 +111,8 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
-def _text_tags(tokenizer: Tokenizer, pieces: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """Id sequences of template tags that are spelled in ordinary tokens, with and without a space before them."""
+def text_tags(tokenizer: Tokenizer, pieces: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    """Template tags in `pieces` that are spelled in ordinary tokens."""
     runs: list[list[int]] = []
     for piece in pieces:
         run: list[int] = []
@@ -180,8 +123,7 @@ def _text_tags(tokenizer: Tokenizer, pieces: Sequence[Sequence[int]]) -> tuple[t
             else:
                 run.append(token)
     tags = {tokenizer.decode(run).strip() for run in runs if run}
-    tags = {tag for tag in tags if len(tag) > 1 and tag[0] in "[<#{|"}
-    return tuple(sorted({tuple(tokenizer.encode(lead + tag)) for tag in tags for lead in ("", " ")}))
+    return tuple(sorted(tag for tag in tags if len(tag) > 1 and tag[0] in "[<#{|"))
 
 
 # --- on device ---------------------------------------------------------------------------------------------------
