@@ -1,9 +1,8 @@
 """Named configurations: `lsp-jax train --preset NAME`, or `lsp.presets.NAME()` in a notebook.
 
-`paper_*` are the paper's runs: what it gives is marked "given", what it leaves open stands in `LEFT_OPEN` with our
-value and why. One thing is not yet the paper's: its judge writes the quality score as text, ours reads it from logits.
-`recommended_lsp_*` are what we would run. The paper's stages ("GRPO, then LSP") are two runs, the second with
-`--init-from` the first; `experiments/paper` has a command for every cell of its AlpacaEval tables.
+`paper_*` are the paper's runs, literal: what it gives is marked "given", what it leaves open stands in `LEFT_OPEN` with
+our value and why. `recommended_lsp_*` are what we would run. The paper's stages ("GRPO, then LSP") are two runs, the
+second with `--init-from` the first; `experiments/paper` has a command for every cell of the paper's tables.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ LEFT_OPEN: dict[str, tuple[Any, str]] = {
     "loss.invalid_query_penalty": (-40.0, "below -V of a query whose answers score high: breaking off must not pay"),
     "reward.preference_weight": (1.0, "the reward model's raw score, as it is"),
     "reward.quality_weight": (1.0, "points 0..7 as they are: the equations add R and R_Q without a factor"),
+    "reward.quality_max_length": (64, "room for the seven points, their sum and the tag, with some to spare"),
     "optimizer.adam_beta1": (0.9, "AdamW's default"),
     "optimizer.adam_beta2": (0.999, "AdamW's default"),
     "optimizer.weight_decay": (0.0, "TRL's default"),
@@ -103,6 +103,8 @@ def paper_lsp() -> TrainConfig:
             preference_model=PAPER_REWARD_MODEL,  # given
             preference_weight=_open("reward.preference_weight"),
             quality_weight=_open("reward.quality_weight"),
+            quality_mode="text",  # given: a short calculation and a tagged score
+            quality_max_length=_open("reward.quality_max_length"),
         ),
         loss=LossConfig(
             beta=0.05,  # given
@@ -150,6 +152,18 @@ def paper_lsp_zero_maths() -> TrainConfig:
     return _zero(paper_lsp_maths())
 
 
+def paper_grpo_maths() -> TrainConfig:
+    """The mathematics baseline: GRPO on MATH's training problems, the final answer checked."""
+    data = DataConfig(
+        source="DigitalLearningGmbH/MATH-lighteval",
+        prompt_fields=("problem",),
+        answer_field="solution",
+        instruction="Solve this problem step by step and put the final answer in \\boxed{}.",
+    )
+    reward = RewardConfig(maths_weight=1.0, quality_weight=0.0)
+    return replace(paper_grpo(), output_dir="runs/paper_grpo_maths", data=data, reward=reward)
+
+
 def paper_lsp_code() -> TrainConfig:
     """LSP whose Challenger asks for Python functions (evaluated on HumanEval)."""
     return replace(paper_lsp(), output_dir="runs/paper_lsp_code", prompts=PromptConfig(challenger=tasks.PYTHON))
@@ -160,11 +174,23 @@ def paper_lsp_zero_code() -> TrainConfig:
     return _zero(paper_lsp_code())
 
 
+def paper_grpo_mbpp() -> TrainConfig:
+    """The code baseline: GRPO on MBPP, the answers' programs tested (needs --allow-code-execution)."""
+    data = DataConfig(
+        source="google-research-datasets/mbpp",
+        subset="full",
+        prompt_fields=("text", "test_list"),
+        instruction="Write a Python function in one code block. It must pass the tests below.",
+    )
+    reward = RewardConfig(code_weight=1.0, quality_weight=0.0)
+    return replace(paper_grpo(), output_dir="runs/paper_grpo_mbpp", data=data, reward=reward)
+
+
 def recommended_lsp(size: str = "3b") -> TrainConfig:
     """LSP as we would run it on Llama 3.2 1B ("1b") or 3B ("3b"), or Llama 3.1 8B ("8b").
 
-    Against the paper: a KL that pulls (k2), both rewards brought to one scale, a warm-up, and twice the queries an
-    iteration.
+    Against the paper: a KL that pulls (k2), the quality score read from logits (nothing to parse, a few tokens instead
+    of a calculation), both rewards brought to one scale, a warm-up, and twice the queries an iteration.
     """
     if size not in MODELS:
         raise InputError("size", size, f"must be one of {', '.join(MODELS)}")
@@ -177,6 +203,7 @@ def recommended_lsp(size: str = "3b") -> TrainConfig:
         play=replace(base.play, num_queries=16),
         reward=RewardConfig(
             preference_model=PAPER_REWARD_MODEL,
+            quality_mode="logits",
             standardize=("preference", "quality"),
             clip=("preference:-3:3", "quality:-3:3"),
         ),
@@ -225,8 +252,10 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
         paper_grpo,
         paper_lsp_maths,
         paper_lsp_zero_maths,
+        paper_grpo_maths,
         paper_lsp_code,
         paper_lsp_zero_code,
+        paper_grpo_mbpp,
         recommended_lsp_1b,
         recommended_lsp_3b,
         recommended_lsp_8b,

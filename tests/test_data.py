@@ -216,6 +216,9 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a Challenger": ({"loss": LossConfig()}, "loss.alpha_challenger"),
     "a query prefix": ({"prompts": PromptConfig(query_prefix="What is ")}, "prompts.query_prefix"),
     "no prompt field": ({"data": DataConfig(source="x.jsonl", prompt_fields=())}, "data.prompt_fields"),
+    "maths without data": ({"data": DataConfig(), "reward": RewardConfig(maths_weight=1.0)}, "reward.maths_weight"),
+    "code without data": ({"data": DataConfig(), "reward": RewardConfig(code_weight=1.0)}, "reward.code_weight"),
+    "code not allowed": ({"reward": RewardConfig(code_weight=1.0)}, "reward.code_weight"),
     "no length": ({"data": DataConfig(source="x.jsonl", max_prompt_length=0)}, "data.max_prompt_length"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +17,11 @@ from lsp_jax import cli, presets
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.model.config import RopeScaling
-from lsp_jax.model.weights import save_params
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.run import trainer
 from test_data import write_rows
 from test_trainer import game_dir, read_lines
-from tiny import tiny_config, tiny_params, write_tokenizer
+from tiny import tiny_dir
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "paper"))
 import table
@@ -44,7 +44,7 @@ def field(config: Any, name: str) -> Any:
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_preset_can_be_checked_and_read_back(name: str):
     config = presets.get(name)
-    config.check()
+    config.check() if name != "paper_grpo_mbpp" else replace(config, allow_code_execution=True).check()
     assert TrainConfig.from_json(config.to_json()) == config
     assert presets.PRESETS[name].__doc__
 
@@ -62,7 +62,11 @@ def test_the_paper_is_pinned(name: str):
     assert not config.reward.standardize and not config.reward.clip
     zero = name in DATA or "zero" in name
     assert config.loss.use_quality == (config.reward.quality_weight > 0) == (not zero)
-    assert config.reward.preference_model == "Skywork/Skywork-Reward-V2-Llama-3.2-3B"
+    assert zero or config.reward.quality_mode == "text"
+    if name in ("paper_grpo_maths", "paper_grpo_mbpp"):
+        assert not config.reward.preference_model and config.reward.maths_weight + config.reward.code_weight == 1
+    else:
+        assert config.reward.preference_model == "Skywork/Skywork-Reward-V2-Llama-3.2-3B"
 
 
 @pytest.mark.parametrize("name", SELF_PLAY)
@@ -98,14 +102,7 @@ ROWS = [
     {"instruction": "Translate.", "input": "Haus", "problem": "What is 2 + 2?", "solution": "It is $\\boxed{4}$."},
     {"instruction": "Say hello.", "input": "", "problem": "What is 3 + 3?", "solution": "It is $\\boxed{6}$."},
 ]
-
-
-def classifier_dir(directory: Path, **shape: Any) -> Path:
-    """A random reward model with the policy's tokenizer."""
-    config = tiny_config(head="score", **shape)
-    save_params(tiny_params(config, seed=1), config, directory)
-    write_tokenizer(directory)
-    return directory
+CODE = {"text": "Write f that doubles.", "test_list": ["assert f(1) == 2"], "test_setup_code": ""}
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +120,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     return {
         "policy": game_dir(base / "policy", **shape),
-        "reward": classifier_dir(base / "reward", **shape),
-        "data": write_rows(base / "rows.jsonl", ROWS),
+        "reward": tiny_dir(base / "reward", seed=1, head="score", num_hidden_layers=1, **shape),
+        "data": write_rows(base / "rows.jsonl", [row | CODE for row in ROWS]),
     }
 
 
 def small(config: TrainConfig, models: dict[str, Path], output_dir: Path) -> TrainConfig:
     """The preset on the tiny models, three iterations of short texts; the objective as it is."""
-    reward = replace(config.reward, preference_model=str(models["reward"]))
+    reward = replace(config.reward, quality_max_length=8)
+    if reward.preference_model:
+        reward = replace(reward, preference_model=str(models["reward"]))
     data = replace(config.data, source=str(models["data"]), subset="") if config.data.source else config.data
     return replace(
         config,
@@ -138,14 +137,25 @@ def small(config: TrainConfig, models: dict[str, Path], output_dir: Path) -> Tra
         output_dir=str(output_dir),
         max_steps=3,
         save_steps=3,
+        allow_code_execution=config.reward.code_weight > 0,
         play=replace(config.play, num_generations=2, max_query_length=8, max_completion_length=6),
         reward=reward,
         data=data,
     )
 
 
+needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap is not on PATH")
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("name", [name for name in presets.PRESETS if name != "quickstart"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[needs_sandbox] if name in ("paper_grpo_maths", "paper_grpo_mbpp") else [])
+        for name in presets.PRESETS
+        if name != "quickstart"
+    ],
+)
 def test_three_iterations(name: str, models: dict[str, Path], tmp_path: Path):
     config = small(presets.get(name), models, tmp_path / "run")
     trainer.train(config)
@@ -153,17 +163,25 @@ def test_three_iterations(name: str, models: dict[str, Path], tmp_path: Path):
     transcripts = read_lines(tmp_path / "run" / "transcripts.jsonl")
     assert [line["iteration"] for line in metrics] == [1, 2, 3]
     assert len(transcripts) == 3 * config.play.num_queries
-    assert "rewards/preference/mean" in metrics[0]
-    assert ("rewards/quality/mean" in metrics[0]) == (config.reward.quality_weight > 0)
+    expected = {part for part in ("preference", "quality", "maths", "code") if f"rewards/{part}/mean" in metrics[0]}
+    configured = {
+        "preference": bool(config.reward.preference_model),
+        **{part: field(config, f"reward.{part}_weight") > 0 for part in ("quality", "maths", "code")},
+    }
+    assert expected == {part for part, on in configured.items() if on}
     assert ("challenger/loss" in metrics[0]) == (name in SELF_PLAY or name.startswith("recommended"))
     for line in metrics:
         assert line["skipped_updates"] == 0 and line["sampling/token_mult_prob_error"] < 1.001
+    if config.reward.quality_mode == "text" and config.reward.quality_weight:
+        assert all(line["rewards/quality/failed_fraction"] == 1 for line in metrics), "a random judge writes no score"
+    if config.reward.code_weight or config.reward.maths_weight:
+        assert all(line["answers/valid_fraction"] == 1 for line in metrics), "wrong answers, but every one was judged"
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("order", [("paper_grpo", "paper_lsp"), ("paper_lsp", "paper_grpo")])
 def test_two_stages_are_two_commands(order: tuple[str, str], models: dict[str, Path], tmp_path: Path):
-    shared = ["--max-steps", 1, "--reward.preference-model", models["reward"]]
+    shared = ["--max-steps", 1, "--reward.preference-model", models["reward"], "--reward.quality-max-length", 8]
     shared += ["--play.num-generations", 2, "--play.max-query-length", 8, "--play.max-completion-length", 6]
     starts = [["--model", models["policy"]], ["--init-from", tmp_path / order[0]]]
     for name, start in zip(order, starts, strict=True):
@@ -193,14 +211,14 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], TrainConfig]:
 
 
 def test_every_cell_has_its_commands(parsed: Callable[[str], TrainConfig]):
-    rows = {cell.run for cell in table.CELLS} - {"base"}
+    rows = {cell.run for cell in table.CELLS} - {"", "base"}
     assert rows == set(table.RUNS), "every run stands in a table and every cell has a run"
     for run, stage in table.RUNS.items():
         *earlier, last = table.commands(run, "runs")
         config = parsed(last)
         config.check()
         assert config.output_dir == f"runs/{run}"
-        same = {"output_dir", "init_from", "resume"}
+        same = {"output_dir", "init_from", "resume", "allow_code_execution"}
         preset = presets.get(stage.preset)
         assert all(
             getattr(config, f.name) == getattr(preset, f.name) for f in dataclasses.fields(config) if f.name not in same
@@ -217,18 +235,18 @@ def test_the_table_shows_scores_beside_the_papers_and_names_what_is_missing(tmp_
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
 
-    evaluate("base", "alpacaeval_llama4", '{"score": 21.25}')
-    evaluate("paper_grpo", "alpacaeval_gpt4o", '{"score": 44}')
-    assert "| alpacaeval_llama4 | base | 26.5 | 21.2 |" in table.table("v3", tmp_path)
-    assert "| alpacaeval_llama4 | LSP, then RL | 39.5 |  |" in table.table("v3", tmp_path)
-    assert "| alpacaeval_gpt4o | GRPO on data | 40.9 | 44.0 |" in table.table("v1", tmp_path)
-    todo = "\n".join(table.missing("v1", tmp_path))
-    assert f"--preset paper_grpo --output-dir {tmp_path}/paper_grpo" in todo, "the Vicuna subset still needs the run"
-    assert f"{tmp_path}/paper_grpo/evaluation/alpacaeval_gpt4o_vicuna.json" in todo
-    assert f"{tmp_path}/paper_grpo/evaluation/alpacaeval_gpt4o.json" not in todo
-    (tmp_path / "paper_grpo" / "export").mkdir()
-    assert f"--output-dir {tmp_path}/paper_grpo " not in "\n".join(table.missing("v1", tmp_path))
-    evaluate("base", "alpacaeval_llama4", '{"score": "good"}')
+    evaluate("base", "math", '{"score": 41.25}')
+    evaluate("paper_lsp_maths", "math", '{"score": 44}')
+    shown = table.table("v3", tmp_path)
+    assert "| math | base | 48.7 | 41.2 |" in shown
+    assert "| math | LSP |  | 44.0 |" in shown and "| math | best of the rows | 54.6 | 44.0 |" in shown
+    assert "| alpacaeval_llama4 | LSP, then RL | 39.5 |  |" in shown
+    todo = "\n".join(table.missing("v3", tmp_path))
+    assert f"--preset paper_lsp_maths --output-dir {tmp_path}/paper_lsp_maths" in todo, "GSM8K still needs the run"
+    assert f"{tmp_path}/base/evaluation/gsm8k.json" in todo and "base/evaluation/math.json" not in todo
+    (tmp_path / "paper_lsp_maths" / "export").mkdir()
+    assert f"--output-dir {tmp_path}/paper_lsp_maths " not in "\n".join(table.missing("v3", tmp_path))
+    evaluate("base", "math", '{"score": "good"}')
     with pytest.raises(ValueError, match="must hold an object with `score`"):
         table.table("v3", tmp_path)
 
