@@ -305,7 +305,7 @@ def test_decode_equals_forward(params: llama.Params, group: int) -> None:
     answers = random_tokens(CONFIG.vocab_size, 2 * group, 5, seed=1)
     _, cache = extend(params, CONFIG, jnp.asarray(prompts), jnp.asarray(lengths, jnp.int32))
     layers = llama.unstack_layers(params["model"]["layers"], CONFIG.num_hidden_layers)
-    shared = tuple(llama.KVCache(k, v, cache.lengths) for k, v in zip(cache.keys, cache.values, strict=True))
+    shared = tuple((llama.KVCache(k, v, cache.lengths),) for k, v in zip(cache.keys, cache.values, strict=True))
     step = jax.jit(llama.decode_step, static_argnums=2)
     own = llama.empty_decode_cache(CONFIG, 2 * group, 6, jnp.dtype(jnp.float32))
     outputs = []
