@@ -112,6 +112,7 @@ def test_sampler_logprobs_equal_the_learners(params: llama.Params, sampling: Sam
     assert np.abs(wrong).max() > 1e-4
 
 
+@pytest.mark.full
 def test_rows_end_at_their_stop_token_and_nothing_follows(params: llama.Params) -> None:
     tokens, lengths = ragged_prompts(8, 9)
     free = run(params, tokens, lengths, SamplingConfig(), columns=16)
@@ -136,6 +137,7 @@ def test_loop_ends_when_every_row_has_stopped(params: llama.Params) -> None:
     assert one.tokens.shape == (3, 1) and one.lengths.tolist() == [1, 1, 1] and not bool(jnp.any(one.stopped))
 
 
+@pytest.mark.full
 def test_padding_and_batch_change_no_row(params: llama.Params) -> None:
     tokens, lengths = ragged_prompts(6, 9)
     out = run(params, tokens, lengths, SamplingConfig(), columns=8)
@@ -147,6 +149,7 @@ def test_padding_and_batch_change_no_row(params: llama.Params) -> None:
     assert tail.tokens.tolist() == out.tokens[4:].tolist()
 
 
+@pytest.mark.full
 def test_several_prefixes_continue_as_the_whole_prompt(params: llama.Params) -> None:
     """One beginning for all, two middles, four ends with two rows each: as eight prompts in one piece."""
     parts = [ragged_prompts(rows, width, seed) for seed, (rows, width) in enumerate(((1, 5), (2, 7), (4, 6)))]
@@ -203,6 +206,7 @@ def test_batch_size_changes_no_text(policy: lsp.Policy) -> None:
     assert lsp.generate(policy, [], seed=3) == []
 
 
+@pytest.mark.full
 def test_forced_length(policy: lsp.Policy) -> None:
     ids = policy.tokenizer.chat_ids("Go on")
     free = lsp.generate(policy, [ids] * 16, seed=0, max_completion_length=40)

@@ -125,6 +125,7 @@ def test_further_iterations_compile_nothing_and_a_composed_one_does_the_same() -
     assert host.compiles()[0] == compiled and int(staged.iteration) == 3
 
 
+@pytest.mark.full
 def test_skipped_updates_are_counted_one_by_one() -> None:
     batch, references = play(GAME, fresh())
     broken = batch._replace(solver=batch.solver._replace(advantages=jnp.full_like(batch.solver.advantages, jnp.nan)))

@@ -123,6 +123,7 @@ def conversations(policy: lsp.Policy, texts: list[tuple[str, str]]) -> list[list
     ]
 
 
+@pytest.mark.full
 def test_turns_equal_greedy_generation_over_the_chat_template(tmp_path: Path) -> None:
     directory = tiny_dir(tmp_path, max_position_embeddings=4096)
     stops = [EOS, *range(60, 110)]  # so many that random weights stop at various lengths

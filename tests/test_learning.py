@@ -128,12 +128,14 @@ def same(left: Any, right: Any) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
 
 
+@pytest.mark.full
 def test_the_same_seed_is_the_same_run_and_another_is_not() -> None:
     first, again, other = run("lsp", 0, 3), run("lsp", 0, 3), run("lsp", 1, 3)
     assert same(first[0], again[0]) and same(first[1], again[1])
     assert not same(first[1], other[1])
 
 
+@pytest.mark.full
 def test_each_iteration_and_each_attempt_draws_its_own_noise() -> None:
     """Queries and answers from the same parameters, with counters as the only difference."""
     state, params = start()

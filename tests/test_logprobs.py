@@ -163,6 +163,7 @@ def test_equal_log_softmax_of_full_logits(temperature: float, tied: bool) -> Non
             np.testing.assert_allclose(stats.logprobs[row, t], logp[len(prompt) + t - 1, token], atol=2e-5)
 
 
+@pytest.mark.full
 def test_remat_changes_nothing(params: llama.Params) -> None:
     rows = ragged_rows()
 

@@ -188,6 +188,7 @@ def test_control_ids_count_as_blanks(policy: Policy, plain: Path) -> None:
     assert np.abs(forged - scored(reward, attacked(encode("ab"))).values).min() > 1e-3
 
 
+@pytest.mark.full
 def test_batch_mates_change_nothing(policy: Policy, plain: Path) -> None:
     encode, reward = policy.tokenizer.encode, component(load_reward_model(plain), policy)
     full = encoded(policy.tokenizer)
@@ -295,6 +296,7 @@ def test_another_tokenizer_reads_the_texts(policy: Policy, tmp_path: Path) -> No
     np.testing.assert_allclose(out.values, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.full
 def test_declared_widths_and_what_fits_none(policy: Policy, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes take more ids than the policy's: the program widens, and an answer beyond every width is masked."""
     spell_bytes(model)

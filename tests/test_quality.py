@@ -169,6 +169,7 @@ def test_padding_is_never_read(policy: lsp.Policy) -> None:
 # --- the rubric file -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_another_rubric_is_what_the_judge_reads(policy: lsp.Policy, tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text(RUBRIC_FILE.read_text().replace("The response is complete.", "The response rhymes."))

@@ -89,6 +89,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "load_params", fail)
 
 
+@pytest.mark.full
 def test_resume_after_k_of_2k_steps(
     whole: tuple[Path, TrainState], half: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -54,6 +54,7 @@ def play(policy: lsp.Policy, prompts: PlayPrompts) -> Callable[[int], selfplay.E
 Play = Callable[[int], selfplay.Episode]
 
 
+@pytest.mark.full
 def test_solver_prompts_are_the_chat_template_around_the_sampled_ids(
     policy: lsp.Policy, prompts: PlayPrompts, play: Play
 ) -> None:
@@ -73,6 +74,7 @@ def test_solver_prompts_are_the_chat_template_around_the_sampled_ids(
     assert episode.answers.tokens.shape == (6, 3, 7)
 
 
+@pytest.mark.full
 def test_each_role_continues_its_own_prompt(policy: lsp.Policy, prompts: PlayPrompts, play: Play) -> None:
     """First-token log-probabilities of both roles equal a plain forward over the role's prompt."""
     episode = play(0)
@@ -136,6 +138,7 @@ def test_only_whole_plain_queries_are_valid(policy: lsp.Policy, prompts: PlayPro
     assert valid(encode("a")), "one letter is text"
 
 
+@pytest.mark.full
 def test_tags_spelled_in_ordinary_tokens_leak_too(tmp_path: Path, monkeypatch) -> None:
     """A template whose tags are plain text, as Llama 2's, leaks them in ordinary tokens."""
     directory = tiny_dir(tmp_path)

@@ -183,6 +183,7 @@ def test_full_kl_alone_equals_enumeration(params: llama.Params, reference_params
 # --- accumulation ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("count", "loss_type", "joint", "sizes"),
     [
@@ -243,6 +244,7 @@ def test_padding_chunk_and_remat_change_no_gradient(
 # --- the joint gradient --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("loss_type", ["sequence", pytest.param("token_mean", marks=pytest.mark.full)])
 def test_joint_gradient_is_solvers_plus_alpha_times_challengers(
     params: llama.Params, reference_params: llama.Params, loss_type: Any
@@ -302,6 +304,7 @@ def test_reference_logprobs_at_each_roles_temperature(reference_params: llama.Pa
     assert full[0].hidden.shape == (8, 7, CONFIG.hidden_size)
 
 
+@pytest.mark.full
 def test_learner_logprobs_at_each_roles_temperature(params: llama.Params, reference_params: llama.Params) -> None:
     """Behaviour log-probabilities that are the policy's at that temperature give an error of exactly 1, others not."""
     batch = make_batch()

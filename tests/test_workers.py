@@ -132,6 +132,7 @@ CALLABLES = """
 """
 
 
+@pytest.mark.full
 def test_a_named_function_cannot_hang_or_break_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     spec = write(tmp_path / "mine.py", CALLABLES) + ":rewards"
     with Workers(1, timeout=2) as workers:
