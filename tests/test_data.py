@@ -52,7 +52,7 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["chatml", "llama3"])
+@pytest.mark.parametrize("kind", ["chatml", pytest.param("llama3", marks=pytest.mark.full)])
 def test_solver_prompts_are_the_chat_template_over_the_prompts(kind: str, tokenizer: Tokenizer, tmp_path: Path):
     if kind == "llama3":
         tokenizer = Tokenizer.from_pretrained(llama3_tokenizer.build(tmp_path / "llama3")).dated("26 Jul 2024")

@@ -64,6 +64,7 @@ def norm(left: Any, right: Any) -> float:
     return float(optax.tree.norm(jax.tree.map(jnp.subtract, left, right)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_old_log_probabilities_are_those_of_the_sampled_distribution(own: bool) -> None:
     """Tempered, truncated sampling of both roles: the sampler's numbers with the kept mass are the learner's."""

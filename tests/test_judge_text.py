@@ -204,6 +204,7 @@ def played(policy: lsp.Policy, pairs: list[tuple[str, str]]) -> Episode:
 WORDS = ["1+0+1+1+0+1+1=5\n", "<score>5</score>"]
 
 
+@pytest.mark.full
 def test_scores_come_to_the_device_with_one_read(tmp_path: Path) -> None:
     policy = speaking_policy(tmp_path, WORDS)
     reward = text_reward(policy, name="judge", weight=2.0)

@@ -155,6 +155,7 @@ def test_each_iteration_and_each_attempt_draws_its_own_noise() -> None:
         assert min(differing) > 0.2
 
 
+@pytest.mark.full
 def test_an_iteration_counts_itself_and_leaves_the_attempt() -> None:
     state, reference = start()
     after, _, _ = step("lsp")(state, reference, jax.random.key(0))

@@ -104,6 +104,7 @@ def test_resume_after_k_of_2k_steps(
     assert TrainConfig.load(half / "config.json").max_steps == 2 * K
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tail", [b"", b'{"iteration": 3, "half a li'], ids=["whole lines", "a torn line"])
 def test_what_was_written_after_the_checkpoint_is_cut_off(
     tail: bytes, whole: tuple[Path, TrainState], half: Path, model: Path

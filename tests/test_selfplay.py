@@ -92,6 +92,7 @@ def test_each_role_continues_its_own_prompt(policy: lsp.Policy, prompts: PlayPro
         np.testing.assert_allclose(episode.answers.logprobs[n, :, 0], expected, atol=1e-5)
 
 
+@pytest.mark.full
 def test_roles_and_keys_draw_their_own_noise(play: Play) -> None:
     one, same, other = play(0), play(0), play(1)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(same), strict=True):

@@ -337,6 +337,7 @@ def test_log_mass_bridges_truncated_sampling(params: llama.Params, reference_par
     np.testing.assert_allclose(bridged["sampling/solver/token_mult_prob_error"], 1, atol=1e-4)
 
 
+@pytest.mark.full
 def test_policy_at_its_reference_has_no_kl(params: llama.Params) -> None:
     _, metrics = compute(params, params, make_batch())
     for role in ("solver", "challenger"):
