@@ -53,6 +53,7 @@ def assert_same_run(left: Path, right: Path) -> None:
 
 
 QUICK_COMPILES = True  # for every test here: whatever is compared bit by bit is compiled alike
+pytestmark = pytest.mark.full  # every test here starts from a run
 
 
 @pytest.fixture(scope="module")
