@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 # --no-compile: Python compiles what it imports when it does; compiling all of torch and jax takes longer than the rest
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile
-PYTEST := $(BIN)/python -m pytest --dist loadfile
+PYTEST := $(BIN)/python -m pytest
 PINS := pyproject.toml requirements.txt requirements-nodeps.txt
 DEMO := models/SmolLM2-135M-Instruct
 
@@ -26,10 +26,10 @@ quickstart: $(VENV)/.demo-installed
 	$(BIN)/lsp-jax train --preset quickstart --resume auto
 
 test: $(VENV)/.test-installed-$(TEST_EXTRA)
-	$(PYTEST) -n $(PYTEST_WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) --dist loadfile -n $(PYTEST_WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.test-installed-$(TEST_EXTRA)
-	$(PYTEST) -n $(PYTEST_WORKERS) -m "not slow and not full" $(PYTEST_ARGS)
+	$(PYTEST) --dist worksteal -n $(PYTEST_WORKERS) -m "not slow and not full" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(PYTEST) -n 0 --timeout 0 -m slow $(PYTEST_ARGS)
