@@ -4,6 +4,9 @@
 
 16 instructions with four answers each: two that the model samples (temperature 0.7 and 1.5), one that belongs to
 another instruction, and one that repeats its own beginning. Without `--model` the demo model is converted first.
+
+A small model does not keep to the form of `text`. `forced` therefore writes the form for it and leaves only the seven
+digits to the judge, greedily, each after the ones before: what `text` would say if the judge could hold its form.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import lsp_jax as lsp
+from lsp_jax.model import llama
 from lsp_jax.model.gguf import demo_model
 from lsp_jax.play.generate import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.reward.base import DeviceReward
-from lsp_jax.reward.judge import Judge, judge_params
+from lsp_jax.reward.judge import Judge, judge_episode, judge_params
 from lsp_jax.reward.judge_text import judge_turns, parse_score, write_judgements
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.run.setup import token_kinds
-from lsp_jax.text.judge import text_judge_template
+from lsp_jax.text.judge import CRITERIA, text_judge_template
 
 INSTRUCTIONS = (
     "What is the capital of France?",
@@ -81,6 +87,36 @@ def make_episode(policy: lsp.Policy, answers: list[list[str]]) -> Episode:
     return Episode(Queries(None, text, jnp.ones(shape[0], bool)), text, done)
 
 
+@partial(jax.jit, static_argnames=("judge", "digits", "plus"))
+def forced_items(params: Any, episode: Episode, *, judge: Judge, digits: tuple[int, int], plus: int) -> jax.Array:
+    """The judge's probability of 1 against 0 for each criterion, float32 [N, G, 7], in `1+0+1+1+0+1+1`.
+
+    The form is written for it; each digit is the more probable one, and what follows is conditioned on it.
+    """
+    reference, config = params["reference"], judge.config
+    layers = llama.unstack_layers(reference["model"]["layers"], config.num_hidden_layers)
+
+    def write(prefixes: Sequence[llama.KVCache], last: jax.Array) -> jax.Array:
+        shared = [
+            [llama.KVCache(prefix.keys[layer], prefix.values[layer], prefix.lengths) for prefix in prefixes]
+            for layer in range(config.num_hidden_layers)
+        ]
+        cache = llama.empty_decode_cache(config, last.shape[0], 2 * CRITERIA, last.dtype)
+
+        def item(state: tuple[jax.Array, Any], number: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
+            hidden, cache = state
+            logits = llama.logits(reference, config, hidden)
+            odds = logits[:, digits[1]] - logits[:, digits[0]]
+            for offset, token in enumerate((jnp.where(odds > 0, digits[1], digits[0]), jnp.full_like(odds, plus, int))):
+                column = 2 * number + offset
+                hidden, cache = llama.decode_step(reference, layers, config, token, shared, cache, column)
+            return (hidden, cache), jax.nn.sigmoid(odds)
+
+        return jax.lax.scan(item, (last, cache), jnp.arange(CRITERIA))[1].T
+
+    return judge_episode(params, episode, judge, write)
+
+
 def spearman(left: np.ndarray, right: np.ndarray) -> float | None:
     """Correlation of the ranks, equal values sharing their mean rank; None where one side does not vary."""
     if len(left) < 2 or np.ptp(left) == 0 or np.ptp(right) == 0:
@@ -109,12 +145,18 @@ def measure(policy: lsp.Policy) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     scores = [[None if turn is None else parse_score(turn) for turn in group] for group in turns]
     text = np.array([[np.nan if score is None else score for score in group] for group in scores])
+    (zero,), (one,), (plus,) = (policy.tokenizer.encode(character) for character in "01+")
+    items = np.asarray(forced_items(params, episode, judge=judge, digits=(zero, one), plus=plus))
+    forced = (items > 0.5).sum(axis=-1)
     parsed = np.isfinite(text)
     return {
         "answers": int(parsed.size),
         "stopped": sum(turn is not None for group in turns for turn in group),
         "parsed": int(parsed.sum()),
         "spearman": spearman(logits[parsed], text[parsed]),
+        "forced_scores": {int(score): int((forced == score).sum()) for score in np.unique(forced)},
+        "forced_spearman": spearman(logits.ravel(), forced.ravel()),
+        "forced_probabilities_spearman": spearman(logits.ravel(), items.sum(axis=-1).ravel()),
         "text_scores": sorted(text[parsed].astype(int).tolist()),
         "logits_mean": {kind: round(float(logits[:, i].mean()), 2) for i, kind in enumerate(KINDS)},
         "logits_range": [round(float(logits.min()), 2), round(float(logits.max()), 2)],

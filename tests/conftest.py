@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +44,44 @@ def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (shared / "demo-model.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one worker converts, the others wait and find it done
         return demo_model(shared / "demo-model")
+
+
+@pytest.fixture(scope="module")
+def game_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny model that a run can play with; read only."""
+    from test_trainer import game_dir
+
+    return game_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading weights raises `WeightsRead`."""
+    from lsp_jax import policy
+    from lsp_jax.run import setup
+    from refusal import WeightsRead
+
+    def fail(*_: Any) -> None:
+        raise WeightsRead
+
+    monkeypatch.setattr(policy, "load_params", fail)
+    monkeypatch.setattr(setup, "load_params", fail)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Everything below `tmp_path` must stay as it was, the output directory `tmp_path/run` included."""
+    from refusal import Refused
+
+    return Refused(capsys, tmp_path)
+
+
+@pytest.fixture
+def train(game_model: Path, tmp_path: Path) -> Callable[..., list[Any]]:
+    """A command that would train; later arguments override."""
+
+    def arguments(*more: Any) -> list[Any]:
+        short = ["--prompts.challenger", "Ask.", "--play.max-query-length", 8, "--play.max-completion-length", 8]
+        return ["train", "--model", game_model, "--output-dir", tmp_path / "run", *short, *more]
+
+    return arguments

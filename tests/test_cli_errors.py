@@ -12,74 +12,14 @@ from typing import Any
 
 import pytest
 
-from lsp_jax import cli, host, policy
+from lsp_jax import cli
 from lsp_jax.config import TrainConfig
 from lsp_jax.model.weights import save_params
-from lsp_jax.run import setup
-from test_trainer import game_config, game_dir, tree_hash
+from refusal import Refused, WeightsRead, check_line
+from test_trainer import game_config
 from tiny import VOCABULARY, tiny_config, tiny_dir, tiny_params
 
 REPOSITORY = Path(cli.__file__).parents[1]
-
-
-class WeightsRead(Exception):
-    """Stands for the beginning of the long work."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return game_dir(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise WeightsRead
-
-    monkeypatch.setattr(policy, "load_params", fail)
-    monkeypatch.setattr(setup, "load_params", fail)
-
-
-class Refused:
-    """Runs a command that must be refused: `refused(arguments, word, ...)`."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], watched: Path):
-        self.capsys, self.watched = capsys, watched
-
-    def __call__(self, arguments: list[Any], *words: str) -> str:
-        before, compiled = tree_hash(self.watched), host.compiles()[0]
-        status = cli.main([str(argument) for argument in arguments])
-        captured = self.capsys.readouterr()
-        check_line(captured.err, words)
-        assert status == 2 and captured.out == ""
-        assert host.compiles()[0] == compiled
-        assert tree_hash(self.watched) == before
-        return captured.err
-
-
-def check_line(err: str, words: tuple[str, ...]) -> None:
-    assert err.startswith("lsp-jax: error: ") and err.endswith("\n") and err.count("\n") == 1, err
-    assert "Traceback" not in err and len(err) < 800
-    for word in words:
-        assert word in err, (word, err)
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
-    """Everything below `tmp_path` must stay as it was, the output directory `tmp_path/run` included."""
-    return Refused(capsys, tmp_path)
-
-
-@pytest.fixture
-def train(model: Path, tmp_path: Path) -> Callable[..., list[Any]]:
-    """A command that would train; later arguments override."""
-
-    def arguments(*more: Any) -> list[Any]:
-        short = ["--prompts.challenger", "Ask.", "--play.max-query-length", 8, "--play.max-completion-length", 8]
-        return ["train", "--model", model, "--output-dir", tmp_path / "run", *short, *more]
-
-    return arguments
-
 
 # --- before the model is opened --------------------------------------------------------------------------------------
 
@@ -276,21 +216,21 @@ def test_missing_and_pickled_weights(refused: Refused, train: Callable, damaged:
     refused(train("--model", directory), "weights = ", "model.safetensors")
 
 
-def test_generate_with_a_prompt_that_is_too_long(refused: Refused, model: Path, damaged: Callable):
-    refused(["generate", model, "long " * 400], "prompt length = ", "64 new tokens", "context of 1024")
-    refused(["generate", model, "Hello", "--max-completion-length", 0], "max_completion_length = 0", "at least 1")
-    refused(["generate", model, "Hello", "--temperature", -1], "sampling.temperature = -1")
-    refused(["generate", model], "prompts = ()", "at least one")
-    refused(["generate", model, "Hello", "--dtype", "int8"], "dtype = 'int8'", "float32, bfloat16, float16")
+def test_generate_with_a_prompt_that_is_too_long(refused: Refused, game_model: Path, damaged: Callable):
+    refused(["generate", game_model, "long " * 400], "prompt length = ", "64 new tokens", "context of 1024")
+    refused(["generate", game_model, "Hello", "--max-completion-length", 0], "max_completion_length = 0", "at least 1")
+    refused(["generate", game_model, "Hello", "--temperature", -1], "sampling.temperature = -1")
+    refused(["generate", game_model], "prompts = ()", "at least one")
+    refused(["generate", game_model, "Hello", "--dtype", "int8"], "dtype = 'int8'", "float32, bfloat16, float16")
     roomy = damaged(max_position_embeddings=100_000)
     refused(["generate", roomy, "q" * 33_000], "prompt length = ", "largest bucket (32768 tokens)", "shorten")
 
 
-def test_export_of_what_is_not_there(refused: Refused, model: Path, tmp_path: Path):
+def test_export_of_what_is_not_there(refused: Refused, game_model: Path, tmp_path: Path):
     run = tmp_path / "run"
     run.mkdir()
     refused(["export", run, tmp_path / "out"], "config = ", "no such file")
-    (run / "config.json").write_text(game_config(model, run).to_json())
+    (run / "config.json").write_text(game_config(game_model, run).to_json())
     refused(["export", run, tmp_path / "out"], "step = None", "has checkpoints none")
     refused(["export", run, tmp_path / "out", "--step", 3], "step = 3", "has checkpoints none")
 
