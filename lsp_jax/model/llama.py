@@ -24,6 +24,7 @@ from flax import nnx
 
 from lsp_jax.model.attention import Segment, attend, causal_mask, length_mask
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.flash import causal_attention
 
 Params = dict[str, Any]
 
@@ -241,6 +242,8 @@ def hidden_states(
     def body(x: jax.Array, layer_params: Params) -> tuple[jax.Array, None]:
         layer = nnx.merge(graph, layer_params)
         queries, keys, values = layer.project(x, angles)
+        if mask is None:
+            return layer.finish(x, causal_attention(queries, keys, values)), None
         return layer.finish(x, attend(queries, (Segment(keys, values, visible),))), None
 
     body = jax.checkpoint(body, prevent_cse=False) if remat else body
