@@ -18,19 +18,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import on_many_devices
+import weights_worker
 from lsp_jax.model import weights
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.names import file_tensors
-from on_many_devices import CHECKS, MODELS
 from tiny import tiny_config, tiny_dir, tiny_params
+from weights_worker import CHECKS, MODELS
 
 
 def python(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
-    """`on_many_devices` as a process of its own, on CPU devices."""
+    """`weights_worker` as a process of its own, on CPU devices."""
     root = Path(__file__).parent.parent
     paths = os.pathsep.join((str(root), str(root / "tests")))
-    command = [sys.executable, on_many_devices.__file__, *map(str, arguments)]
+    command = [sys.executable, weights_worker.__file__, *map(str, arguments)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, **options)
 
@@ -60,7 +60,7 @@ def results(models: Path) -> dict[str, str]:
 @pytest.mark.full
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_eight_devices(results: dict[str, str], check: str) -> None:
-    """The checks of `on_many_devices`, each described there; they share one process."""
+    """The checks of `weights_worker`, each described there; they share one process."""
     assert not results[check], results[check]
 
 

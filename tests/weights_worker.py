@@ -1,8 +1,8 @@
 """What the tests of sharded weights run in processes of their own, since a process chooses its devices once.
 
-python on_many_devices.py checks DIR                 8 devices: every one of `CHECKS`, as JSON {name: failure or ""}
-python on_many_devices.py shared DIR PORT INDEX      process INDEX of 2 with 4 devices each: loads and exports
-python on_many_devices.py memory DIR DEVICES DTYPE   one load and one export, step by step
+python weights_worker.py checks DIR                 8 devices: every one of `CHECKS`, as JSON {name: failure or ""}
+python weights_worker.py shared DIR PORT INDEX      process INDEX of 2 with 4 devices each: loads and exports
+python weights_worker.py memory DIR DEVICES DTYPE   one load and one export, step by step
 """
 
 from __future__ import annotations
