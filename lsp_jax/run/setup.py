@@ -41,7 +41,7 @@ class Run:
     policy: Policy
     """The policy as loaded: what training starts from."""
     reference: Params
-    """The frozen reference in the compute dtype, the loaded arrays themselves when that is theirs; parked on request."""
+    """The frozen reference in the compute dtype, the loaded arrays themselves when that is theirs. May be parked."""
     game: Game
     data: PromptData | None
     """Queries of a data set; None in self-play."""
