@@ -51,8 +51,8 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(8192, 2**28, PlayConfig(8, 8, 256, 512), 320, PlayConfig(16, 8, 64, 256), (64, 768, 512), (8, 2, 128))
-SMALL = Sizes(128, 2**14, PlayConfig(2, 2, 4, 6), 16, PlayConfig(2, 4, 4, 6), (4, 12, 6), (2, 2, 16))
-TINY = LlamaConfig(512, 64, 128, 2, 4, 2, 16, tie_word_embeddings=True)
+SMALL = Sizes(128, 2**14, PlayConfig(2, 2, 4, 6), 16, PlayConfig(2, 4, 4, 6), (4, 12, 6), (1, 2, 16))
+TINY = LlamaConfig(512, 32, 64, 1, 4, 2, 8, tie_word_embeddings=True)
 
 
 # --- the game without a tokenizer ----------------------------------------------------------------------------------

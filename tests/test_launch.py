@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-yaml = pytest.importorskip("yaml")  # comes with transformers
+yaml = pytest.importorskip("yaml")  # comes with flax
 
 LAUNCH = Path(__file__).parent.parent / "experiments" / "launch"
 SCRIPTS = ("tpu_pod.sh", "gke_jobset.sh", "slurm.sh")
