@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     timer.daemon = True
     timer.start()
     top = check.report["ceilings"] = check.attempt("ceilings", lambda: parts.ceilings(sizes))
-    shapes = {"tiny": (TINY, 2)} if options.small else {name: (SHAPES[name], rows) for name, rows in MODELS.items()}
+    shapes = {"tiny": (TINY, 8)} if options.small else {name: (SHAPES[name], rows) for name, rows in MODELS.items()}
     for name, (model, rows) in shapes.items():
         results: Result = {}
         check.report["models"][name] = results

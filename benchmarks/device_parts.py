@@ -30,8 +30,10 @@ from lsp_jax.text.judge import CRITERIA, LogitsTemplate
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate, ids_row
 from lsp_jax.text.tags import TagTables
 
-LOGITS_TOLERANCE = 0.03  # ||difference|| over ||logits - their mean||; bfloat16 on the CPU itself: 0.007 to 0.01
-LOGPROB_TOLERANCE = 0.03  # nats, mean over tokens
+# Twice what bfloat16 on the CPU itself differs by at 8 layers: 0.021 and 0.025 of the logits, 0.015 and 0.024 nats, for
+# the 1B and 3B shapes. Numbers that are wrong differ by ten times as much.
+LOGITS_TOLERANCE = 0.05  # ||difference|| over ||logits - their mean||
+LOGPROB_TOLERANCE = 0.05  # nats, mean over tokens
 Result = dict[str, Any]
 
 
@@ -52,7 +54,7 @@ class Sizes(NamedTuple):
 
 FULL = Sizes(8192, 2**28, PlayConfig(8, 8, 256, 512), 320, PlayConfig(16, 8, 64, 256), (64, 768, 512), (8, 2, 128))
 SMALL = Sizes(128, 2**14, PlayConfig(2, 2, 4, 6), 16, PlayConfig(2, 4, 4, 6), (4, 12, 6), (1, 2, 16))
-TINY = LlamaConfig(512, 32, 64, 1, 4, 2, 8, tie_word_embeddings=True)
+TINY = LlamaConfig(512, 32, 64, 1, 4, 2, 8, tie_word_embeddings=True, initializer_range=0.2)
 
 
 # --- the game without a tokenizer ----------------------------------------------------------------------------------
