@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config, tiny_params
 
 from lsp_jax.model import llama
 from lsp_jax.run import hlo
 from lsp_jax.run.count import COLLECTIVES, Work, count, flops, group_size
+from tiny import tiny_config, tiny_params
 
 
 def compiled(function, *shapes, dtype=jnp.float32):
@@ -71,7 +71,13 @@ def test_a_loop_that_may_end_early_counts_at_its_longest():
 
 CONVOLUTIONS = [
     # [8, 128, 64] x [8, 64, 128], contracted over the 8 too
-    ("f32[8,128,64]{2,1,0}", "f32[8,64,32]{2,1,0}", "f32[1,128,32]", "window={size=8}, dim_labels=0bf_0io->0bf", 8 * 64),
+    (
+        "f32[8,128,64]{2,1,0}",
+        "f32[8,64,32]{2,1,0}",
+        "f32[1,128,32]",
+        "window={size=8}, dim_labels=0bf_0io->0bf",
+        8 * 64,
+    ),
     # a batch of 8 products, spelled as a window that meets one real element a position
     (
         "f32[8,128,64]{2,1,0}",

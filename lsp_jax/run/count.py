@@ -31,8 +31,7 @@ COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
 """Bytes that one of `n` chips receives, from the bytes that it gives and that it ends with."""
 
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota opt-barrier domain "
-    "get-dimension-size add-dependency".split()
+    ["parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "domain", "get-dimension-size", "add-dependency"]
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 

@@ -25,6 +25,14 @@ GIB = 2**30
 _DESCRIPTIONS = Path(__file__).with_name("topologies")
 _PLUGIN = {"tpu": ("libtpu", "plan"), "cuda": ("jax_cuda13_plugin", "plan-gpu")}
 
+_COMPILE_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",  # do not ask Google's metadata server which machine this is
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so others may compile at the same time
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+"""What libtpu reads from the environment when it is loaded."""
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -89,12 +97,15 @@ def open_topology(name: str) -> Topology:
     try:
         devices = _tpu(chip, shape) if chip.platform == "tpu" else _gpu(chip, int(shape))
     except jax.errors.JaxRuntimeError as error:
-        raise InputError("topology", name, f"is no machine that its compiler knows: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            "topology", name, f"is no machine that its compiler knows: {str(error).splitlines()[0]}"
+        ) from None
     return Topology(name, chip, devices)
 
 
 def _tpu(chip: Chip, shape: str) -> Sequence[Any]:
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask Google's metadata server which machine this is
+    for variable, value in _COMPILE_ONLY.items():
+        os.environ.setdefault(variable, value)
     name = f"{chip.compiler}:{shape}"
     return topologies.get_topology_desc(topology_name=name, platform="tpu").devices
 
