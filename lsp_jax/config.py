@@ -17,6 +17,7 @@ from typing import Any, Literal
 from lsp_jax.errors import InputError
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.play.data import DataConfig
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
@@ -134,6 +135,8 @@ class TrainConfig:
     """dtype of master parameters and moments."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of forward and backward passes; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How devices share the work."""
     allow_code_execution: bool = False
     """Run the programs that the model writes, in a sandbox, for the code reward."""
     play: PlayConfig = field(default_factory=PlayConfig)
@@ -171,6 +174,7 @@ class TrainConfig:
         _one_of("compute_dtype", self.compute_dtype, ("auto", *DTYPES[:2]))
         for reporter in self.report_to:
             _one_of("report_to", reporter, REPORTERS)
+        self.mesh.check()
         self.reward.check()
         self.data.check()
         self.loss.check()
@@ -221,11 +225,12 @@ class TrainConfig:
 
 MAY_CHANGE = (
     *("output_dir", "max_steps", "save_steps", "save_total_limit", "resume", "report_to"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
     *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat"),
     *("reward.judge_rows", "reward.preference_rows", "reward.workers", "reward.timeout", "reward.code_timeout"),
 )
-"""Fields that a resumed run may change: they do not decide what the next iteration computes. (Memory settings change
-how sums round, time limits what is masked as too slow, no more.)"""
+"""Fields that a resumed run may change: they do not decide what the next iteration computes. (Mesh and memory
+settings change how sums round, time limits what is masked as too slow, no more.)"""
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

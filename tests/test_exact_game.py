@@ -99,7 +99,7 @@ class Setting:
             challenger_sampling=self.challenger,
             stop_ids=(STOP,),
             loss=self.loss,
-            optimizer=OptimizerConfig(micro_batch_size=8, logprob_chunk=16, remat=False),
+            optimizer=OptimizerConfig(micro_batch_size=8, logprob_chunk=16, remat="none"),
             compute_dtype="float32",
         )
 

@@ -43,7 +43,7 @@ GAME = Game(
     challenger_sampling=SamplingConfig(),
     stop_ids=STOPS,
     loss=LossConfig(beta=0.01),
-    optimizer=OptimizerConfig(learning_rate=0.02, micro_batch_size=64, remat=False),
+    optimizer=OptimizerConfig(learning_rate=0.02, micro_batch_size=64, remat="none"),
     compute_dtype="float32",
 )
 ITERATIONS = 30

@@ -167,12 +167,12 @@ def test_equal_log_softmax_of_full_logits(temperature: float, tied: bool) -> Non
 def test_remat_changes_nothing(params: llama.Params) -> None:
     rows = ragged_rows()
 
-    def total(params: llama.Params, remat: bool) -> jax.Array:
+    def total(params: llama.Params, remat: str) -> jax.Array:
         hidden = completion_hidden(params, CONFIG, rows, remat=remat)
         logprobs = token_statistics(params, CONFIG, hidden, completion_tokens(rows), 1.0, 7).logprobs
         return jnp.sum(jnp.where(rows.mask, logprobs, 0))
 
-    plain, again = (jax.jit(jax.value_and_grad(total), static_argnums=1)(params, remat) for remat in (False, True))
+    plain, again = (jax.jit(jax.value_and_grad(total), static_argnums=1)(params, remat) for remat in ("none", "full"))
     for left, right in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5, rtol=1e-4)
 

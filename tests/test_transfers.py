@@ -19,7 +19,7 @@ from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import DeviceReward, RewardOutput
 from lsp_jax.run import iteration as stages
 from lsp_jax.run.setup import Run, prepare
-from lsp_jax.run.trainer import Phases, play_and_learn
+from lsp_jax.run.step import Phases, play_and_learn
 from test_trainer import game_config, game_dir
 
 

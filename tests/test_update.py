@@ -28,7 +28,7 @@ from lsp_jax.model import llama
 from tiny import EOS, VOCABULARY, tiny_config, tiny_params
 
 CONFIG = tiny_config()
-OPT = OptimizerConfig(micro_batch_size=8, logprob_chunk=16, remat=False)
+OPT = OptimizerConfig(micro_batch_size=8, logprob_chunk=16, remat="none")
 LOSS = LossConfig(beta=0.2)
 ALPHA = 0.6
 TEMPERATURES = (0.7, 1.3)  # Solver, Challenger
@@ -225,7 +225,7 @@ def test_micro_batches_add_up_to_the_same_gradient(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("change", [{"extra": 6}, {"chunk": 1}, {"chunk": 512}, {"remat": True}], ids=str)
+@pytest.mark.parametrize("change", [{"extra": 6}, {"chunk": 1}, {"chunk": 512}, {"remat": "full"}], ids=str)
 def test_padding_chunk_and_remat_change_no_gradient(
     params: llama.Params, reference_params: llama.Params, change: dict[str, int]
 ) -> None:
@@ -234,7 +234,7 @@ def test_padding_chunk_and_remat_change_no_gradient(
     opt = replace(
         OPT,
         logprob_chunk=change.get("chunk", OPT.logprob_chunk),
-        remat=bool(change.get("remat", False)),
+        remat=str(change.get("remat", "none")),
         micro_batch_size=4,
     )
     batch = LearnBatch(make_batch(extra=change.get("extra", 0)).solver, None)

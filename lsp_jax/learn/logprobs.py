@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lsp_jax.learn.batch import Rows
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.sharding import row_shards, shard_rows
 
 
 class TokenStatistics(NamedTuple):
@@ -28,7 +29,7 @@ class TokenStatistics(NamedTuple):
     """sum_v pi(v) (log pi(v) - log pi_ref(v)); 0 unless the reference's hidden states were given."""
 
 
-def completion_hidden(params: llama.Params, config: LlamaConfig, rows: Rows, remat: bool = False) -> jax.Array:
+def completion_hidden(params: llama.Params, config: LlamaConfig, rows: Rows, remat: llama.Remat = "none") -> jax.Array:
     """The hidden state [B, T, D] from which each completion token was predicted."""
     hidden = llama.hidden_states(params, config, rows.tokens, remat=remat)
     return jnp.take_along_axis(hidden, (rows.positions - 1)[..., None], axis=1)
@@ -48,23 +49,24 @@ def token_statistics(
     chunk: int,
     reference: tuple[llama.Params, jax.Array] | None = None,
 ) -> TokenStatistics:
-    """Statistics of `targets` [B, T] under the head applied to `hidden` [B, T, D], `chunk` tokens at a time.
+    """Statistics of `targets` [B, T] under the head applied to `hidden` [B, T, D], about `chunk` tokens at a time.
 
+    A chunk is the same columns (at least one) of every row, so that on a mesh all devices work on each; there `chunk`
+    counts the tokens of one device, which also holds only its share of the vocabulary.
     `reference` = (its parameters, its hidden states [B, T, D]) adds the exact KL of each token.
     """
-    shape = targets.shape
-    count = targets.size
-    size = min(chunk, count)
+    rows, length = targets.shape
+    columns = max(1, min(length, chunk * row_shards() // rows))
 
     def chunked(x: jax.Array) -> jax.Array:
-        flat = x.reshape(count, *x.shape[2:])
-        flat = jnp.pad(flat, [(0, -count % size)] + [(0, 0)] * (flat.ndim - 1))
-        return flat.reshape(-1, size, *flat.shape[1:])
+        padded = jnp.pad(x, [(0, 0), (0, -length % columns)] + [(0, 0)] * (x.ndim - 2))
+        parts = jnp.moveaxis(padded.reshape(rows, -1, columns, *x.shape[2:]), 1, 0)
+        return shard_rows(parts, axis=1)
 
     @jax.checkpoint
     def statistics(part: tuple[jax.Array, ...]) -> TokenStatistics:
         logp = jax.nn.log_softmax(llama.logits(params, config, part[0]) / temperature, axis=-1)
-        chosen = jnp.take_along_axis(logp, part[1][:, None], axis=-1)[:, 0]
+        chosen = jnp.take_along_axis(logp, part[1][..., None], axis=-1)[..., 0]
         stopped = jax.lax.stop_gradient(logp)
         entropy = -jnp.sum(jnp.exp(stopped) * stopped, axis=-1)
         kl = jnp.zeros_like(chosen)
@@ -77,4 +79,4 @@ def token_statistics(
     if reference is not None:
         parts = (*parts, chunked(reference[1]))
     out = jax.lax.map(statistics, parts)
-    return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(shape), out)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length], out)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from lsp_jax.learn.batch import LearnBatch, Rows, micro_batches
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.learn.losses import LossConfig, policy_loss
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.llama import Params
+from lsp_jax.model.llama import Params, Remat, cast
+from lsp_jax.model.sharding import row_shards, shard_params, shard_rows
 
 Metrics = dict[str, jax.Array]
 
@@ -46,12 +47,15 @@ class OptimizerConfig:
     """Decoupled weight decay on every parameter."""
     max_grad_norm: float = 1.0
     """Largest global norm of the gradient; longer ones are scaled down to it."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of the first moment. The second stays float32: in bfloat16 its small steps would be rounded away."""
     micro_batch_size: int = 8
-    """Rows whose activations exist at one time; gradients of all micro-batches are added up."""
+    """Rows whose activations a device holds at one time; gradients of all micro-batches are added up."""
     logprob_chunk: int = 512
-    """Tokens whose logits exist at one time."""
-    remat: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    """Tokens whose logits a device holds at one time."""
+    remat: Remat = "full"
+    """What the backward pass computes again instead of keeping it: full: each layer; dots: all of a layer but its
+    products with weights; none."""
 
     def check(self) -> None:
         """Raises InputError naming the field."""
@@ -61,6 +65,9 @@ class OptimizerConfig:
         for field in ("micro_batch_size", "logprob_chunk"):
             if getattr(self, field) < 1:
                 raise InputError(f"optimizer.{field}", getattr(self, field), "must be at least 1")
+        for field, allowed in (("moment_dtype", ("float32", "bfloat16")), ("remat", get_args(Remat))):
+            if getattr(self, field) not in allowed:
+                raise InputError(f"optimizer.{field}", getattr(self, field), f"must be one of {', '.join(allowed)}")
         for field in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, field) < 1:
                 raise InputError(f"optimizer.{field}", getattr(self, field), "must be in [0, 1)")
@@ -108,15 +115,19 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             b2=config.adam_beta2,
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            mu_dtype=config.moment_dtype,
         ),
     )
 
 
 def init_state(params: Params, config: OptimizerConfig) -> TrainState:
-    """A fresh state that owns copies of `params` (it is donated; the reference keeps its own)."""
+    """A fresh state that owns copies of `params` (it is donated; the reference keeps its own), spread over the mesh."""
     params = jax.tree.map(jnp.copy, params)
+    moments = optimizer(config).init(
+        cast(params, "float32")
+    )  # the second moment is float32 whatever the parameters are
     counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: the state is donated
-    return TrainState(params, optimizer(config).init(params), *counters)
+    return shard_params(TrainState(params, moments, *counters))
 
 
 def reference_statistics(
@@ -133,7 +144,7 @@ def reference_statistics(
     """
 
     def of_role(rows: Rows, temperature: float) -> Reference:
-        count, size = rows.tokens.shape[0], min(opt.micro_batch_size, rows.tokens.shape[0])
+        count, size = rows.tokens.shape[0], _micro_rows(rows, opt)
 
         def one(part: Rows) -> Reference:
             hidden = completion_hidden(params, config, part)
@@ -141,7 +152,7 @@ def reference_statistics(
             stats = token_statistics(params, config, hidden, targets, temperature, opt.logprob_chunk)
             return Reference(stats.logprobs, hidden if loss.kl_estimator == "full" else None)
 
-        out = jax.lax.map(one, micro_batches(rows, size))
+        out = jax.lax.map(one, shard_rows(micro_batches(rows, size), axis=1))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
 
     solver = of_role(batch.solver, temperature[0])
@@ -192,23 +203,28 @@ def role_gradients(
         return policy_loss(stats, ref.logprobs, rows, loss)
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
-    size = min(opt.micro_batch_size, rows.tokens.shape[0])
+    size = _micro_rows(rows, opt)
     missing = -rows.tokens.shape[0] % size
     split_reference = jax.tree.map(
         lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]), reference
     )
-    parts = (micro_batches(rows, size), split_reference)
+    parts = shard_rows((micro_batches(rows, size), split_reference), axis=1)
     if parts[0].tokens.shape[0] == 1:  # no accumulator: one gradient less in memory
         (value, sums), grads = gradient(params, jax.tree.map(lambda x: x[0], parts))
-        return value, sums, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+        return value, sums, shard_params(cast(grads, "float32"))
 
     def add(total: Any, part: tuple[Rows, Reference]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+        scalars, grads = gradient(params, part)
+        return jax.tree.map(jnp.add, total, (scalars, shard_params(grads))), None
 
     first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
-    ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
+    scalars, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
+    ((value, sums), grads), _ = jax.lax.scan(add, (scalars, shard_params(grads)), parts)
     return value, sums, grads
+
+
+def _micro_rows(rows: Rows, opt: OptimizerConfig) -> int:
+    return min(opt.micro_batch_size * row_shards(), rows.tokens.shape[0])
 
 
 def gradients(
@@ -265,5 +281,5 @@ def apply_gradients(
 
     params, opt_state = jax.lax.cond(finite, step, lambda _: (state.params, state.opt_state), None)
     skipped = state.skipped + ~finite
-    new = TrainState(params, opt_state, state.iteration, state.attempt, skipped)
+    new = shard_params(TrainState(params, opt_state, state.iteration, state.attempt, skipped))
     return new, {"grad_norm": norm, "skipped_updates": skipped.astype(jnp.float32)}

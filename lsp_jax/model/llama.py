@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,11 @@ from flax import nnx
 
 from lsp_jax.model.attention import Segment, attend, causal_mask, length_mask
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.sharding import TENSOR, row_axes, shard, shard_heads, shard_rows
 
 Params = dict[str, Any]
+Remat = Literal["none", "dots", "full"]
+_KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 class KVCache(NamedTuple):
@@ -85,7 +88,7 @@ class Attention(nnx.Module):
     def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, S, D] -> rotated queries [B, S, H, h], rotated keys and values [B, S, K, h]."""
         queries, keys, values = (
-            projection(x).reshape(*x.shape[:2], -1, self.head_dim)
+            shard_heads(projection(x).reshape(*x.shape[:2], -1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         return rotate(queries, rotation), rotate(keys, rotation), values
@@ -117,8 +120,8 @@ class DecoderLayer(nnx.Module):
 
     def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
         """The residual stream after attention gave `heads` [B, S, H, h]."""
-        x = x + self.self_attn.output(heads)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = shard_rows(x + self.self_attn.output(heads))
+        return shard_rows(x + self.mlp(self.post_attention_layernorm(x)))
 
 
 class Embedding(nnx.Module):
@@ -196,8 +199,13 @@ def head_weight(params: Params, config: LlamaConfig) -> jax.Array:
 
 
 def logits(params: Params, config: LlamaConfig, hidden: jax.Array) -> jax.Array:
-    """The language-model head: normed hidden states [..., D] -> float32 logits [..., V]."""
-    return jnp.einsum("...d,vd->...v", hidden, head_weight(params, config), preferred_element_type=jnp.float32)
+    """The language-model head: normed hidden states [B, ..., D] -> float32 logits [B, ..., V].
+
+    On a mesh the vocabulary is spread over `tensor`.
+    """
+    weight = shard(head_weight(params, config), TENSOR, None)
+    out = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+    return shard(out, row_axes(out.shape[0]) or None, *(None,) * (out.ndim - 2), TENSOR)
 
 
 def score(params: Params, hidden: jax.Array) -> jax.Array:
@@ -217,17 +225,18 @@ def _norm(params: Params, config: LlamaConfig, x: jax.Array) -> jax.Array:
 
 
 def _embed(params: Params, tokens: jax.Array) -> jax.Array:
-    return params["model"]["embed_tokens"]["weight"][tokens]
+    return shard_rows(params["model"]["embed_tokens"]["weight"][tokens])
 
 
 def hidden_states(
-    params: Params, config: LlamaConfig, tokens: jax.Array, mask: jax.Array | None = None, remat: bool = False
+    params: Params, config: LlamaConfig, tokens: jax.Array, mask: jax.Array | None = None, remat: Remat = "none"
 ) -> jax.Array:
     """Normed hidden states [B, T, D] of `tokens` [B, T], causal.
 
     Without `mask` every position counts from the left, which is right for right-padded rows: what follows a real token
     never reaches it. `mask` (bool [B, T]) marks the real tokens of rows padded anywhere; positions then count real
-    tokens only. `remat` recomputes each layer in the backward pass instead of keeping its activations.
+    tokens only. `remat` says what the backward pass computes again instead of keeping it: `full` each layer, `dots` all
+    of a layer but its products with weights, `none` nothing.
     """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
@@ -243,7 +252,8 @@ def hidden_states(
         queries, keys, values = layer.project(x, angles)
         return layer.finish(x, attend(queries, (Segment(keys, values, visible),))), None
 
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    if remat != "none":
+        body = jax.checkpoint(body, prevent_cse=False, policy=_KEPT[remat])
     x, _ = jax.lax.scan(body, _embed(params, tokens), params["model"]["layers"])
     return _norm(params, config, x)
 
@@ -297,7 +307,7 @@ def unstack_layers(tree: Any, layers: int) -> tuple[Any, ...]:
 
 def empty_decode_cache(config: LlamaConfig, batch: int, columns: int, dtype: jnp.dtype) -> DecodeCache:
     shape = (batch, columns, config.num_key_value_heads, config.head_dim)
-    zeros = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
+    zeros = tuple(shard_heads(jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
     return DecodeCache(zeros, zeros)
 
 
@@ -328,8 +338,8 @@ def decode_step(
     for layer_params, shared, old_keys, old_values in zip(layers, prompts, cache.keys, cache.values, strict=True):
         layer = nnx.merge(graph, layer_params)
         queries, key, value = layer.project(x, angles)
-        keys = jax.lax.dynamic_update_slice_in_dim(old_keys, key, column, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(old_values, value, column, axis=1)
+        keys = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_keys, key, column, axis=1))
+        values = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_values, value, column, axis=1))
         segments = [Segment(prefix.keys, prefix.values, m) for prefix, m in zip(shared, masks, strict=True)]
         x = layer.finish(x, attend(queries, (*segments, Segment(keys, values, own_mask))))
         all_keys.append(keys)

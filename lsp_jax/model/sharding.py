@@ -137,8 +137,8 @@ def make_mesh(mesh: MeshConfig, config: LlamaConfig | None = None, devices: Sequ
     return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_model(sizes: Sequence[int], config: LlamaConfig) -> None:
-    """InputError where an axis does not divide the model's dimension that is spread over it."""
+def check_model(sizes: Sequence[int], config: LlamaConfig, of: str = "model") -> None:
+    """InputError where an axis does not divide the dimension that is spread over it."""
     _, fsdp, tensor = sizes
     spread = [
         (TENSOR, tensor, "num_key_value_heads", config.num_key_value_heads),
@@ -149,7 +149,7 @@ def check_model(sizes: Sequence[int], config: LlamaConfig) -> None:
     ]
     for axis, size, name, dimension in spread:
         if dimension % size:
-            raise InputError(f"mesh.{axis}", size, f"does not divide the model's {name} {dimension}")
+            raise InputError(f"mesh.{axis}", size, f"does not divide the {of}'s {name} {dimension}")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  importing it gives numpy, and through it safetensors, bfloat16
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -24,6 +25,7 @@ from lsp_jax.errors import InputError
 from lsp_jax.host import to_host
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.llama import Params, params_shape
+from lsp_jax.model.sharding import shardings
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,7 +88,7 @@ def read_config(directory: str | Path) -> LlamaConfig:
         raise InputError("config.json", str(directory), f"not a usable Llama configuration ({error})") from error
 
 
-def load_params(directory: str | Path, config: LlamaConfig, dtype: str = "float32") -> Params:
+def load_params(directory: str | Path, config: LlamaConfig, dtype: str = "float32", mesh: Mesh | None = None) -> Params:
     """The parameters of a Hugging Face directory on the default device, cast to `dtype`.
 
     Reads `model.safetensors`, or the shards named by `model.safetensors.index.json`, in float32, bfloat16 or float16.
@@ -101,7 +103,7 @@ def load_params(directory: str | Path, config: LlamaConfig, dtype: str = "float3
         for path, shape in _leaves(config).items():
             parts = [(tensor, handle) for tensor, handle in sources if tensor.path == path]
             _insert(params, path, _load_leaf(parts, shape, dtype))
-        return params
+        return params if mesh is None else jax.device_put(params, shardings(params, mesh))
 
 
 def check_weights(directory: str | Path, config: LlamaConfig) -> None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from lsp_jax.errors import InputError
+from lsp_jax.model.sharding import place
 from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts
 from lsp_jax.play.selfplay import Queries
 from lsp_jax.text.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ class PromptData:
 def data_queries(data: PromptData, picked: Sequence[int]) -> Queries:
     """The rows `picked` as queries on device: [N, width] ids, all valid, nothing sampled."""
     tokens, lengths = pad_prompts([data.ids[index] for index in picked], data.width, len(picked))
-    text, valid = jax.device_put(((tokens, lengths), np.ones(len(picked), bool)))
+    text, valid = place(((tokens, lengths), np.ones(len(picked), bool)))
     return Queries(None, text, valid)
 
 

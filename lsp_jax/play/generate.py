@@ -20,6 +20,7 @@ from lsp_jax import host
 from lsp_jax.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.sharding import mesh_of, place, shard_rows, use_mesh
 from lsp_jax.play.sampler import Draw, SamplingConfig, row_keys, row_uniforms, sample
 from lsp_jax.policy import Policy
 
@@ -99,9 +100,12 @@ def rollout(
         log_mass=jnp.zeros((rows, columns), jnp.float32),
         stopped=jnp.zeros(rows, bool),
     )
+    empty = shard_rows(empty)
     start = jnp.zeros((), jnp.int32)
+    keys = shard_rows(keys)
     first_logits = jnp.repeat(llama.logits(params, config, last_hidden), repeats, axis=0)
-    first = sample(first_logits, row_uniforms(keys, start), sampling)
+    # a draw looks at the whole vocabulary of its row
+    first = sample(shard_rows(first_logits), row_uniforms(keys, start), sampling)
     cache = llama.empty_decode_cache(config, rows, max(columns - 1, 1), last_hidden.dtype)
     state = _Loop(start, first.token, _record(empty, first, start, stop_ids), cache)
 
@@ -111,7 +115,8 @@ def rollout(
     def step(state: _Loop) -> _Loop:
         hidden, cache = llama.decode_step(params, layers, config, state.token, shared, state.cache, state.column)
         column = state.column + 1
-        draw = sample(llama.logits(params, config, hidden), row_uniforms(keys, column), sampling)
+        logits = shard_rows(llama.logits(params, config, hidden))
+        draw = sample(logits, row_uniforms(keys, column), sampling)
         return _Loop(column, draw.token, _record(state.done, draw, column, stop_ids), cache)
 
     return jax.lax.while_loop(going, step, state).done
@@ -190,15 +195,16 @@ def generate(
         rows = next((b for b in ROW_BUCKETS if len(part) <= b <= batch_size), batch_size)
         width = bucket(max(map(len, part)), PROMPT_BUCKETS, "prompt length")
         tokens, lengths = pad_prompts(part, width, rows)
-        out = complete(
-            policy.params,
-            *jax.device_put((tokens, lengths, jax.random.key(seed), np.int32(start))),
-            config=policy.config,
-            repeats=1,
-            sampling=sampling,
-            columns=max_completion_length,
-            stop_ids=stop_ids,
-        )
+        with use_mesh(mesh_of(policy.params)):
+            out = complete(
+                policy.params,
+                *place((tokens, lengths, jax.random.key(seed), np.int32(start))),
+                config=policy.config,
+                repeats=1,
+                sampling=sampling,
+                columns=max_completion_length,
+                stop_ids=stop_ids,
+            )
         done = host.to_host((out.tokens, out.lengths - out.stopped))
         rows_ids = [row[:length].tolist() for row, length in zip(*done, strict=True)][: len(part)]
         texts += [policy.tokenizer.decode(row, skip_special_tokens=True) for row in rows_ids]

@@ -21,6 +21,7 @@ import numpy as np
 
 from lsp_jax import host
 from lsp_jax.errors import InputError
+from lsp_jax.model.sharding import place, row_shards
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.text.tokenizer import Tokenizer
 
@@ -186,6 +187,13 @@ def correlation(left: jax.Array, right: jax.Array, counts: jax.Array) -> jax.Arr
     return jnp.where(spread > 0, covariance / jnp.where(spread > 0, spread, 1.0), 0.0)
 
 
+def groups_at_once(queries: int, answers: int, rows: int) -> int:
+    """How many queries with their `answers` answers each a frozen model reads at one time: about `rows` answers on each
+    device that has rows of its own, at least one group, and a divisor of `queries`."""
+    limit = max(1, min(queries, rows * row_shards() // answers))
+    return max(size for size in range(1, limit + 1) if queries % size == 0)
+
+
 class EpisodeTexts(NamedTuple):
     """An episode in words."""
 
@@ -224,4 +232,4 @@ def score_on_host(reward: HostReward, texts: EpisodeTexts) -> RewardOutput:
     except Exception as error:  # user code may raise anything; the run goes on without this score
         logger.warning("reward %s failed and is masked: %s: %s", reward.name, type(error).__name__, error)
         output = RewardOutput(np.zeros(shape, np.float32), np.zeros(shape, bool), np.ones(shape[0], bool))
-    return RewardOutput(*jax.device_put(tuple(output)))
+    return RewardOutput(*place(tuple(output)))

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.sharding import place, shard_rows
 from lsp_jax.play.selfplay import Episode
+from lsp_jax.reward.base import groups_at_once
 from lsp_jax.text.judge import JudgeTemplate, judge_tags
 from lsp_jax.text.prompts import Ragged, ids_row, pack
 from lsp_jax.text.tags import blank_tags, tag_tables
@@ -35,14 +37,14 @@ class Judge:
     blank: int
     """The id that stands in for control ids and tags."""
     rows: int
-    """About so many answers are judged at one time (whole groups: at least G)."""
+    """About so many answers are judged at one time on each device that has rows of its own (whole groups)."""
 
 
 def judge_params(reference: llama.Params, judge: Judge, tokenizer: Tokenizer, kinds: jax.Array) -> dict[str, Any]:
     """Everything on device that judging reads: the reference, the rubric's cache, what must be blanked."""
     tokens, lengths = ids_row(judge.template.rubric_ids)
     _, rubric = jax.jit(llama.extend, static_argnums=1)(reference, judge.config, tokens, lengths)
-    tags = jax.device_put(tag_tables(tokenizer, judge_tags(tokenizer)))
+    tags = place(tag_tables(tokenizer, judge_tags(tokenizer)))
     return {"reference": reference, "rubric": rubric, "kinds": kinds, "tags": tags}
 
 
@@ -53,13 +55,14 @@ Read = Callable[[Sequence[llama.KVCache], jax.Array], Any]
 def judge_episode(params: Any, episode: Episode, judge: Judge, read: Read) -> Any:
     """What `read` gives for every answer, [N, G, ...]. Pure."""
     queries, answers = episode.answers.lengths.shape
-    chunk = _largest_divisor(queries, max(1, judge.rows // answers))
+    chunk = groups_at_once(queries, answers, judge.rows)
     texts = episode.answers.tokens.reshape(queries * answers, -1), episode.answer_lengths.reshape(-1)
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(queries // chunk, x.shape[0] * chunk // queries, *x.shape[1:])
 
     def part(texts: tuple[Ragged, Ragged]) -> Any:
+        texts = shard_rows(texts)
         return read(*_prefilled(params, judge, *texts))
 
     shown = jax.tree.map(split, (_harmless(episode.queries.text, params, judge), _harmless(texts, params, judge)))
@@ -82,7 +85,3 @@ def _prefilled(
     answer_part = pack((answer, ids_row(judge.template.tail_ids)))
     hidden, answer_cache = llama.extend(reference, config, *answer_part, (rubric, query_cache))
     return (rubric, query_cache, answer_cache), llama.last_hidden(hidden, answer_part[1])
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(size for size in range(1, min(number, limit) + 1) if number % size == 0)

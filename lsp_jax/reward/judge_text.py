@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from lsp_jax import host
+from lsp_jax.model.sharding import place
 from lsp_jax.play.generate import Completions, rollout
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.play.selfplay import Episode
@@ -56,7 +57,7 @@ def text_scores(
     scores = [[None if turn is None else parse_score(turn) for turn in group] for group in turns]
     values = np.array([[score or 0 for score in group] for group in scores], np.float32)
     valid = np.array([[score is not None for score in group] for group in scores], bool)
-    return RewardOutput(*jax.device_put((values, valid, np.ones(len(scores), bool))))
+    return RewardOutput(*place((values, valid, np.ones(len(scores), bool))))
 
 
 @partial(jax.jit, static_argnames=("judge", "max_length", "stop_ids"))

@@ -24,14 +24,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lsp_jax.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.sharding import place, shard_rows
 from lsp_jax.model.weights import check_weights, load_params
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.policy import Policy, open_pretrained
-from lsp_jax.reward.base import DeviceReward, EpisodeReward, Kind, RewardOutput, episode_texts
+from lsp_jax.reward.base import DeviceReward, EpisodeReward, Kind, RewardOutput, episode_texts, groups_at_once
 from lsp_jax.text.prompts import SLOT, Ragged, harmless, ids_row, pack, template_pieces
 from lsp_jax.text.tokenizer import Tokenizer
 
@@ -77,12 +79,14 @@ def open_reward_model(path_or_hub_id: str | Path, revision: str | None = None) -
     return directory, model
 
 
-def load_reward_model(path_or_hub_id: str | Path, dtype: str = "auto", revision: str | None = None) -> Policy:
+def load_reward_model(
+    path_or_hub_id: str | Path, dtype: str = "auto", revision: str | None = None, mesh: Mesh | None = None
+) -> Policy:
     """`open_reward_model` with the parameters; `dtype` auto is bfloat16 on accelerators and float32 on the CPU."""
     directory, model = open_reward_model(path_or_hub_id, revision)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return replace(model, params=load_params(directory, model.config, dtype))
+    return replace(model, params=load_params(directory, model.config, dtype, mesh))
 
 
 def preference_template(tokenizer: Tokenizer) -> PreferenceTemplate:
@@ -173,17 +177,20 @@ def score_conversations(
     Each query is prefilled once for its G answers.
     """
     number, group = answers[1].shape
+    chunk = groups_at_once(number, group, rows)
 
-    def one(part: tuple[Ragged, Ragged]) -> jax.Array:
-        (query, query_length), answer = part
-        opening = (ids_row(template.prefix_ids), (query[None], query_length[None]), ids_row(template.middle_ids[:-1]))
+    def some(part: tuple[Ragged, Ragged]) -> jax.Array:
+        query, (answer, answer_lengths) = shard_rows(part)
+        opening = (ids_row(template.prefix_ids), query, ids_row(template.middle_ids[:-1]))
         _, cache = llama.extend(params, config, *pack(opening))
         # the middle's last token goes with the answer: there is one to read where both answer and tail are empty
-        tokens, lengths = pack((ids_row(template.middle_ids[-1:]), answer, ids_row(template.tail_ids)))
+        flat = (answer.reshape(chunk * group, -1), answer_lengths.reshape(-1))
+        tokens, lengths = pack((ids_row(template.middle_ids[-1:]), flat, ids_row(template.tail_ids)))
         hidden, _ = llama.extend(params, config, tokens, lengths, (cache,))
         return llama.score(params, llama.last_hidden(hidden, lengths))
 
-    return jax.lax.map(one, (queries, answers), batch_size=min(number, max(1, rows // group)))
+    parts = jax.tree.map(lambda x: x.reshape(number // chunk, chunk, *x.shape[1:]), (queries, answers))
+    return jax.lax.map(some, parts).reshape(number, group)
 
 
 @partial(jax.jit, static_argnames="blank")
@@ -228,7 +235,7 @@ def _foreign_scores(
     (answer_tokens, answer_lengths), answer_fits = _padded(answers, answer_width)
     answer_rows = (answer_tokens.reshape(number, group, -1), answer_lengths.reshape(number, group))
     valid = query_fits[:, None] & answer_fits.reshape(number, group)
-    parts = jax.device_put((query_rows, answer_rows, valid, np.ones(number, bool)))
+    parts = place((query_rows, answer_rows, valid, np.ones(number, bool)))
     values = score_conversations(model.params, *parts[:2], model.config, template, rows)
     return RewardOutput(values, *parts[2:])
 

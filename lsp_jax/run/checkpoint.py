@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState
 from lsp_jax.model.llama import Params
+from lsp_jax.model.sharding import shardings
 
 
 class Checkpoints:
@@ -86,10 +88,9 @@ def _split(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "training": rest}
 
 
-def abstract(make: Callable[..., Any], *arguments: Any) -> Any:
-    """Shapes, dtypes and the placement of what `make(*arguments)` would build, without building it."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def abstract(mesh: Mesh | None, make: Callable[..., Any], *arguments: Any) -> Any:
+    """Shapes, dtypes and the placement on `mesh` of what `make(*arguments)` would build, without building it."""
+    shapes = jax.eval_shape(make, *arguments)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(make, *arguments),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings(shapes, mesh)
     )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from lsp_jax import config as configs
 from lsp_jax.config import TrainConfig
@@ -98,11 +99,12 @@ def open_run(run: str | Path) -> Policy:
     return Policy(read_config(run / BASE), {}, Tokenizer.from_pretrained(run / BASE), str(run))
 
 
-def load_run_params(run: str | Path, step: int, dtype: str | None = None) -> Params:
-    """The policy's parameters at checkpoint `step` of a run, in `dtype` (None keeps the checkpoint's)."""
+def load_run_params(run: str | Path, step: int, dtype: str | None = None, mesh: Mesh | None = None) -> Params:
+    """The policy's parameters at checkpoint `step` of a run, in `dtype` (None keeps the checkpoint's), spread over
+    `mesh`, whatever mesh saved them."""
     run = Path(run).expanduser()
     model, stored = read_config(run / BASE), TrainConfig.load(run / "config.json").param_dtype
-    shapes = abstract(lambda: cast(init_params(model, jax.random.key(0)), stored))
+    shapes = abstract(mesh, lambda: cast(init_params(model, jax.random.key(0)), stored))
     checkpoints = Checkpoints(run / CHECKPOINTS)
     try:
         params = checkpoints.restore_params(step, shapes)

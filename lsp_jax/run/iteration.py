@@ -37,6 +37,7 @@ from lsp_jax.learn.update import (
 )
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.sharding import context, shard_params
 from lsp_jax.play import selfplay
 from lsp_jax.play.generate import Completions
 from lsp_jax.play.sampler import SamplingConfig
@@ -114,14 +115,15 @@ def iteration_key(seed_key: jax.Array, state: TrainState) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _cast(params: llama.Params, dtype: str) -> llama.Params:
-    return llama.cast(params, dtype)
+def _handover(params: llama.Params, dtype: str) -> llama.Params:
+    return shard_params(llama.cast(params, dtype), "decode")
 
 
 def rollout_params(params: llama.Params, game: Game) -> llama.Params:
-    """The parameters that play: one jitted cast, or the master parameters themselves when they have the dtype."""
-    same = all(leaf.dtype == game.compute_dtype for leaf in jax.tree.leaves(params))
-    return params if same else _cast(params, game.compute_dtype)
+    """The parameters that play: the master parameters cast and laid out for decoding by one jitted function, or those
+    themselves when on a single device they have the dtype."""
+    same = context() is None and all(leaf.dtype == game.compute_dtype for leaf in jax.tree.leaves(params))
+    return params if same else _handover(params, game.compute_dtype)
 
 
 @partial(jax.jit, static_argnames="game")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lsp_jax.errors import InputError
 
-PHASES = ("challenge", "solve", "reward", "reference", "update", "log")
+PHASES = ("handover", "challenge", "solve", "reward", "reference", "update", "log")
 
 _ROLE_METRICS = {
     "reward": "mean reward of the {role}, over what counts in its loss",
@@ -62,6 +62,7 @@ METRICS: dict[str, str] = {
     "tokens_per_second": "tokens sampled over the seconds of challenge and solve, prefill included",
     **{f"time/{phase}": f"seconds in the phase {phase}" for phase in PHASES},
     "time/iteration": "seconds of the iteration, without writing its lines and checkpoint",
+    "handover/bytes": "bytes, on one device, of the parameters that play: cast and laid out anew before each iteration",
     "host_reads": "reads from device to host before the metrics; 0 with compiled rewards",
     "compile/count": "programs compiled since the start",
     "compile/seconds": "seconds spent compiling since the start",

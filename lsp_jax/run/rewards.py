@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
@@ -68,12 +69,17 @@ def check_data(config: TrainConfig, data: PromptData | None) -> None:
 
 
 def load_rewards(
-    config: TrainConfig, opened: OpenedRewards, policy: Policy, reference: Params, kinds: jax.Array
+    config: TrainConfig,
+    opened: OpenedRewards,
+    policy: Policy,
+    reference: Params,
+    kinds: jax.Array,
+    mesh: Mesh | None = None,
 ) -> tuple[Reward, ...]:
-    """Every component, in the order of `opened.specs`; reads the reward model's weights."""
+    """Every component, in the order of `opened.specs`; reads the reward model's weights onto `mesh`."""
     reward, components = config.reward, list(opened.components)
     if opened.reward_model is not None:
-        model = load_reward_model(opened.reward_model.source, revision=reward.preference_revision or None)
+        model = load_reward_model(opened.reward_model.source, "auto", reward.preference_revision or None, mesh)
         model = replace(model, tokenizer=opened.reward_model.tokenizer)
         weight, rows = reward.preference_weight, reward.preference_rows
         components.append(preference_reward(model, policy.tokenizer, kinds, "task", weight, rows))

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState, init_state
 from lsp_jax.model.llama import Params, cast
+from lsp_jax.model.sharding import check_model, make_mesh, place, shardings, use_mesh
 from lsp_jax.model.weights import load_params
 from lsp_jax.play.data import PromptData, load_data
 from lsp_jax.policy import Policy, open_pretrained
@@ -48,6 +50,8 @@ class Run:
     """How they are mixed, in their order."""
     workers: Workers
     """Where host components score; closed at the run's end."""
+    mesh: Mesh | None
+    """What everything is spread over; None on a single device."""
     kinds: jax.Array
     """uint8 [V]: text, blank or control, over the model's vocabulary."""
     seed_key: jax.Array
@@ -77,28 +81,34 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
         if opened_rewards.reward_model is not None:
             query = longest_query(config, game.prompts, data)
             check_context(opened_rewards.reward_model, query, config.play.max_completion_length)
-        policy = replace(opened, params=load())
-        kinds = token_kinds(policy)
-        reference = cast(policy.params, game.compute_dtype)
-        components = load_rewards(config, opened_rewards, policy, reference, kinds)
-        seed_key = jax.device_put(jax.random.key(config.seed))
+        mesh = make_mesh(config.mesh, opened.config)
+        if mesh is not None and opened_rewards.reward_model is not None:
+            check_model(tuple(mesh.shape.values()), opened_rewards.reward_model.config, "reward model")
+        policy = replace(opened, params=load(mesh))
+        with use_mesh(mesh):
+            kinds = token_kinds(policy)
+            reference = cast(policy.params, game.compute_dtype)
+            components = load_rewards(config, opened_rewards, policy, reference, kinds, mesh)
+            seed_key = place(jax.random.key(config.seed))
     except BaseException:
         workers.close()
         raise
     specs = opened_rewards.specs
-    return Run(config, policy, reference, game, data, components, specs, workers, kinds, seed_key, directory)
+    return Run(config, policy, reference, game, data, components, specs, workers, mesh, kinds, seed_key, directory)
 
 
-def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callable[[], Params]]:
-    """The policy to start from without its parameters, and what gets them: given, another run's, or a model's."""
+def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callable[[Mesh | None], Params]]:
+    """The policy to start from without its parameters, and what gets them onto a mesh: given, another run's, or a
+    model's."""
+    dtype = config.param_dtype
     if policy is not None:
         given = policy
-        return given, lambda: cast(given.params, config.param_dtype)
+        return given, lambda mesh: jax.device_put(cast(given.params, dtype), shardings(given.params, mesh))
     if config.init_from:
         opened = open_run(config.init_from)
-        return opened, lambda: load_run_params(config.init_from, config.init_step, config.param_dtype)
+        return opened, lambda mesh: load_run_params(config.init_from, config.init_step, dtype, mesh)
     directory, opened = open_pretrained(config.model, config.revision or None)
-    return opened, lambda: load_params(directory, opened.config, config.param_dtype)
+    return opened, lambda mesh: load_params(directory, opened.config, dtype, mesh)
 
 
 def make_game(config: TrainConfig, policy: Policy, data: PromptData | None = None) -> Game:
@@ -142,7 +152,7 @@ def token_kinds(policy: Policy) -> jax.Array:
     kinds = np.full(policy.config.vocab_size, SPECIAL, np.uint8)
     known = policy.tokenizer.token_kinds()
     kinds[: len(known)] = known
-    return jax.device_put(kinds)
+    return place(kinds)
 
 
 def start_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
@@ -151,7 +161,7 @@ def start_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[st
     latest = checkpoints.latest() if run.config.resume != "never" else None
     if latest is None:
         return jax.jit(make)(run.policy.params), None
-    return checkpoints.restore(latest, abstract(make, run.policy.params))
+    return checkpoints.restore(latest, abstract(run.mesh, make, run.policy.params))
 
 
 def longest_query(config: TrainConfig, prompts: PlayPrompts, data: PromptData | None) -> int:

@@ -1,42 +1,27 @@
 """The host loop: play -> reward -> reference -> update -> log -> save.
 
-All numbers are made by the jitted stages of `run/iteration.py`; this file calls them in order, times them, scores host
-rewards, and writes. With compiled rewards nothing is read from the device before the metrics.
+The stages of one iteration are called by `run/step.py`; this file loops, reads the metrics, and writes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
-
-import jax
 
 from lsp_jax import host
 from lsp_jax.config import TrainConfig
 from lsp_jax.learn.update import TrainState
-from lsp_jax.play.data import data_queries
-from lsp_jax.play.selfplay import Episode
+from lsp_jax.model.sharding import use_mesh
 from lsp_jax.policy import Policy, save_pretrained
-from lsp_jax.reward.base import (
-    DeviceReward,
-    EpisodeReward,
-    EpisodeTexts,
-    HostReward,
-    Reward,
-    RewardOutput,
-    episode_texts,
-    score_on_host,
-)
-from lsp_jax.run import iteration as stages
+from lsp_jax.reward.base import Reward, episode_texts
 from lsp_jax.run import messages
 from lsp_jax.run.checkpoint import Checkpoints
 from lsp_jax.run.folder import CHECKPOINTS, EXPORT, claim
-from lsp_jax.run.iteration import Learnable
 from lsp_jax.run.metrics import Console, MetricsWriter
 from lsp_jax.run.setup import Run, prepare, start_state
+from lsp_jax.run.step import Phases, play_and_learn
 from lsp_jax.run.transcripts import records
 
 
@@ -55,30 +40,6 @@ class IterationEvent(NamedTuple):
 Callback = Callable[[IterationEvent], None]
 
 
-class Phases:
-    """Seconds of each phase of one iteration; a phase ends when its arrays are there."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-class Played(NamedTuple):
-    """One iteration's results, still on device."""
-
-    state: TrainState
-    episode: Episode
-    learnable: Learnable
-    metrics: dict[str, jax.Array]
-    texts: EpisodeTexts | None
-    """Decoded already when a host reward needed them."""
-
-
 def train(
     config: TrainConfig,
     *,
@@ -92,6 +53,12 @@ def train(
     before any long work when something cannot be used.
     """
     run = prepare(config, rewards, policy)
+    with use_mesh(run.mesh):
+        return _train(run, callbacks)
+
+
+def _train(run: Run, callbacks: Sequence[Callback]) -> TrainState:
+    config = run.config
     checkpoints = Checkpoints(run.directory / CHECKPOINTS, config.save_total_limit)
     writer = console = None
     try:
@@ -148,6 +115,7 @@ def _one(run: Run, state: TrainState, number: int, cursor: int, outputs: Outputs
     )
     metrics["learning_rate"] = _learning_rate(run.config, number, metrics)
     metrics["host_reads"] = playing_reads
+    metrics["handover/bytes"] = played.handed_over
     metrics["compile/count"], metrics["compile/seconds"] = host.compiles()
     outputs.writer.write(number, metrics)
     outputs.writer.write_transcripts(lines)
@@ -158,43 +126,6 @@ def _one(run: Run, state: TrainState, number: int, cursor: int, outputs: Outputs
     for callback in outputs.callbacks:
         callback(IterationEvent(number, metrics, lines, played.state))
     return played.state
-
-
-def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0) -> Played:
-    """One iteration's stages in order; consumes `state`. `cursor`: prompts of the data set taken so far."""
-    game, reference = run.game, run.reference
-    key = stages.iteration_key(run.seed_key, state)
-    params = stages.rollout_params(state.params, game)
-    rows: list[Mapping[str, Any]] = []
-    with phases("challenge"):
-        if run.data is None:
-            queries = jax.block_until_ready(stages.challenge(params, run.kinds, key, game))
-        else:
-            picked = run.data.batch(cursor, game.play.num_queries, run.config.seed)
-            queries, rows = data_queries(run.data, picked), [run.data.rows[index] for index in picked]
-    with phases("solve"):
-        episode = jax.block_until_ready(stages.solve(params, queries, key, game))
-    del params
-    texts = None
-    with phases("reward"):
-        if any(isinstance(reward, HostReward) for reward in run.rewards):
-            texts = episode_texts(episode, run.policy.tokenizer)._replace(rows=rows)
-        outputs = tuple(_score(reward, episode, texts) for reward in run.rewards)
-        learnable = jax.block_until_ready(stages.learn_batch(episode, outputs, run.specs, game))
-    with phases("reference"):
-        references = jax.block_until_ready(stages.reference(reference, learnable.batch, game))
-    with phases("update"):
-        state, metrics = jax.block_until_ready(stages.learn(state, reference, learnable.batch, references, game))
-    return Played(state, episode, learnable, learnable.metrics | metrics, texts)
-
-
-def _score(reward: Reward, episode: Episode, texts: EpisodeTexts | None) -> RewardOutput:
-    if isinstance(reward, DeviceReward):
-        return stages.score(reward.score, reward.params, episode)
-    if isinstance(reward, EpisodeReward):
-        return reward.score(episode)
-    assert texts is not None
-    return score_on_host(reward, texts)
 
 
 def _learning_rate(config: TrainConfig, number: int, metrics: dict[str, float]) -> float:

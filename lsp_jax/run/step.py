@@ -1,0 +1,95 @@
+"""One iteration's stages in order, timed, with what is scored on the host in between.
+
+All numbers are made by the jitted stages of `run/iteration.py`. With compiled rewards nothing is read from the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+
+from lsp_jax.learn.update import TrainState
+from lsp_jax.play.data import data_queries
+from lsp_jax.play.selfplay import Episode
+from lsp_jax.reward.base import (
+    DeviceReward,
+    EpisodeReward,
+    EpisodeTexts,
+    HostReward,
+    Reward,
+    RewardOutput,
+    episode_texts,
+    score_on_host,
+)
+from lsp_jax.run import iteration as stages
+from lsp_jax.run.iteration import Learnable
+from lsp_jax.run.setup import Run
+
+
+class Phases:
+    """Seconds of each phase of one iteration; a phase ends when its arrays are there."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Played(NamedTuple):
+    """One iteration's results, still on device."""
+
+    state: TrainState
+    episode: Episode
+    learnable: Learnable
+    metrics: dict[str, jax.Array]
+    texts: EpisodeTexts | None
+    """Decoded already when a host reward needed them."""
+    handed_over: int
+    """Bytes, on one device, of the parameters that played."""
+
+
+def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0) -> Played:
+    """One iteration's stages in order; consumes `state`. `cursor`: prompts of the data set taken so far."""
+    game, reference = run.game, run.reference
+    key = stages.iteration_key(run.seed_key, state)
+    with phases("handover"):
+        params = jax.block_until_ready(stages.rollout_params(state.params, game))
+    rows: list[Mapping[str, Any]] = []
+    with phases("challenge"):
+        if run.data is None:
+            queries = jax.block_until_ready(stages.challenge(params, run.kinds, key, game))
+        else:
+            picked = run.data.batch(cursor, game.play.num_queries, run.config.seed)
+            queries, rows = data_queries(run.data, picked), [run.data.rows[index] for index in picked]
+    with phases("solve"):
+        episode = jax.block_until_ready(stages.solve(params, queries, key, game))
+    handed_over = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+    del params
+    texts = None
+    with phases("reward"):
+        if any(isinstance(reward, HostReward) for reward in run.rewards):
+            texts = episode_texts(episode, run.policy.tokenizer)._replace(rows=rows)
+        outputs = tuple(_score(reward, episode, texts) for reward in run.rewards)
+        learnable = jax.block_until_ready(stages.learn_batch(episode, outputs, run.specs, game))
+    with phases("reference"):
+        references = jax.block_until_ready(stages.reference(reference, learnable.batch, game))
+    with phases("update"):
+        state, metrics = jax.block_until_ready(stages.learn(state, reference, learnable.batch, references, game))
+    return Played(state, episode, learnable, learnable.metrics | metrics, texts, handed_over)
+
+
+def _score(reward: Reward, episode: Episode, texts: EpisodeTexts | None) -> RewardOutput:
+    if isinstance(reward, DeviceReward):
+        return stages.score(reward.score, reward.params, episode)
+    if isinstance(reward, EpisodeReward):
+        return reward.score(episode)
+    assert texts is not None
+    return score_on_host(reward, texts)

@@ -1,0 +1,133 @@
+"""One LSP iteration on several meshes of 8 CPU devices, compared with a single one: `python tests/mesh_worker.py MODEL`.
+
+Prints one JSON object: for each mesh how far it is from the single device, and what is spread over what.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+from lsp_jax.config import RewardConfig  # noqa: E402
+from lsp_jax.learn.update import OptimizerConfig, init_state  # noqa: E402
+from lsp_jax.model import llama  # noqa: E402
+from lsp_jax.model.sharding import MeshConfig, make_mesh, partitions, use_mesh  # noqa: E402
+from lsp_jax.play.selfplay import PlayConfig  # noqa: E402
+from lsp_jax.run import iteration as stages  # noqa: E402
+from lsp_jax.run import setup  # noqa: E402
+from lsp_jax.run.step import Phases, play_and_learn  # noqa: E402
+from test_trainer import game_config  # noqa: E402
+
+MESHES = {
+    "8 data": MeshConfig(data=8),
+    "8 fsdp": MeshConfig(fsdp=-1),
+    "4 fsdp x 2 tensor": MeshConfig(fsdp=4, tensor=2),
+    "2 data x 2 fsdp x 2 tensor": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+
+
+def vector(tree: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def iteration(run: setup.Run) -> dict[str, Any]:
+    """The stages by themselves, so that the gradient before clipping can be seen."""
+    key = stages.iteration_key(run.seed_key, state := start(run))
+    params = stages.rollout_params(state.params, run.game)
+    episode = stages.solve(params, stages.challenge(params, run.kinds, key, run.game), key, run.game)
+    outputs = tuple(stages.score(reward.score, reward.params, episode) for reward in run.rewards)
+    learnable = stages.learn_batch(episode, outputs, run.specs, run.game)
+    references = stages.reference(run.reference, learnable.batch, run.game)
+    gradient, metrics = stages.joint_gradient(state.params, run.reference, learnable.batch, references, run.game)
+    moved = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
+    program = stages.joint_gradient.lower(state.params, run.reference, learnable.batch, references, run.game).compile()
+    played = play_and_learn(run, state, Phases())
+    return {
+        "queries": np.asarray(episode.queries.text[0]),
+        "answers": np.asarray(episode.answers.tokens),
+        "rewards": [np.asarray(output.values) for output in outputs],
+        "gradient": vector(gradient),
+        "gradient_specs": specs(gradient),
+        "moved": vector(moved),
+        "loss": float(metrics["loss"]),
+        "updated": vector(played.state.params),
+        "state_specs": specs(played.state),
+        "wanted_specs": [str(spec) for spec in jax.tree.leaves(partitions(played.state), is_leaf=is_spec)],
+        "decode_specs": specs(params),
+        "answers_spec": specs(episode.answers.tokens)[0],
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def is_spec(value: Any) -> bool:
+    return isinstance(value, jax.sharding.PartitionSpec)
+
+
+def start(run: setup.Run) -> Any:
+    return jax.jit(partial(init_state, config=run.config.optimizer))(run.policy.params)
+
+
+def specs(tree: Any) -> list[str]:
+    """How each array is spread, trailing whole axes left out."""
+    return [str(getattr(leaf.sharding, "spec", None)) for leaf in jax.tree.leaves(tree)]
+
+
+def activations(run: setup.Run) -> dict[str, str]:
+    """What lies where in a prefill and a teacher-forced pass of 8 rows."""
+    tokens, lengths = jax.numpy.ones((8, 16), int), jax.numpy.full(8, 16)
+
+    def passes(params: Any) -> Any:
+        hidden, cache = llama.extend(params, run.game.model, tokens, lengths)
+        return hidden, cache.keys, llama.forward(params, run.game.model, tokens)
+
+    hidden, keys, logits = jax.jit(passes)(run.policy.params)
+    return dict(zip(("hidden", "keys", "logits"), specs((hidden, keys, logits)), strict=True))
+
+
+def main() -> None:
+    model, reward_model = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        config = game_config(
+            model,
+            Path(folder) / "run",
+            play=PlayConfig(num_queries=8, num_generations=4, max_query_length=8, max_completion_length=8),
+            reward=RewardConfig(preference_model=reward_model, quality_weight=0.5, judge_rows=4, preference_rows=4),
+            optimizer=OptimizerConfig(learning_rate=1e-3, micro_batch_size=2, logprob_chunk=4),
+        )
+        make, setup.make_mesh = setup.make_mesh, lambda *_: None
+        alone = iteration(setup.prepare(config))
+        setup.make_mesh = make
+        found: dict[str, Any] = {"alone": {"temporaries": alone["temporaries"]}}
+        norm = np.linalg.norm(alone["gradient"])
+        for name, sizes in MESHES.items():
+            run = setup.prepare(replace(config, mesh=sizes))
+            assert dict(run.mesh.shape) == dict(make_mesh(sizes).shape)
+            with use_mesh(run.mesh):
+                got, lying = iteration(run), activations(run)
+            found[name] = {
+                "same_queries": bool((got["queries"] == alone["queries"]).all()),
+                "same_answers": bool((got["answers"] == alone["answers"]).all()),
+                "rewards": max(
+                    float(np.abs(a - b).max()) for a, b in zip(got["rewards"], alone["rewards"], strict=True)
+                ),
+                "gradient": float(np.linalg.norm(got["gradient"] - alone["gradient"]) / norm),
+                "moved": float(np.linalg.norm(got["moved"] - alone["moved"]) / (0.1 * norm)),
+                "loss": abs(got["loss"] - alone["loss"]),
+                **{key: got[key] for key in got if key.endswith(("specs", "spec", "temporaries"))},
+                **lying,
+            }
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
