@@ -1,4 +1,4 @@
-"""What is counted in compiled programs, against hand calculations and the compiler's own count of loop-free programs."""
+"""What is counted in compiled programs, against hand calculations and the compiler's own count without loops."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every stage of a run compiled ahead of time for devices that are not at hand, from shapes alone.
 
-`Compiler` keeps what lies on the devices as trees of shapes with shardings, `compile_run` goes through the stages in the
-order of `run/trainer.py`. Of each stage the compiler says what memory it needs; what else lies there at that moment is
+`Compiler` keeps what lies on the devices as trees of shapes with shardings, `compile_run` goes through the stages in
+the order of `run/step.py`. Of each stage the compiler says what memory it needs; what else lies there at that moment is
 added, and what it does is counted (`run/count.py`).
 """
 

@@ -3,7 +3,8 @@
 Counted instruction by instruction from the shapes in the program's text, each as often as the loops around it run.
 (The compiler's own `cost_analysis` counts a loop's body once, and GPUs have none.)
 
-- Operations are those of matrix products: 2 for each multiply-add. What is recomputed counts; elementwise work does not.
+- Operations are those of matrix products: 2 for each multiply-add. What is recomputed counts, elementwise work does
+  not.
 - Bytes moved are what each fused kernel reads and writes in the chip's main memory; a slice counts as its own size.
 - Bytes over the network are what one chip receives when the collective runs as a ring.
 """
@@ -31,7 +32,21 @@ COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
 """Bytes that one of `n` chips receives, from the bytes that it gives and that it ends with."""
 
 _FREE = frozenset(
-    ["parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "domain", "get-dimension-size", "add-dependency"]
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "iota",
+        "opt-barrier",
+        "domain",
+        "get-dimension-size",
+        "add-dependency",
+    ]
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 

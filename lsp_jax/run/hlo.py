@@ -98,7 +98,7 @@ class Program:
     entry: Computation
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a `while` runs: what the compiler noted, or the bound its condition compares with; None: unknown."""
+        """How often a `while` runs: what the compiler noted, or the bound in its condition; None: unknown."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if noted:
             return int(noted[1])

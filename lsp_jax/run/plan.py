@@ -145,8 +145,8 @@ def _advice(worst: Phase, resident: dict[str, int]) -> str:
     own = worst.temporaries + worst.outputs - worst.aliased
     if not worst.failure and always >= own:
         return (
-            "Most of it lies there all the time: spread it over more chips, or take --param-dtype bfloat16 or a smaller "
-            "reward model"
+            "Most of it lies there all the time: spread it over more chips, "
+            "or take --optimizer.moment-dtype bfloat16 or a smaller reward model"
         )
     if worst.name in ("update", "reference", "old log-probabilities"):
         return "Lower --optimizer.micro-batch-size or --optimizer.logprob-chunk"
@@ -194,9 +194,14 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def check_output(path: str | Path) -> None:
+    """InputError where `write` could not write there, before long work."""
+    path = Path(path).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError("output", str(path), "must be a file in a directory that exists")
+
+
 def write(plan: Plan, path: str | Path) -> None:
-    """Writes the plan as JSON; InputError where that cannot be done."""
-    try:
-        Path(path).expanduser().write_text(plan.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise InputError("output", str(path), f"cannot be written ({error.strerror})") from error
+    """Writes the plan as JSON; InputError where the place for it is missing."""
+    check_output(path)
+    Path(path).expanduser().write_text(plan.to_json(), encoding="utf-8")
