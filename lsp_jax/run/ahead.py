@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lsp_jax.config import TrainConfig
 from lsp_jax.learn.update import init_state
@@ -65,7 +65,7 @@ class Phase:
 class Compiler:
     """Compiles stages one after the other and keeps count of what lies on the devices."""
 
-    def __init__(self, topology: Topology, mesh: Mesh | None, say: Say):
+    def __init__(self, topology: Topology, mesh: Mesh, say: Say):
         self.topology, self.mesh, self.say = topology, mesh, say
         self.alive: dict[str, Any] = {}
         """What lies on the devices, by name."""
@@ -73,11 +73,9 @@ class Compiler:
 
     def put(self, tree: Any, layout: Layout | None = None) -> Any:
         """Shapes with their place: parameters by the table's `layout`, anything else whole on every device."""
-        if layout is not None and self.mesh is not None:
+        if layout is not None:
             return placed(tree, shardings(tree, self.mesh, layout))
-        whole: Sharding = SingleDeviceSharding(self.topology.devices[0])
-        if self.mesh is not None:
-            whole = NamedSharding(self.mesh, PartitionSpec())
+        whole = NamedSharding(self.mesh, PartitionSpec())
         return placed(tree, jax.tree.map(lambda _: whole, tree))
 
     def stage(self, name: str, lower: Callable[..., Any], *reads: Any, times: int = 1) -> Any:
@@ -119,14 +117,15 @@ def compile_run(
     game: Game,
     reward_model: LlamaConfig | None,
     topology: Topology,
-    mesh: Mesh | None,
+    mesh: Mesh,
     say: Say,
 ) -> Compiler:
-    """All stages of the run `config`, from its start to the first update."""
+    """All stages of the run `config`, from its start to the first update; `mesh` is one of the topology's devices,
+    also where there is only one."""
     compiler = Compiler(topology, mesh, say)
     alive, put = compiler.alive, compiler.put
     _start(compiler, config, game, reward_model)
-    kinds = alive["kinds"] = put(jax.ShapeDtypeStruct((game.model.vocab_size,), jnp.uint8))
+    kinds = alive["kinds"] = put(_array(jnp.uint8, game.model.vocab_size))
     key = put(jax.eval_shape(jax.random.key, 0))
     handover = jax.jit(partial(stages.rollout_params, game=game))
     params = alive["playing copy"] = compiler.stage("handover", handover.lower, alive["state"].params)
@@ -164,8 +163,8 @@ def _start(compiler: Compiler, config: TrainConfig, game: Game, reward_model: Ll
 
 def _data_queries(game: Game) -> Queries:
     number, width = game.play.num_queries, game.play.max_query_length
-    tokens, lengths = jax.ShapeDtypeStruct((number, width), jnp.int32), jax.ShapeDtypeStruct((number,), jnp.int32)
-    return Queries(None, (tokens, lengths), jax.ShapeDtypeStruct((number,), jnp.bool_))
+    text = _array(jnp.int32, number, width), _array(jnp.int32, number)
+    return Queries(None, text, _array(jnp.bool_, number))
 
 
 def _score(compiler: Compiler, config: TrainConfig, game: Game, reward_model: LlamaConfig | None) -> None:
@@ -217,11 +216,12 @@ def _learn(compiler: Compiler, config: TrainConfig, game: Game, episode: Any) ->
 def _output(game: Game) -> RewardOutput:
     """What any reward component gives."""
     number, group = game.play.num_queries, game.play.num_generations
-    return RewardOutput(
-        jax.ShapeDtypeStruct((number, group), jnp.float32),
-        jax.ShapeDtypeStruct((number, group), jnp.bool_),
-        jax.ShapeDtypeStruct((number,), jnp.bool_),
-    )
+    answers = _array(jnp.float32, number, group), _array(jnp.bool_, number, group)
+    return RewardOutput(*answers, _array(jnp.bool_, number))
+
+
+def _array(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _as(tree: Any, dtype: str) -> Any:

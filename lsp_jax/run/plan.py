@@ -15,12 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.shapes import shape_of
-from lsp_jax.model.sharding import check_model, make_mesh
+from lsp_jax.model.sharding import AXES, check_model, make_mesh
 from lsp_jax.run import placeholders
 from lsp_jax.run.ahead import Phase, Say, compile_run, device_bytes
 from lsp_jax.run.topology import GIB, Chip, Topology
@@ -38,7 +40,7 @@ class Plan:
     topology: str
     chip: Chip
     mesh: dict[str, int]
-    """Devices along each axis; empty for one device."""
+    """Devices along each axis."""
     sizes: dict[str, int]
     """Of an iteration, with the tokens that it generates."""
     resident: dict[str, int]
@@ -83,9 +85,8 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
     """
     config.check()
     model = shape_of(config.model)
-    mesh = make_mesh(config.mesh, model, topology.devices)
-    reward_model = _reward_model(config)
-    if mesh is not None and reward_model is not None:
+    mesh, reward_model = _mesh(config, model, topology), _reward_model(config)
+    if reward_model is not None:
         check_model(tuple(mesh.shape.values()), reward_model, "reward model")
     game = placeholders.game(config, model)
     compiled = compile_run(config, game, reward_model, topology, mesh, say)
@@ -98,7 +99,7 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
         reward_model=config.reward.preference_model if reward_model else "",
         topology=topology.name,
         chip=topology.chip,
-        mesh={} if mesh is None else dict(mesh.shape),
+        mesh=dict(mesh.shape),
         sizes=dataclasses.asdict(play)
         | {"micro_batch_size": config.optimizer.micro_batch_size, "generated_tokens": sampled + answers},
         resident=resident,
@@ -107,6 +108,14 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
         verdict=_verdict(compiled.phases, resident, topology.chip),
         versions={name: version(name) for name in ("lsp-jax", "jax", "jaxlib", "flax")},
     )
+
+
+def _mesh(config: TrainConfig, model: LlamaConfig, topology: Topology) -> Mesh:
+    """The run's mesh. Of a single device too: nothing else tells the tracer which platform it is for."""
+    made = make_mesh(config.mesh, model, topology.devices)
+    if made is not None:
+        return made
+    return Mesh(np.reshape(topology.devices, (1, 1, 1)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _reward_model(config: TrainConfig) -> LlamaConfig | None:
@@ -161,7 +170,7 @@ def _advice(worst: Phase, resident: dict[str, int]) -> str:
 
 def table(plan: Plan) -> str:
     """The plan as Markdown."""
-    chip, mesh = plan.chip, ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) or "one device"
+    chip, mesh = plan.chip, ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.sizes.items())
     lines = [
         f"{plan.model} on {plan.topology} ({mesh}); reward model {plan.reward_model or 'none'}",
