@@ -1,4 +1,4 @@
-"""What is counted in compiled programs, against hand calculations and the compiler's own count of loop-free programs."""
+"""What is counted in compiled programs, against hand calculations and the compiler's own count without loops."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_config, tiny_params
 
 from lsp_jax.model import llama
 from lsp_jax.run import hlo
 from lsp_jax.run.count import COLLECTIVES, Work, count, flops, group_size
+from tiny import tiny_config, tiny_params
 
 
 def compiled(function, *shapes, dtype=jnp.float32):
@@ -71,7 +71,13 @@ def test_a_loop_that_may_end_early_counts_at_its_longest():
 
 CONVOLUTIONS = [
     # [8, 128, 64] x [8, 64, 128], contracted over the 8 too
-    ("f32[8,128,64]{2,1,0}", "f32[8,64,32]{2,1,0}", "f32[1,128,32]", "window={size=8}, dim_labels=0bf_0io->0bf", 8 * 64),
+    (
+        "f32[8,128,64]{2,1,0}",
+        "f32[8,64,32]{2,1,0}",
+        "f32[1,128,32]",
+        "window={size=8}, dim_labels=0bf_0io->0bf",
+        8 * 64,
+    ),
     # a batch of 8 products, spelled as a window that meets one real element a position
     (
         "f32[8,128,64]{2,1,0}",
@@ -196,3 +202,25 @@ def test_a_program_over_devices_reads_its_share():
     right = jax.ShapeDtypeStruct((32, 64), np.float32, sharding=split)
     program = jax.jit(jnp.dot).lower(left, right).compile()
     assert count(hlo.parse(program.as_text()), 4).flops == 2 * 16 * 32 * 64 / 4
+
+
+ATTENTION = """HloModule m
+
+ENTRY %main (q: x) -> y {
+  %t = s8[1,1,1]{2,1,0} parameter(0)
+  %q = bf16[2,4,256,128]{3,2,1,0} parameter(1)
+  %k = bf16[2,2,256,128]{3,2,1,0} parameter(2)
+  %splash_mha_fwd_no_residuals.1 = bf16[2,4,256,128]{3,2,1,0} custom-call(%t, %t, %q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+}}, metadata={op_name="x"}
+  %splash_mha_dq_no_residuals.1 = bf16[2,4,256,128]{3,2,1,0} custom-call(%t, %t, %q, %k, %k), custom_call_target="tpu_custom_call"
+  %fwd = (bf16[8,4,256,128]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"intermediate_tensor_shape": {"dimensions": ["8", "4", "256", "256"]}, "mask_type": "CAUSAL"}
+  ROOT %bwd = (bf16[8,4,256,128]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"intermediate_tensor_shape": {"dimensions": ["8", "4", "256", "256"]}, "mask_type": "CAUSAL"}
+}
+"""  # noqa: E501
+
+
+def test_fused_attention_counts_half_of_the_scores():
+    program = hlo.parse(ATTENTION)
+    found = [flops(program.entry, instruction) for instruction in program.entry.instructions.values()]
+    splash, cudnn = 2 * 4 * 256 * 256 * 128, 8 * 4 * 256 * 256 * 128  # one product's operations, causal
+    assert found == [0, 0, 0, 2 * splash, 3 * splash, 2 * cudnn, 5 * cudnn]

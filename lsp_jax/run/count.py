@@ -3,7 +3,8 @@
 Counted instruction by instruction from the shapes in the program's text, each as often as the loops around it run.
 (The compiler's own `cost_analysis` counts a loop's body once, and GPUs have none.)
 
-- Operations are those of matrix products: 2 for each multiply-add. What is recomputed counts; elementwise work does not.
+- Operations are those of matrix products: 2 for each multiply-add. What is recomputed counts, elementwise work does
+  not.
 - Bytes moved are what each fused kernel reads and writes in the chip's main memory; a slice counts as its own size.
 - Bytes over the network are what one chip receives when the collective runs as a ring.
 """
@@ -31,8 +32,21 @@ COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
 """Bytes that one of `n` chips receives, from the bytes that it gives and that it ends with."""
 
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota opt-barrier domain "
-    "get-dimension-size add-dependency".split()
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "iota",
+        "opt-barrier",
+        "domain",
+        "get-dimension-size",
+        "add-dependency",
+    ]
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -202,14 +216,33 @@ def _taps(inside: int, size: int, out: int, stride: int, low: int, spread: int, 
 
 
 def _custom(computation: Computation, instruction: Instruction) -> float:
-    """Library calls: cuBLAS products. Others move bytes and multiply nothing."""
-    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-    if target is None or not target[1].startswith("__cublas$"):
-        return 0
-    left = _pair(computation, instruction)[0]
-    axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-    contracted = [int(axis.strip('" ')) for axis in axes[1].split(",") if axis] if axes else []
-    return 2 * instruction.arrays[0].size * math.prod(left.shape[axis] for axis in contracted)
+    """Library calls: cuBLAS products and fused attention. Others move bytes and multiply nothing."""
+    attributes = instruction.attributes
+    target = re.search(r'custom_call_target="([^"]*)"', attributes)
+    splash = re.search(r"splash_\w+_(fwd|dkv|dq)", instruction.name)
+    if target is not None and target[1].startswith("__cublas$"):
+        left = _pair(computation, instruction)[0]
+        contracted = _quoted("lhs_contracting_dimensions", attributes)
+        return 2 * instruction.arrays[0].size * math.prod(left.shape[axis] for axis in contracted)
+    if target is not None and target[1].startswith("__cudnn$fmha"):
+        scores = math.prod(_quoted("dimensions", attributes))  # of [B, H, S, S], of which a causal mask leaves half
+        half = 1 if '"mask_type": "CAUSAL"' in attributes else 2
+        products = 5 if "Backward" in target[1] else 2
+        return products * half * scores * _pair(computation, instruction)[0].shape[-1]
+    if splash:  # causal: two tables of blocks, then queries [.., H, S, h] and keys [.., K, S, h]
+        queries, keys = list(_inputs(computation, instruction))[2:4]
+        return _SPLASH[splash[1]] * queries[0].size * keys[0].shape[-2]
+    return 0
+
+
+_SPLASH = {"fwd": 2, "dkv": 4, "dq": 3}
+"""Products of splash attention's kernels; each backward one computes scores and weights' gradients for itself."""
+
+
+def _quoted(name: str, attributes: str) -> list[int]:
+    """A list of numbers in a configuration that is written as JSON."""
+    match = re.search(rf'"{name}": ?\[([^\]]*)\]', attributes)
+    return [int(number.strip('" ')) for number in match[1].split(",") if number.strip()] if match else []
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------

@@ -98,8 +98,8 @@ class Program:
     entry: Computation
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a `while` runs: what the compiler noted, or the bound its condition compares with; None: unknown."""
-        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        """How often a `while` runs: what the compiler noted, or the bound in its condition; None: unknown."""
+        noted = re.search(r'"known_trip_count": ?\{"n": ?"(\d+)"', loop.attributes)
         if noted:
             return int(noted[1])
         name = loop.called("condition")
@@ -127,7 +127,7 @@ def parse(text: str) -> Program:
             if header and not line.startswith("HloModule"):
                 current = computations[header[2]] = Computation(header[2])
                 entry = current if header[1] else entry
-            elif line.startswith("}"):
+            elif line.rstrip() == "}":  # a line may also begin so within the attributes of the one before
                 current = None
         elif current is not None:
             instruction = _instruction(line)

@@ -25,6 +25,17 @@ GIB = 2**30
 _DESCRIPTIONS = Path(__file__).with_name("topologies")
 _PLUGIN = {"tpu": ("libtpu", "plan"), "cuda": ("jax_cuda13_plugin", "plan-gpu")}
 
+EXAMPLES = "v5e:4x4, v6e:4x4, v5p:2x2x2, h100:8, h200:8"
+_COMPILE_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",  # do not ask Google's metadata server which machine this is,
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # and do not complain that it was not said; what is compiled for is named
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so others may compile at the same time
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+"""What libtpu reads from the environment when it is loaded."""
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -45,8 +56,8 @@ class Chip:
     """The chip in the compiler's words: a TPU's name, or the file that describes a GPU."""
 
 
-# TPU: cloud.google.com/tpu/docs/v5e, /v6e, /v5p (system architecture). Memory is published in GB and is GiB; the runtime
-# keeps 0.25 GiB of it, as the compiler's own limit (15.75 GiB on v5e) shows.
+# TPU: cloud.google.com/tpu/docs/v5e, /v6e, /v5p (system architecture). Memory is published in GB and is GiB; 0.25 GiB
+# of it are not a program's, as the compiler's own limit (15.75 GiB on v5e) shows.
 # GPU: nvidia.com/en-us/data-center/h100 and /h200 (SXM; tensor-core figures halved, theirs are with sparsity).
 CHIPS: dict[str, Chip] = {
     chip.name: chip
@@ -79,8 +90,7 @@ def open_topology(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     chip = CHIPS.get(kind)
     if chip is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        known = ", ".join(f"{chip.name}:{'4x4' if chip.platform == 'tpu' else '8'}" for chip in CHIPS.values())
-        raise InputError("topology", name, f"must be a chip and its number or grid, as in {known}")
+        raise InputError("topology", name, f"must be a chip and its number or grid, as in {EXAMPLES}")
     package, extra = _PLUGIN[chip.platform]
     if importlib.util.find_spec(package) is None:
         raise InputError("topology", name, f"its compiler is not installed: pip install 'lsp-jax[{extra}]'")
@@ -89,12 +99,15 @@ def open_topology(name: str) -> Topology:
     try:
         devices = _tpu(chip, shape) if chip.platform == "tpu" else _gpu(chip, int(shape))
     except jax.errors.JaxRuntimeError as error:
-        raise InputError("topology", name, f"is no machine that its compiler knows: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            "topology", name, f"is no machine that its compiler knows: {str(error).splitlines()[0]}"
+        ) from None
     return Topology(name, chip, devices)
 
 
 def _tpu(chip: Chip, shape: str) -> Sequence[Any]:
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask Google's metadata server which machine this is
+    for variable, value in _COMPILE_ONLY.items():
+        os.environ.setdefault(variable, value)
     name = f"{chip.compiler}:{shape}"
     return topologies.get_topology_desc(topology_name=name, platform="tpu").devices
 
