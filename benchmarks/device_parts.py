@@ -12,23 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lsp_jax.config import TrainConfig
 from lsp_jax.learn.batch import LearnBatch, Rows
 from lsp_jax.learn.logprobs import token_statistics
-from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig, Reference, TrainState, init_state
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig, Queries
 from lsp_jax.reward.base import DeviceReward, RewardSpec
-from lsp_jax.reward.judge import Judge
-from lsp_jax.reward.preference import PreferenceTemplate, preference_scores
+from lsp_jax.reward.preference import preference_scores
 from lsp_jax.reward.quality import logits_scores
 from lsp_jax.run import iteration as stages
+from lsp_jax.run import placeholders
 from lsp_jax.run.iteration import Game
-from lsp_jax.text.judge import CRITERIA, LogitsTemplate
-from lsp_jax.text.prompts import PlayPrompts, TokenTemplate, ids_row
-from lsp_jax.text.tags import TagTables
+from lsp_jax.text.prompts import ids_row
 
 # Twice what bfloat16 on the CPU itself differs by at 8 layers: 0.021 and 0.025 of the logits, 0.015 and 0.024 nats, for
 # the 1B and 3B shapes. Numbers that are wrong differ by ten times as much.
@@ -43,8 +40,6 @@ class Sizes(NamedTuple):
     gemm: int
     stream: int
     play: PlayConfig
-    prompt: int
-    """Tokens of the rubric; the other fixed pieces are parts of it."""
     decode: PlayConfig
     rows: tuple[int, int, int]
     """Of the update: rows, tokens a row, completion tokens a row."""
@@ -52,33 +47,22 @@ class Sizes(NamedTuple):
     """Layers, rows, tokens."""
 
 
-FULL = Sizes(8192, 2**28, PlayConfig(8, 8, 256, 512), 320, PlayConfig(16, 8, 64, 256), (64, 768, 512), (8, 2, 128))
-SMALL = Sizes(128, 2**14, PlayConfig(2, 2, 4, 6), 16, PlayConfig(2, 4, 4, 6), (4, 12, 6), (1, 2, 16))
+FULL = Sizes(8192, 2**28, PlayConfig(8, 8, 256, 512), PlayConfig(16, 8, 64, 256), (64, 768, 512), (8, 2, 128))
+SMALL = Sizes(128, 2**14, PlayConfig(2, 2, 4, 6), PlayConfig(2, 4, 4, 6), (4, 12, 6), (1, 2, 16))
 TINY = LlamaConfig(512, 32, 64, 1, 4, 2, 8, tie_word_embeddings=True, initializer_range=0.2)
 
 
 # --- the game without a tokenizer ----------------------------------------------------------------------------------
 
 
-def ids(count: int) -> tuple[int, ...]:
-    """Any ids, the same for the same count."""
-    return tuple(3 + (7 * i) % 251 for i in range(count))
+def make_config(play: PlayConfig, micro_batch: int) -> TrainConfig:
+    """A run of these sizes, with prompts as long as the package's own."""
+    return TrainConfig(play=play, optimizer=OptimizerConfig(micro_batch_size=micro_batch), compute_dtype="bfloat16")
 
 
-def make_game(model: LlamaConfig, play: PlayConfig, prompt: int, micro_batch: int) -> Game:
-    """Roles with made-up prompts; no stop token."""
-    solver = TokenTemplate(ids(prompt // 8), ids(prompt // 32 + 1))
-    return Game(
-        model=model,
-        prompts=PlayPrompts(ids(prompt // 4), (), solver, ()),
-        play=play,
-        solver_sampling=SamplingConfig(),
-        challenger_sampling=SamplingConfig(),
-        stop_ids=(),
-        loss=LossConfig(),
-        optimizer=OptimizerConfig(micro_batch_size=micro_batch),
-        compute_dtype="bfloat16",
-    )
+def make_game(model: LlamaConfig, config: TrainConfig) -> Game:
+    """The game as `lsp-jax plan` compiles it, without a stop token."""
+    return replace(placeholders.game(config, model), stop_ids=())
 
 
 @partial(jax.jit, static_argnames=("model", "dtype"))
@@ -93,18 +77,20 @@ def random_state(model: LlamaConfig, opt: OptimizerConfig) -> TrainState:
     return init_state(llama.init_params(model, jax.random.key(0)), opt)
 
 
-def make_rewards(reference: llama.Params, game: Game, prompt: int) -> tuple[DeviceReward, ...]:
+def make_rewards(reference: llama.Params, game: Game, config: TrainConfig) -> tuple[DeviceReward, ...]:
     """A reward model of the policy's shape, and the reference as judge by `logits`."""
     model, kinds = game.model, jnp.zeros(game.model.vocab_size, jnp.uint8)
     scorer = replace(model, head="score", tie_word_embeddings=False)
-    template = PreferenceTemplate(ids(prompt // 8), ids(prompt // 32 + 1), ids(2), trims=False)
-    scores = partial(preference_scores, config=scorer, template=template, blank=3, rows=16)
-    branches = tuple((3 + number, 13) for number in range(CRITERIA))
-    pieces = (ids(prompt), ids(prompt // 32 + 1), ids(prompt // 8))
-    judge = Judge(model, LogitsTemplate(*pieces, branch_ids=branches, yes_ids=(5, 6), no_ids=(7, 8)), 3, 16)
-    _, rubric = jax.jit(llama.extend, static_argnums=1)(reference, model, *ids_row(pieces[0]))
-    tags = TagTables((), jnp.zeros(model.vocab_size, jnp.int32))
-    judged = {"reference": reference, "rubric": rubric, "kinds": kinds, "tags": tags}
+    scores = partial(
+        preference_scores,
+        config=scorer,
+        template=placeholders.preference_template(),
+        blank=placeholders.BLANK,
+        rows=config.reward.preference_rows,
+    )
+    judge = placeholders.judge(config, model)
+    _, rubric = jax.jit(llama.extend, static_argnums=1)(reference, model, *ids_row(judge.template.rubric_ids))
+    judged = {"reference": reference, "rubric": rubric, "kinds": kinds, **placeholders.no_tags()}
     scored = {"model": random_params(scorer, 1, "bfloat16"), "kinds": kinds}
     return (
         DeviceReward("preference", "task", 1.0, scores, scored),
@@ -200,10 +186,11 @@ def peak() -> int | None:
 def whole_iteration(model: LlamaConfig, micro_batch: int, sizes: Sizes) -> Result:
     """The second of two iterations, and the peak of memory."""
     before = peak()
-    game = make_game(model, sizes.play, sizes.prompt, micro_batch)
+    config = make_config(sizes.play, micro_batch)
+    game = make_game(model, config)
     state = random_state(model, game.optimizer)
     reference = stages.rollout_params(state.params, game)  # bfloat16, so a copy
-    rewards = make_rewards(reference, game, sizes.prompt)
+    rewards = make_rewards(reference, game, config)
     state, _, first = play_once(state, reference, rewards, game)
     state, metrics, phases = play_once(state, reference, rewards, game)
     if metrics["skipped_updates"] or not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
@@ -223,7 +210,7 @@ def whole_iteration(model: LlamaConfig, micro_batch: int, sizes: Sizes) -> Resul
 def update(model: LlamaConfig, micro_batch: int, sizes: Sizes, top: Result) -> Result:
     """The update alone, on rows with random tokens and advantages."""
     rows, width, completion = sizes.rows
-    game = make_game(model, sizes.play, sizes.prompt, micro_batch)
+    game = make_game(model, make_config(sizes.play, micro_batch))
     tokens, noise, drawn = jax.random.split(jax.random.key(2), 3)
     logprobs = -8 - jax.random.uniform(drawn, (rows, completion))
     lengths = jnp.full(rows, completion, jnp.int32)
@@ -259,7 +246,7 @@ def update(model: LlamaConfig, micro_batch: int, sizes: Sizes, top: Result) -> R
 def decode(model: LlamaConfig, sizes: Sizes, top: Result) -> Result:
     """The `solve` stage at forced length: tokens a second, and bytes a second against the triad's."""
     play = sizes.decode
-    game = make_game(model, play, sizes.prompt, 1)
+    game = make_game(model, make_config(play, 1))
     params = random_params(model, 0, "bfloat16")
     shape = (play.num_queries, play.max_query_length)
     text = (jax.random.randint(jax.random.key(3), shape, 3, model.vocab_size), jnp.full(shape[0], shape[1], jnp.int32))

@@ -100,7 +100,8 @@ def test_a_part_that_fails_is_reported_and_the_others_go_on(check: Any, tmp_path
     fine = results.attempt("parity", lambda: {"within": True, "logits_relative_error": 0.01})
     results.report["models"]["m"] = {"iteration": failed, "parity": fine}
     text = check.table(results.report)
-    assert "| logits, relative error (at most 0.03) | 0.0100 |" in text and "| whole iteration, s | - |" in text
+    assert f"| logits, relative error (at most {check.parts.LOGITS_TOLERANCE}) | 0.0100 |" in text
+    assert "| whole iteration, s | - |" in text
     assert text.endswith("m iteration failed: " + failed["failed"])
     assert check.failures(results.report) == ["m iteration"]
     results.report["models"]["m"] = {"parity": {"within": False}}
@@ -145,6 +146,14 @@ def test_small_mode_measures_everything(check: Any, capsys: pytest.CaptureFixtur
     assert model["parity"]["within"] and model["parity"]["logits_relative_error"] > 1e-4, "bfloat16 was used"
     printed = capsys.readouterr().out
     assert "no figures of an accelerator" in printed and "failed" not in printed and "skipped" not in printed
+
+
+@pytest.mark.full
+def test_parity_notices_a_pass_that_is_wrong_in_bfloat16_alone(check: Any, monkeypatch: pytest.MonkeyPatch):
+    right = llama.rotate
+    monkeypatch.setattr(llama, "rotate", lambda x, angles: right(x, angles) if x.dtype == jnp.float32 else x)
+    result = check.parts.parity(check.TINY, check.SMALL)
+    assert not result["within"] and result["logits_relative_error"] > 2 * result["logits_tolerance"]
 
 
 POSITIVE = (
