@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/device_check.py [--output FILE.json] [--budget SECONDS] [--small]
 
 Random weights of known shapes and prompts of placeholder ids, as in `lsp-jax plan`: no model, no tokenizer, no network.
-What is run are the package's own stages (`lsp_jax/run/iteration.py`). Every completion runs to its full length (there is
-no stop token) and every query is taken as valid, so time and memory are the most that such an iteration can need.
+What is run are the package's own stages (`lsp_jax/run/iteration.py`). Every completion runs to its full length (there
+is no stop token) and every query is taken as valid, so time and memory are the most that such an iteration can need.
 
 1. Ceilings, measured here: one large bfloat16 matrix product, and a triad a = b + s * c over arrays of 1 GiB.
 2. A whole iteration (N = 8, G = 8, 256 + 512 tokens, policy, reference and reward model of the shape): seconds of its
@@ -85,7 +85,8 @@ class Check:
             return {**call(), "part_seconds": round(time.monotonic() - start, 1)}
         except Exception as error:  # one part must not take the others with it
             kind = "does not fit in memory" if "RESOURCE_EXHAUSTED" in str(error) else type(error).__name__
-            return {"failed": f"{kind}: {(str(error).splitlines() or [''])[0][:200]}"}
+            words = [(str(error).splitlines() or [""])[0][:200], *getattr(error, "__notes__", ())]
+            return {"failed": f"{kind}: {' '.join(words)}"}
         finally:
             gc.collect()  # the arrays of a part that failed hang on its traceback
 

@@ -159,7 +159,11 @@ def play_once(
 
     def timed(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
         start = time.perf_counter()
-        out = jax.block_until_ready(call(*arguments))
+        try:
+            out = jax.block_until_ready(call(*arguments))
+        except Exception as error:
+            error.add_note(f"(in {name})")
+            raise
         phases[name] = time.perf_counter() - start
         return out
 

@@ -91,11 +91,14 @@ ABOUT = {"device": {"kind": "GPU"}, "small": False}
 
 def test_a_part_that_fails_is_reported_and_the_others_go_on(check: Any, tmp_path: Path):
     def too_large() -> Any:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
+        error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
+        error.add_note("(in update)")
+        raise error
 
     results = check.Check(1000, tmp_path / "a.json", ABOUT)
     failed = results.attempt("iteration", too_large)
     assert failed["failed"].startswith("does not fit in memory: RESOURCE_EXHAUSTED") and "more" not in failed["failed"]
+    assert failed["failed"].endswith("9 bytes. (in update)")
     assert results.attempt("update", lambda: {}["x"])["failed"] == "KeyError: 'x'"
     fine = results.attempt("parity", lambda: {"within": True, "logits_relative_error": 0.01})
     results.report["models"]["m"] = {"iteration": failed, "parity": fine}
