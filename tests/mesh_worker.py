@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
 
 from lsp_jax.config import RewardConfig  # noqa: E402
 from lsp_jax.learn.update import OptimizerConfig, init_state  # noqa: E402
