@@ -1,4 +1,4 @@
-"""One LSP iteration on several meshes of 8 CPU devices, compared with a single one: `python tests/mesh_worker.py MODEL`.
+"""One LSP iteration on several meshes of 8 CPU devices, compared with one device: `mesh_worker.py MODEL REWARD`.
 
 Prints one JSON object: for each mesh how far it is from the single device, and what is spread over what.
 """

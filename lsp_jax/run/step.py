@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lsp_jax.learn.update import TrainState
+from lsp_jax.model.sharding import at_work
 from lsp_jax.play.data import data_queries
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import (
@@ -58,7 +59,7 @@ class Played(NamedTuple):
 
 def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0) -> Played:
     """One iteration's stages in order; consumes `state`. `cursor`: prompts of the data set taken so far."""
-    game, reference = run.game, run.reference
+    game = run.game
     key = stages.iteration_key(run.seed_key, state)
     with phases("handover"):
         params = jax.block_until_ready(stages.rollout_params(state.params, game))
@@ -80,7 +81,10 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0)
         outputs = tuple(_score(reward, episode, texts) for reward in run.rewards)
         learnable = jax.block_until_ready(stages.learn_batch(episode, outputs, run.specs, game))
     with phases("reference"):
+        reference = at_work(run.reference)
         references = jax.block_until_ready(stages.reference(reference, learnable.batch, game))
+        if game.loss.kl_estimator != "full":
+            reference = {}  # its log-probabilities are all that the update needs
     with phases("update"):
         state, metrics = jax.block_until_ready(stages.learn(state, reference, learnable.batch, references, game))
     return Played(state, episode, learnable, learnable.metrics | metrics, texts, handed_over)
@@ -88,7 +92,7 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0)
 
 def _score(reward: Reward, episode: Episode, texts: EpisodeTexts | None) -> RewardOutput:
     if isinstance(reward, DeviceReward):
-        return stages.score(reward.score, reward.params, episode)
+        return stages.score(reward.score, at_work(reward.params), episode)
     if isinstance(reward, EpisodeReward):
         return reward.score(episode)
     assert texts is not None
