@@ -202,7 +202,9 @@ def test_a_whole_iteration_compiles_as_one_program_for_tpus(tmp_path: Path):
     state, reference = compiler.put(start, "train"), compiler.put(frozen, "train")
     kinds = compiler.put(jax.ShapeDtypeStruct((model.vocab_size,), jnp.uint8))
     key = compiler.put(jax.eval_shape(jax.random.key, 0))
-    rubric = jax.eval_shape(partial(llama.extend, frozen, model), *placeholders.rubric(judge))[1]
+    rubric = jax.eval_shape(
+        lambda *args: llama.extend(args[0], model, *args[1:])[1], frozen, *placeholders.rubric(judge)
+    )
     reward = DeviceReward("quality", "quality", 1.0, partial(logits_scores, judge=judge))
     judged = {"reference": reference, "rubric": compiler.put(rubric), "kinds": kinds}
 
