@@ -227,7 +227,9 @@ def role_gradients(
 
 
 def _micro_rows(rows: Rows, opt: OptimizerConfig) -> int:
-    return min(opt.micro_batch_size * row_shards(), rows.tokens.shape[0])
+    """Rows of one micro-batch: as many on each device, `micro_batch_size` at most."""
+    each = -(-rows.tokens.shape[0] // row_shards())
+    return min(opt.micro_batch_size, each) * row_shards()
 
 
 def gradients(

@@ -8,11 +8,14 @@ and multiplied once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from lsp_jax.model.sharding import TENSOR, P, context, row_axes
 
 
 class Segment(NamedTuple):
@@ -41,8 +44,49 @@ def attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     """Grouped-query attention of `queries` [B, S, H, h] over all `segments` together; returns [B, S, H, h].
 
     Scores and softmax are float32 whatever the inputs are. B must be a multiple of every segment's N, and H of its K.
-    A query that may see nothing (a padded position) gets a finite, meaningless row.
+    A query that may see nothing (a padded position) gets a finite, meaningless row. On a mesh every device attends for
+    its own rows and heads.
     """
+    sizes = context()
+    if sizes is None:
+        return _attend(queries, segments)
+    rows = row_axes(queries.shape[0]) or None
+    shards = math.prod(sizes[axis] for axis in rows or ())
+    heads = TENSOR if segments[0].keys.shape[2] % sizes[TENSOR] == 0 else None
+    mine = P(rows, None, heads, None)
+    spread = [segment.keys.shape[0] % shards == 0 for segment in segments]
+    specs = []
+    for segment, split in zip(segments, spread, strict=True):
+        keys = mine if split else P(None, None, heads, None)
+        specs.append(Segment(keys, keys, P(rows if split and len(segment.mask) > 1 else None)))
+
+    def local(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+        if rows is not None:
+            first = jax.lax.axis_index(rows) * queries.shape[0]
+            segments = [
+                segment if split else _rows_of(segment, first, queries.shape[0], queries.shape[0] * shards)
+                for segment, split in zip(segments, spread, strict=True)
+            ]
+        return _attend(queries, segments)
+
+    # the compiler would not see that rows and the segments' rows line up, and move the scores between devices
+    attended = jax.shard_map(local, in_specs=(mine, specs), out_specs=mine, check_vma=False)
+    return attended(queries, list(segments))
+
+
+def _rows_of(segment: Segment, first: jax.Array, number: int, batch: int) -> Segment:
+    """The rows of a whole segment that the query rows `first` .. `first + number - 1` of `batch` continue."""
+    rows = segment.keys.shape[0]
+    if rows == 1:
+        return segment
+    group = batch // rows
+    # a device whose rows all continue one row takes that one, any other a row for each of its own
+    index = first // group + jnp.arange(1) if group % number == 0 else (first + jnp.arange(number)) // group
+    mask = segment.mask[index] if len(segment.mask) > 1 else segment.mask
+    return Segment(segment.keys[index], segment.values[index], mask)
+
+
+def _attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     batch, length, heads, width = queries.shape
     kv_heads = segments[0].keys.shape[2]
     repeats = heads // kv_heads

@@ -36,6 +36,9 @@ from lsp_jax.run.topology import GIB, Topology
 
 Say = Callable[[str], None]
 
+# Without a device nothing is tuned by trial, and tiles that are then guessed for Triton's products can be impossible.
+_OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -85,7 +88,7 @@ class Compiler:
         with use_mesh(self.mesh):  # for tracing only: nothing can be run on a mesh of devices that are not there
             lowered = lower(*reads)
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(_OPTIONS.get(self.topology.chip.platform))
         except jax.errors.JaxRuntimeError as error:
             words = " ".join(line.strip() for line in str(error).splitlines()[:2])
             self.phases.append(Phase(name, 0, 0, 0, 0, held, Work(), times, time.perf_counter() - start, words))
