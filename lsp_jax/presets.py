@@ -210,7 +210,7 @@ def recommended_lsp(size: str = "3b") -> TrainConfig:
         # standardised and clipped at 3, -V is -3 at the least
         loss=replace(base.loss, kl_estimator="k2", invalid_query_penalty=-4.0),
         optimizer=replace(
-            base.optimizer, learning_rate=1e-6 if size == "8b" else 3e-6, warmup_steps=20, micro_batch_size=8
+            base.optimizer, learning_rate=1e-6 if size == "8b" else 3e-6, warmup_steps=20, micro_batch_size=0
         ),
     )
 

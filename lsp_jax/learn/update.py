@@ -27,6 +27,7 @@ from lsp_jax.model.llama import Params, Remat, cast
 from lsp_jax.model.sharding import row_shards, shard_params, shard_rows
 
 Metrics = dict[str, jax.Array]
+UNKNOWN_MICRO_BATCH = 8  # rows a device where nothing says how many fit
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class OptimizerConfig:
     """Largest global norm of the gradient; longer ones are scaled down to it."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the first moment. The second stays float32: in bfloat16 its small steps would be rounded away."""
-    micro_batch_size: int = 8
-    """Rows whose activations a device holds at one time; gradients of all micro-batches are added up."""
+    micro_batch_size: int = 0
+    """Rows whose activations a device holds at one time; gradients of all micro-batches are added up. 0: as many as fit,
+    by an estimate; 8 where a device does not say what it can hold."""
     logprob_chunk: int = 512
     """Tokens whose logits a device holds at one time."""
     remat: Remat = "full"
@@ -62,9 +64,9 @@ class OptimizerConfig:
         for field in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             if not 0 < getattr(self, field) < math.inf:
                 raise InputError(f"optimizer.{field}", getattr(self, field), "must be > 0 and finite")
-        for field in ("micro_batch_size", "logprob_chunk"):
-            if getattr(self, field) < 1:
-                raise InputError(f"optimizer.{field}", getattr(self, field), "must be at least 1")
+        for field, least in (("micro_batch_size", 0), ("logprob_chunk", 1)):
+            if getattr(self, field) < least:
+                raise InputError(f"optimizer.{field}", getattr(self, field), f"must be at least {least}")
         for field, allowed in (("moment_dtype", ("float32", "bfloat16")), ("remat", get_args(Remat))):
             if getattr(self, field) not in allowed:
                 raise InputError(f"optimizer.{field}", getattr(self, field), f"must be one of {', '.join(allowed)}")
@@ -229,7 +231,7 @@ def role_gradients(
 def _micro_rows(rows: Rows, opt: OptimizerConfig) -> int:
     """Rows of one micro-batch: as many on each device, `micro_batch_size` at most."""
     each = -(-rows.tokens.shape[0] // row_shards())
-    return min(opt.micro_batch_size, each) * row_shards()
+    return min(opt.micro_batch_size or UNKNOWN_MICRO_BATCH, each) * row_shards()
 
 
 def gradients(

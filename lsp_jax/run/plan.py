@@ -25,6 +25,7 @@ from lsp_jax.model.shapes import shape_of
 from lsp_jax.model.sharding import AXES, check_model, make_mesh
 from lsp_jax.run import placeholders
 from lsp_jax.run.ahead import Phase, Say, compile_run, device_bytes
+from lsp_jax.run.memory import fitted
 from lsp_jax.run.topology import GIB, Chip, Topology
 
 RESIDENT = ("state", "reference", "reward model", "rubric")
@@ -88,7 +89,7 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
     mesh, reward_model = _mesh(config, model, topology), _reward_model(config)
     if reward_model is not None:
         check_model(tuple(mesh.shape.values()), reward_model, "reward model")
-    game = placeholders.game(config, model)
+    game = fitted(placeholders.game(config, model), config, reward_model, mesh, topology.chip.memory)
     compiled = compile_run(config, game, reward_model, topology, mesh, say)
     alive, play = compiled.alive, config.play
     resident = {name: device_bytes(alive[name]) for name in RESIDENT if name in alive}
@@ -101,7 +102,7 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
         chip=topology.chip,
         mesh=dict(mesh.shape),
         sizes=dataclasses.asdict(play)
-        | {"micro_batch_size": config.optimizer.micro_batch_size, "generated_tokens": sampled + answers},
+        | {"micro_batch_size": game.optimizer.micro_batch_size, "generated_tokens": sampled + answers},
         resident=resident,
         phases=tuple(compiled.phases),
         checkpoint=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(alive["state"])),

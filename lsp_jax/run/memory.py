@@ -1,0 +1,99 @@
+"""How many rows of the update a device holds at one time, estimated from shapes before anything is compiled.
+
+`lsp-jax plan` compiles the update and says what it really takes; here a few sums stand for the compiler, with a margin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lsp_jax.config import TrainConfig
+from lsp_jax.learn.update import UNKNOWN_MICRO_BATCH, OptimizerConfig
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.llama import params_shape
+from lsp_jax.model.sharding import AXES
+from lsp_jax.run.iteration import Game
+
+USED = 0.85
+"""Share of a device's memory that is planned with: the rest is for what the sums leave out."""
+
+
+def device_memory() -> int | None:
+    """Bytes that the first device can hold; None where it does not say (CPUs)."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def fitted(
+    game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None, memory: int | None
+) -> Game:
+    """`game` with the rows of a micro-batch: those of `config`, or as many as `micro_batch` finds."""
+    if config.optimizer.micro_batch_size:
+        return game
+    rows = micro_batch(game, config, reward_model, mesh, memory)
+    return replace(game, optimizer=replace(game.optimizer, micro_batch_size=rows))
+
+
+def micro_batch(
+    game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None, memory: int | None
+) -> int:
+    """Rows of one micro-batch on a device of `memory` bytes: a power of two, at least 1, at most the rows there are."""
+    if memory is None:
+        return UNKNOWN_MICRO_BATCH
+    data, fsdp, tensor = (1, 1, 1) if mesh is None else (mesh.shape[axis] for axis in AXES)
+    model, opt = game.model, game.optimizer
+    constant = _spread_bytes(model, opt, config.param_dtype, game.compute_dtype) / (fsdp * tensor)
+    if not config.park_frozen:  # parked models are elsewhere during the update
+        frozen = _count(model) + (0 if reward_model is None else _count(reward_model))
+        constant += frozen * _size(game.compute_dtype) / (fsdp * tensor)
+    constant += _whole_bytes(model, opt, game.compute_dtype) / tensor
+    room = USED * memory - constant
+    rows = -(-game.play.num_queries * game.play.num_generations // (data * fsdp))
+    fitting = min(max(room / row_bytes(game, tensor), 1), rows)
+    return 2 ** int(np.log2(fitting))
+
+
+def row_bytes(game: Game, tensor: int = 1) -> float:
+    """Bytes of one row's activations on a device that shares it with `tensor - 1` others."""
+    model, size, width = game.model, _size(game.compute_dtype), _row_width(game)
+    heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    products = (2 * model.intermediate_size + heads) / tensor + 2 * model.hidden_size  # of one layer with its weights
+    kept = {"full": model.hidden_size, "dots": model.hidden_size + products, "none": 2 * model.hidden_size + 2 * products}
+    at_work = 2 * products + 6 * model.hidden_size  # one layer's values and gradients, norms in float32
+    scores = 0.0
+    if game.compute_dtype == "float32":  # no fused kernel: the scores of one layer, their softmax and its gradient
+        scores = 3 * model.num_attention_heads / tensor * width * 4
+    return width * (size * (model.num_hidden_layers * kept[game.optimizer.remat] + at_work) + scores)
+
+
+def _row_width(game: Game) -> int:
+    """Tokens of the longest row, prompt and completion."""
+    prompts, play = game.prompts, game.play
+    around = len(prompts.solver.prefix_ids) + len(prompts.solver.suffix_ids) + len(prompts.query_prefix_ids)
+    solver = around + play.max_query_length + play.max_completion_length
+    return max(solver, len(prompts.challenger_ids) + play.max_query_length if game.trains_challenger else 0)
+
+
+def _spread_bytes(model: LlamaConfig, opt: OptimizerConfig, param_dtype: str, compute_dtype: str) -> int:
+    """Master parameters, both moments, the float32 gradient, the copy computed with and one micro-batch's gradient."""
+    return _count(model) * (_size(param_dtype) + _size(opt.moment_dtype) + 4 + 4 + 2 * _size(compute_dtype))
+
+
+def _whole_bytes(model: LlamaConfig, opt: OptimizerConfig, compute_dtype: str) -> int:
+    """What a device gathers whole: the head with its gradient, two layers; and one chunk of logits three times over."""
+    head = model.vocab_size * model.hidden_size
+    layer = (_count(model) - head) // model.num_hidden_layers
+    return 2 * _size(compute_dtype) * (head + layer) + 3 * 4 * opt.logprob_chunk * model.vocab_size
+
+
+def _count(model: LlamaConfig) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params_shape(model)))
+
+
+def _size(dtype: str) -> int:
+    return jnp.dtype(dtype).itemsize
