@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+import jax
 from huggingface_hub import constants, errors, snapshot_download
+from jax.sharding import Mesh
 
 from lsp_jax.errors import InputError
 from lsp_jax.model.config import ARCHITECTURES, Head, LlamaConfig
@@ -37,16 +39,20 @@ class Policy:
     """The path or hub id it was loaded from."""
 
 
-def load_pretrained(path_or_hub_id: str | Path, dtype: str = "float32", revision: str | None = None) -> Policy:
+def load_pretrained(
+    path_or_hub_id: str | Path, dtype: str = "float32", revision: str | None = None, mesh: Mesh | None = None
+) -> Policy:
     """Loads a Hugging Face directory, or a hub id (`name` or `owner/name`, at `revision`) through the hub's cache.
 
-    `dtype` of the parameters: float32, bfloat16 or float16. A gated model needs HF_TOKEN in the environment. Raises
-    InputError, before any weight is read, for a missing directory, a configuration or tokenizer that cannot be used or
-    do not fit each other, and for weights that do not fit the configuration.
+    `dtype` of the parameters: float32, bfloat16 or float16. With a `mesh` (of `lsp_jax.model.sharding.make_mesh`) they
+    are spread over its devices for training, and every process reads its own part of the files. A gated model needs
+    HF_TOKEN in the environment. Raises InputError, before any weight is read, for a missing directory, a configuration
+    or tokenizer that cannot be used or do not fit each other, a mesh that does not divide the model, and for weights
+    that do not fit the configuration.
     """
     check_dtype(dtype)
     directory, policy = open_pretrained(path_or_hub_id, revision)
-    return replace(policy, params=load_params(directory, policy.config, dtype))
+    return replace(policy, params=load_params(directory, policy.config, dtype, mesh))
 
 
 def open_pretrained(path_or_hub_id: str | Path, revision: str | None = None, head: Head = "lm") -> tuple[Path, Policy]:
@@ -70,11 +76,16 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
     """Writes a directory that transformers and vLLM read: config, safetensors (`dtype` None keeps it), tokenizer.
 
     All is written and synced beside `directory`, then renamed into place: a failure leaves what was there before. An
-    earlier export is replaced (two renames); a directory that holds anything else is refused with InputError.
+    earlier export is replaced (two renames); a directory that holds anything else is refused with InputError. In a run
+    of several processes all must call this: process 0 alone looks at `directory` and writes, the others give their
+    parts of the parameters and return without waiting for the files.
     """
     if dtype is not None:
         check_dtype(dtype)
     target = Path(directory).expanduser().resolve()
+    if jax.process_index() != 0:
+        save_params(policy.params, policy.config, target, dtype)
+        return
     check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = secrets.token_hex(4)
@@ -82,8 +93,6 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
     try:
         save_params(policy.params, policy.config, fresh, dtype)
         policy.tokenizer.save(fresh)
-        for weights in fresh.glob(_WEIGHTS):  # safetensors makes files that only their owner may read
-            weights.chmod((fresh / "config.json").stat().st_mode)
         _sync(fresh)
         check_replaceable(target)  # saving takes long enough for someone to have put a file there
         if target.exists():

@@ -21,6 +21,7 @@ from lsp_jax import host, policy
 from lsp_jax.errors import InputError
 from lsp_jax.model import weights
 from lsp_jax.model.llama import params_shape
+from lsp_jax.model.names import leaf_shapes
 from lsp_jax.policy import Policy, load_pretrained, save_pretrained
 from tiny import VOCABULARY, byte_tokenizer, tiny_config, tiny_dir, tiny_params
 
@@ -80,7 +81,7 @@ def test_structure_is_that_of_init(loaded: Policy) -> None:
     """Loaded and random parameters are interchangeable: same tree and shapes."""
     for config in (loaded.config, tiny_config(attention_bias=True, mlp_bias=True)):
         shapes = params_shape(config)
-        assert weights._leaves(config).keys() == {
+        assert leaf_shapes(config).keys() == {
             "/".join(str(key.key) for key in path) for path, _ in jax.tree.flatten_with_path(shapes)[0]
         }
     assert jax.tree.map(jnp.shape, loaded.params) == jax.tree.map(jnp.shape, params_shape(loaded.config))

@@ -1,78 +1,43 @@
-"""Hugging Face directories <-> parameters: `config.json` and safetensors, with one name table for both directions.
+"""Hugging Face directories <-> parameters: `config.json` and safetensors, by the names of `model/names.py`.
 
-Weights are read tensor by tensor from memory-mapped files into one stacked array a leaf, and written shard by shard.
+Weights are read from memory-mapped files into one stacked array a leaf, and written tensor by tensor. On a mesh each
+process reads the parts that its devices hold and nothing else; only process 0 writes.
 Pickled weights (`.bin`, `.pt`) are never opened: unpickling runs whatever code the file holds.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from contextlib import ExitStack
-from functools import lru_cache, partial
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  importing it gives numpy, and through it safetensors, bfloat16
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lsp_jax.errors import InputError
 from lsp_jax.host import to_host
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.llama import Params, params_shape
-from lsp_jax.model.sharding import shardings
+from lsp_jax.model.llama import Params
+from lsp_jax.model.names import Tensor, file_tensors, leaf_shapes
+from lsp_jax.model.sharding import AXES, Layout, check_model, mesh_of, partition
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = ("float32", "bfloat16", "float16")
-_STORED = ("F32", "BF16", "F16")
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPES = tuple(_STORED)
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 _CONVERT = (
     "make safetensors of a trusted model with transformers: "
     "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT), for a reward model with "
     "AutoModelForSequenceClassification"
 )
-
-# Hugging Face's name, path in `Params`, stored transposed ([out, in] there, [in, out] here). `{}` is the layer, which
-# here is the leading axis. A model has the rows whose path is in `params_shape(config)`; shapes come from there too.
-_TABLE = (
-    ("model.embed_tokens.weight", "model/embed_tokens/weight", False),
-    ("model.layers.{}.input_layernorm.weight", "model/layers/input_layernorm/weight", False),
-    ("model.layers.{}.self_attn.q_proj.weight", "model/layers/self_attn/q_proj/weight", True),
-    ("model.layers.{}.self_attn.q_proj.bias", "model/layers/self_attn/q_proj/bias", False),
-    ("model.layers.{}.self_attn.k_proj.weight", "model/layers/self_attn/k_proj/weight", True),
-    ("model.layers.{}.self_attn.k_proj.bias", "model/layers/self_attn/k_proj/bias", False),
-    ("model.layers.{}.self_attn.v_proj.weight", "model/layers/self_attn/v_proj/weight", True),
-    ("model.layers.{}.self_attn.v_proj.bias", "model/layers/self_attn/v_proj/bias", False),
-    ("model.layers.{}.self_attn.o_proj.weight", "model/layers/self_attn/o_proj/weight", True),
-    ("model.layers.{}.self_attn.o_proj.bias", "model/layers/self_attn/o_proj/bias", False),
-    ("model.layers.{}.post_attention_layernorm.weight", "model/layers/post_attention_layernorm/weight", False),
-    ("model.layers.{}.mlp.gate_proj.weight", "model/layers/mlp/gate_proj/weight", True),
-    ("model.layers.{}.mlp.gate_proj.bias", "model/layers/mlp/gate_proj/bias", False),
-    ("model.layers.{}.mlp.up_proj.weight", "model/layers/mlp/up_proj/weight", True),
-    ("model.layers.{}.mlp.up_proj.bias", "model/layers/mlp/up_proj/bias", False),
-    ("model.layers.{}.mlp.down_proj.weight", "model/layers/mlp/down_proj/weight", True),
-    ("model.layers.{}.mlp.down_proj.bias", "model/layers/mlp/down_proj/bias", False),
-    ("model.norm.weight", "model/norm/weight", False),
-    ("lm_head.weight", "lm_head/weight", False),
-    ("score.weight", "score/weight", True),
-)
-
-
-class _Tensor(NamedTuple):
-    """One tensor as Hugging Face names it, and where it lies here."""
-
-    name: str
-    path: str
-    layer: int | None
-    transposed: bool
-    shape: tuple[int, ...]
-    """In the file, that is [out, in] for projections."""
-
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -88,22 +53,33 @@ def read_config(directory: str | Path) -> LlamaConfig:
         raise InputError("config.json", str(directory), f"not a usable Llama configuration ({error})") from error
 
 
-def load_params(directory: str | Path, config: LlamaConfig, dtype: str = "float32", mesh: Mesh | None = None) -> Params:
-    """The parameters of a Hugging Face directory on the default device, cast to `dtype`.
+def load_params(
+    directory: str | Path,
+    config: LlamaConfig,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    layout: Layout = "train",
+) -> Params:
+    """The parameters of a Hugging Face directory, cast to `dtype`, on the default device or spread over `mesh`.
 
     Reads `model.safetensors`, or the shards named by `model.safetensors.index.json`, in float32, bfloat16 or float16.
-    All names, types and shapes are checked before the first tensor is read. The host holds one leaf at a time, which
-    on the CPU becomes the parameter, and one tensor of a file.
-    Raises InputError for a name, shape or type that `config` does not expect, a missing tensor, or a damaged file.
+    All names, types and shapes are checked before the first tensor is read. On a mesh leaves lie as the table of
+    `model/sharding.py` says for `layout`; a process reads only what its own devices hold, once where several hold the
+    same. The host holds one leaf at a time, or one device's part of it, which on the CPU becomes the parameter, and as
+    much of one tensor of a file.
+    Raises InputError for a mesh that does not divide the model, a name, shape or type that `config` does not expect, a
+    missing tensor, or a damaged file.
     """
     check_dtype(dtype)
+    _check_mesh(mesh, config)
     with ExitStack() as stack:
         sources = _open_checked(Path(directory), config, stack)
         params: Params = {}
-        for path, shape in _leaves(config).items():
+        for path, shape in leaf_shapes(config).items():
             parts = [(tensor, handle) for tensor, handle in sources if tensor.path == path]
-            _insert(params, path, _load_leaf(parts, shape, dtype))
-        return params if mesh is None else jax.device_put(params, shardings(params, mesh))
+            sharding = None if mesh is None else NamedSharding(mesh, partition(path, layout))
+            _insert(params, path, _load_leaf(parts, shape, dtype, sharding))
+        return params
 
 
 def check_weights(directory: str | Path, config: LlamaConfig) -> None:
@@ -112,11 +88,11 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> None:
         _open_checked(Path(directory), config, stack)
 
 
-def _open_checked(directory: Path, config: LlamaConfig, stack: ExitStack) -> list[tuple[_Tensor, Any]]:
+def _open_checked(directory: Path, config: LlamaConfig, stack: ExitStack) -> list[tuple[Tensor, Any]]:
     """Every tensor of the model with the open file that holds it; names, types and shapes are checked."""
     handles = {path: stack.enter_context(_open(path)) for path in _weight_files(directory)}
     found = {name: path for path, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
-    tensors = list(_tensors(config))
+    tensors = list(file_tensors(config))
     _check_names(found, tensors, config)
     sources = [(tensor, handles[found[tensor.name]]) for tensor in tensors]
     for tensor, handle in sources:
@@ -124,12 +100,42 @@ def _open_checked(directory: Path, config: LlamaConfig, stack: ExitStack) -> lis
     return sources
 
 
-def _load_leaf(parts: list[tuple[_Tensor, Any]], shape: tuple[int, ...], dtype: str) -> jax.Array:
-    leaf = _aligned_empty(shape, jnp.dtype(dtype))
+def _check_mesh(mesh: Mesh | None, config: LlamaConfig) -> None:
+    if mesh is None:
+        return
+    if mesh.axis_names != AXES:
+        raise InputError("mesh", mesh.axis_names, f"its axes must be {AXES}, as lsp_jax.model.sharding.make_mesh gives")
+    check_model([mesh.shape[axis] for axis in AXES], config)
+
+
+def _load_leaf(
+    parts: list[tuple[Tensor, Any]], shape: tuple[int, ...], dtype: str, sharding: NamedSharding | None
+) -> jax.Array:
+    """One leaf out of the tensors of its layers; with a sharding, this process's part of it."""
+    if sharding is None:
+        whole = (slice(None),) * len(shape)
+        return jax.block_until_ready(jax.device_put(_host_part(parts, whole, shape, dtype)))
+    indices = sharding.devices_indices_map(shape)
+    holders: dict[str, list[Any]] = {}
+    for device in sorted(sharding.addressable_devices, key=lambda device: device.id):
+        holders.setdefault(str(indices[device]), []).append(device)
+    arrays: list[jax.Array] = []
+    for devices in holders.values():
+        part = _host_part(parts, indices[devices[0]], sharding.shard_shape(shape), dtype)
+        arrays += jax.block_until_ready(jax.device_put([part] * len(devices), devices))
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _host_part(
+    parts: list[tuple[Tensor, Any]], index: tuple[slice, ...], shape: tuple[int, ...], dtype: str
+) -> np.ndarray:
+    """The part `index` of a leaf, of shape `shape`. Layers are never split, other dimensions are sliced in the file."""
+    part = _aligned_empty(shape, jnp.dtype(dtype))
     for tensor, handle in parts:
-        value = _read(handle, tensor.name)
-        leaf[... if tensor.layer is None else tensor.layer] = value.T if tensor.transposed else value
-    return jax.block_until_ready(jax.device_put(leaf))
+        inside = index if tensor.layer is None else index[1:]
+        value = _read(handle, tensor.name, inside[::-1] if tensor.transposed else inside)
+        part[... if tensor.layer is None else tensor.layer] = value.T if tensor.transposed else value
+    return part
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -144,28 +150,6 @@ def check_dtype(dtype: str) -> None:
     """InputError unless `dtype` names one of float32, bfloat16, float16."""
     if dtype not in DTYPES:
         raise InputError("dtype", dtype, f"one of {', '.join(DTYPES)}")
-
-
-@lru_cache
-def _leaves(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every leaf of the parameters by its path, in the table's order."""
-    flat = jax.tree.flatten_with_path(params_shape(config))[0]
-    shapes = {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in flat}
-    paths = {path: shapes.pop(path) for _, path, _ in _TABLE if path in shapes}
-    if shapes:
-        raise AssertionError(f"the name table lacks {sorted(shapes)}")
-    return paths
-
-
-def _tensors(config: LlamaConfig) -> Iterable[_Tensor]:
-    leaves = _leaves(config)
-    for pattern, path, transposed in _TABLE:
-        if path not in leaves:
-            continue
-        layers = range(config.num_hidden_layers) if "{}" in pattern else (None,)
-        shape = leaves[path] if "{}" not in pattern else leaves[path][1:]
-        for layer in layers:
-            yield _Tensor(pattern.format(layer), path, layer, transposed, shape[::-1] if transposed else shape)
 
 
 def _insert(params: Params, path: str, leaf: jax.Array) -> None:
@@ -216,14 +200,15 @@ def _open(path: Path) -> Any:
         raise _damaged(str(path), error) from error
 
 
-def _read(handle: Any, name: str) -> np.ndarray:
+def _read(handle: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """The part `index` of a tensor in the file's order; no other bytes are touched."""
     try:
-        return handle.get_tensor(name)
+        return handle.get_slice(name)[index]
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(name, error) from error
 
 
-def _check_names(found: dict[str, Path], tensors: list[_Tensor], config: LlamaConfig) -> None:
+def _check_names(found: dict[str, Path], tensors: list[Tensor], config: LlamaConfig) -> None:
     for tensor in tensors:
         if tensor.name not in found:
             head = "; only with tie_word_embeddings true it may be absent" if tensor.path == "lm_head/weight" else ""
@@ -236,13 +221,13 @@ def _check_names(found: dict[str, Path], tensors: list[_Tensor], config: LlamaCo
             raise InputError(name, shape, "no tensor of this name belongs to the model that config.json describes")
 
 
-def _check_tensor(handle: Any, tensor: _Tensor) -> None:
+def _check_tensor(handle: Any, tensor: Tensor) -> None:
     stored = handle.get_slice(tensor.name)
     shape = tuple(stored.get_shape())
     if shape != tensor.shape:
         raise InputError(tensor.name, shape, f"config.json makes its shape {tensor.shape}")
-    if stored.get_dtype() not in _STORED:
-        remedy = f"readable types are {', '.join(_STORED)}, not quantised ones"
+    if stored.get_dtype() not in _STORED.values():
+        remedy = f"readable types are {', '.join(_STORED.values())}, not quantised ones"
         raise InputError(tensor.name, stored.get_dtype(), remedy)
 
 
@@ -259,31 +244,34 @@ def save_params(
     """Writes `config.json` and `model.safetensors` into `directory`, made where missing; existing ones are replaced.
 
     Above `max_shard_bytes` (of tensors) the weights become `model-0000i-of-0000N.safetensors` and an index. `dtype`
-    None keeps that of the parameters. One shard at a time is on the host.
+    None keeps that of the parameters. One tensor of a file at a time is on the host. Parameters spread over several
+    processes are gathered so too: all must call this, process 0 alone touches `directory`, and the others return when
+    the last tensor is gathered, which may be before its file is written.
     """
     if dtype is not None:
         check_dtype(dtype)
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    writes = jax.process_index() == 0
     kept = str(params["model"]["embed_tokens"]["weight"].dtype)
-    shards = _split(_tensors(config), jnp.dtype(dtype or kept).itemsize, max_shard_bytes)
+    shards = _split(file_tensors(config), jnp.dtype(dtype or kept).itemsize, max_shard_bytes)
     weight_map: dict[str, str] = {}
     total = 0
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
     for number, shard in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {tensor.name: _export(params, tensor, dtype) for tensor in shard}
-        save_file(arrays, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(arrays, file)
-        total += sum(array.nbytes for array in arrays.values())
-        del arrays
-    if len(shards) > 1:
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with (directory / name).open("wb") if writes else nullcontext() as file:
+            total += _write_tensors(file, params, shard, dtype)
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
+    if writes and len(shards) > 1:
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(directory / "config.json", config.to_hf(dtype or kept))
+    if writes:
+        _write_json(directory / "config.json", config.to_hf(dtype or kept))
 
 
-def _split(tensors: Iterable[_Tensor], itemsize: int, max_bytes: int) -> list[list[_Tensor]]:
+def _split(tensors: Iterable[Tensor], itemsize: int, max_bytes: int) -> list[list[Tensor]]:
     """Consecutive tensors in shards of at most `max_bytes`; a larger tensor has a shard to itself."""
-    shards: list[list[_Tensor]] = [[]]
+    shards: list[list[Tensor]] = [[]]
     used = 0
     for tensor in tensors:
         size = itemsize * int(np.prod(tensor.shape))
@@ -295,19 +283,58 @@ def _split(tensors: Iterable[_Tensor], itemsize: int, max_bytes: int) -> list[li
     return shards
 
 
-def _export(params: Params, tensor: _Tensor, dtype: str | None) -> np.ndarray:
+def _write_tensors(file: BinaryIO | None, params: Params, shard: list[Tensor], dtype: str | None) -> int:
+    """Writes one safetensors file, tensor by tensor, as its own writer would; without a file it only gathers.
+
+    The library's writer wants all tensors of a file at once. The format is the header's length in 8 bytes, the header
+    in JSON, and the tensors' bytes: wider types first, then by name, which keeps every tensor aligned. Returns the
+    bytes of the tensors.
+    """
+    dtypes = {tensor.name: jnp.dtype(dtype or _leaf(params, tensor).dtype) for tensor in shard}
+    ordered = sorted(shard, key=lambda tensor: (-dtypes[tensor.name].itemsize, tensor.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        stored = dtypes[tensor.name]
+        start, end = end, end + stored.itemsize * math.prod(tensor.shape)
+        header[tensor.name] = {"dtype": _STORED[str(stored)], "shape": tensor.shape, "data_offsets": (start, end)}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    if file is not None:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for tensor in ordered:
+        leaf = _leaf(params, tensor)
+        value = _file_form(_gathered(leaf))(leaf, tensor.layer, tensor.transposed, dtype)
+        if file is None:
+            jax.block_until_ready(value)  # one gathered tensor at a time on the devices
+        else:
+            file.write(np.ascontiguousarray(to_host(value)).view(np.uint8).data)
+    return end
+
+
+def _leaf(params: Params, tensor: Tensor) -> jax.Array:
     leaf: Any = params
     for key in tensor.path.split("/"):
         leaf = leaf[key]
-    value = to_host(_file_form(leaf, tensor.layer, tensor.transposed, dtype))
-    return np.ascontiguousarray(value)  # safetensors writes the raw buffer, whatever the strides
+    return leaf
 
 
-@partial(jax.jit, static_argnames=("transposed", "dtype"))
-def _file_form(leaf: jax.Array, layer: int | None, transposed: bool, dtype: str | None) -> jax.Array:
-    value = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-    value = value.T if transposed else value
-    return value if dtype is None else value.astype(dtype)
+def _gathered(leaf: jax.Array) -> NamedSharding | None:
+    """Whole on every device for a leaf that other processes hold parts of; else None: the host puts it together."""
+    mesh = mesh_of(leaf)
+    return NamedSharding(mesh, PartitionSpec()) if mesh is not None and mesh.is_multi_process else None
+
+
+@lru_cache
+def _file_form(out: NamedSharding | None) -> Callable[..., jax.Array]:
+    """(leaf, layer, transposed, dtype) -> one tensor as it is in the file, laid out as `out`."""
+
+    def form(leaf: jax.Array, layer: int | None, transposed: bool, dtype: str | None) -> jax.Array:
+        value = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+        value = value.T if transposed else value
+        return value if dtype is None else value.astype(dtype)
+
+    return jax.jit(form, static_argnums=(2, 3), out_shardings=out)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
