@@ -21,4 +21,7 @@ class InputError(ValueError):
 
 
 class ProcessError(RuntimeError):
-    """Another process of the run is late or dead: names it. The command line prints one line and exits with status 3."""
+    """Another process of the run is late or dead: names it.
+
+    The command line prints it as one line and exits with status 3.
+    """

@@ -23,10 +23,9 @@ def to_host(tree: Any) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     spread = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not _at_hand(leaf)]
     if spread:  # over devices of other processes too: every device gets a copy of the whole
-        for i, whole in zip(
-            spread, _replicate(leaves[spread[0]].sharding.mesh)([leaves[i] for i in spread]), strict=True
-        ):
-            leaves[i] = whole
+        copies = _replicate(leaves[spread[0]].sharding.mesh)([leaves[i] for i in spread])
+        for i, copy in zip(spread, copies, strict=True):
+            leaves[i] = copy
     return jax.device_get(jax.tree.unflatten(structure, leaves))
 
 

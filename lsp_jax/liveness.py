@@ -24,7 +24,9 @@ from lsp_jax.errors import LOST_STATUS
 BEAT = 2.0
 """Seconds between two beats."""
 GRACE = 2 * BEAT
-"""Seconds that are left to an error of one's own, and by process 0 to the others, before a process ends."""
+"""Seconds that are left to an error of one's own when another process has failed, and by process 0 to the others."""
+LINGER = GRACE + 2 * BEAT
+"""Seconds that a failed process 0 waits: until the others have read why, and have taken their `GRACE`."""
 _BEATS = "lsp_jax/beat/"
 _DONE, _FAILED = "done", "failed: "
 

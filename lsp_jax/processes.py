@@ -34,7 +34,7 @@ class ProcessConfig:
     """The processes of a run. On a TPU pod and under Slurm nothing need be given; elsewhere the first three."""
 
     coordinator: str = ""
-    """host:port of process 0, the port free there; empty: found on TPU pods and under Slurm, else there is one process."""
+    """host:port of process 0, the port free there; empty: found on TPU pods and under Slurm, elsewhere one process."""
     number: int = 0
     """How many processes there are; 0 with an empty coordinator."""
     index: int = -1
@@ -161,7 +161,9 @@ def start(config: ProcessConfig) -> None:
 
 def _join(config: ProcessConfig, index: int, count: int, relay: liveness.Relay | None) -> _Group:
     """Tells the others this process's name, learns theirs, and starts to watch them."""
-    client = jax._src.distributed.global_state.client  # what `orbax.checkpoint.multihost` uses too
+    from jax._src import distributed  # not public, but what `orbax.checkpoint.multihost` uses too
+
+    client = distributed.global_state.client
     name = f"process {index} ({socket.gethostname()})"
     unknown = [name if i == index else f"process {i}" for i in range(count)]
     watch = liveness.Watch(client, index, unknown, config.silence)
@@ -179,7 +181,7 @@ def _name_of(index: int) -> str:
 
 
 def _detect(timeout: float) -> tuple[str, int, int, list[int] | None]:
-    """Coordinator, number, index and local devices as JAX finds them on a TPU pod and under Slurm; number 1 elsewhere."""
+    """Coordinator, number, index, local devices as JAX finds them on a TPU pod and under Slurm; number 1 elsewhere."""
     from jax._src import cloud_tpu_init, clusters
 
     if all(name in os.environ for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")):
@@ -229,7 +231,7 @@ def together() -> Iterator[None]:
                 _group.relay.arm(False)
             _group.watch.stop(" ".join(f"{type(error).__name__}: {error}".split())[:300])
             if _group.index == 0:
-                time.sleep(liveness.GRACE)  # the others still read the reason from this process
+                time.sleep(liveness.LINGER)  # the others still read the reason from this process
         raise
 
 
@@ -278,10 +280,10 @@ def check_same(what: str, values: Mapping[str, Any], remedy: str) -> None:
     process that has another one, and says `remedy`."""
     first, *others = gather(what, dict(values))
     for index, other in enumerate(others, 1):
-        for name in [*first, *(name for name in other if name not in first)]:
+        for name in dict.fromkeys((*first, *other)):
             if name not in first or name not in other or first[name] != other[name]:
                 theirs = f"{_name_of(index)} has {json.dumps(other.get(name))[:100]}"
-                raise InputError(f"{what} {name}", first.get(name), f"{theirs}, {_name_of(0)} the former: {remedy}")
+                raise InputError(f"{what} {name}", first.get(name), f"in {_name_of(0)}, but {theirs}: {remedy}")
 
 
 def check_program(name: str, function: Any, *arguments: Any) -> None:

@@ -5,6 +5,7 @@ Prints one JSON object; how it ends is the test's business.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -22,10 +23,20 @@ scene, port, number, index = sys.argv[1], *map(int, sys.argv[2:5])
 jax.config.update("jax_num_cpu_devices", DEVICES // number)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
-from lsp_jax import cli, processes  # noqa: E402
+import lsp_jax as lsp  # noqa: E402
+from lsp_jax import cli, host, processes  # noqa: E402
+from lsp_jax.config import RewardConfig, TrainConfig  # noqa: E402
 from lsp_jax.errors import InputError, ProcessError  # noqa: E402
+from lsp_jax.learn.update import OptimizerConfig  # noqa: E402
+from lsp_jax.model.sharding import MeshConfig, use_mesh  # noqa: E402
+from lsp_jax.reward.verify import callable_reward  # noqa: E402
+from lsp_jax.run.checkpoint import Checkpoints  # noqa: E402
+from lsp_jax.run.setup import prepare, start_state  # noqa: E402
+from test_trainer import game_config, host_reward, low_share  # noqa: E402
 
-CONFIG = processes.ProcessConfig(f"127.0.0.1:{port}", number, index, start_timeout=60, timeout=60, silence=SILENCE)
+CONFIG = processes.ProcessConfig(f"127.0.0.1:{port}", number, index, start_timeout=60, timeout=200, silence=SILENCE)
+if number == 1:
+    CONFIG = processes.ProcessConfig()
 
 
 def refusal(call: Callable[..., Any], *arguments: Any) -> str:
@@ -86,10 +97,69 @@ def die() -> None:
                 total(ones).block_until_ready()
 
 
+def settings(model: str, directory: str, steps: int, **changes: Any) -> TrainConfig:
+    return game_config(
+        model,
+        directory,
+        max_steps=steps,
+        save_steps=1,
+        processes=CONFIG,
+        reward=RewardConfig(quality_weight=0.5, judge_rows=4),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=3, max_grad_norm=1e9, micro_batch_size=2),
+        **changes,
+    )
+
+
+def played(config: TrainConfig) -> dict[str, Any]:
+    """Trains, with what its callbacks saw."""
+    seen: list[dict[str, float]] = []
+    lines: list[int] = []
+    scored: list[int] = []
+
+    def share(queries: list[str], answers: list[list[str]]) -> list[list[float]]:
+        scored.append(len(queries))
+        return low_share(queries, answers)
+
+    def callback(event: Any) -> None:
+        seen.append(
+            {name: value for name, value in event.metrics.items() if not name.startswith(("time/", "compile/"))}
+        )
+        lines.append(len(event.transcripts))
+
+    lsp.train(config, rewards=[callable_reward(share, "share", weight=2.0)], callbacks=[callback])
+    return {"metrics": seen, "lines": lines, "scored": scored}
+
+
+def play() -> dict[str, Any]:
+    """Two iterations from the start, with a host and a compiled reward: MODEL DIRECTORY."""
+    return played(settings(*sys.argv[5:7], 2))
+
+
+def resume() -> dict[str, Any]:
+    """What is restored of a run of two iterations, and one more: MODEL DIRECTORY DATA FSDP."""
+    sizes = MeshConfig(*map(int, sys.argv[7:9]))
+    config = settings(*sys.argv[5:7], 3, mesh=sizes, resume="must")
+    processes.start(config.processes)
+    run = prepare(config, [host_reward()])
+    checkpoints = Checkpoints(run.directory / "checkpoints")
+    with use_mesh(run.mesh):
+        state, saved = start_state(run, checkpoints)
+        assert saved is not None and saved["iteration"] == 2
+        restored = digests(host.to_host(state))
+    layout = [str(leaf.sharding.spec) for leaf in jax.tree.leaves(state)]
+    checkpoints.close()
+    run.workers.close()
+    return {"mesh": dict(run.mesh.shape), "restored": restored, "layout": layout, **played(config)}
+
+
+def digests(tree: Any) -> list[str]:
+    return [hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(tree)]
+
+
 def command() -> None:
     sys.exit(cli.main(sys.argv[5:]))
 
 
 if __name__ == "__main__":
-    said = {"talk": talk, "die": die, "command": command}[scene]()
+    said = {"talk": talk, "die": die, "play": play, "resume": resume, "command": command}[scene]()
     print(json.dumps(said), flush=True)
