@@ -22,6 +22,7 @@ SILENCE = 6.0
 scene, port, number, index = sys.argv[1], *map(int, sys.argv[2:5])
 jax.config.update("jax_num_cpu_devices", DEVICES // number)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long here
 
 import lsp_jax as lsp  # noqa: E402
 from lsp_jax import cli, host, processes  # noqa: E402
