@@ -5,7 +5,6 @@ Prints one JSON object; how it ends is the test's business.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -33,6 +32,7 @@ from lsp_jax.model.sharding import MeshConfig, use_mesh  # noqa: E402
 from lsp_jax.reward.verify import callable_reward  # noqa: E402
 from lsp_jax.run.checkpoint import Checkpoints  # noqa: E402
 from lsp_jax.run.setup import prepare, start_state  # noqa: E402
+from test_process_runs import digests  # noqa: E402
 from test_trainer import game_config, host_reward, low_share  # noqa: E402
 
 CONFIG = processes.ProcessConfig(f"127.0.0.1:{port}", number, index, start_timeout=60, timeout=200, silence=SILENCE)
@@ -104,6 +104,7 @@ def settings(model: str, directory: str, steps: int, **changes: Any) -> TrainCon
         directory,
         max_steps=steps,
         save_steps=1,
+        save_total_limit=3,
         processes=CONFIG,
         reward=RewardConfig(quality_weight=0.5, judge_rows=4),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=3, max_grad_norm=1e9, micro_batch_size=2),
@@ -151,10 +152,6 @@ def resume() -> dict[str, Any]:
     checkpoints.close()
     run.workers.close()
     return {"mesh": dict(run.mesh.shape), "restored": restored, "layout": layout, **played(config)}
-
-
-def digests(tree: Any) -> list[str]:
-    return [hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest() for leaf in jax.tree.leaves(tree)]
 
 
 def command() -> None:
