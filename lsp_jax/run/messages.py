@@ -32,6 +32,9 @@ def announce(run: Run, done: int) -> None:
         f"rewards {', '.join(reward.name for reward in run.rewards)}, "
         f"{jax.default_backend()} ({run.game.compute_dtype}), {config.max_steps} iterations -> {run.directory}"
     )
+    if run.mesh is not None:
+        sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+        print(f"mesh: {sizes} ({run.mesh.size} devices, {jax.process_count()} processes)")
     print(policy_in_the_loss(run.game))
     if run.data is not None:
         print(f"data: {len(run.data.rows)} prompts of {printable(config.data.source)}, {run.data.left_out} left out")

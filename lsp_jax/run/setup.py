@@ -17,11 +17,11 @@ from lsp_jax.config import TrainConfig, flat
 from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState, init_state
 from lsp_jax.model.llama import Params, cast
-from lsp_jax.model.sharding import check_model, make_mesh, place, shardings, use_mesh
+from lsp_jax.model.sharding import check_model, make_mesh, park, place, shardings, use_mesh
 from lsp_jax.model.weights import load_params
 from lsp_jax.play.data import PromptData, load_data
 from lsp_jax.policy import Policy, open_pretrained
-from lsp_jax.reward.base import Reward, RewardSpec
+from lsp_jax.reward.base import DeviceReward, Reward, RewardSpec
 from lsp_jax.reward.preference import check_context
 from lsp_jax.reward.workers import Workers
 from lsp_jax.run.checkpoint import Checkpoints, abstract
@@ -42,7 +42,7 @@ class Run:
     policy: Policy
     """The policy as loaded: what training starts from."""
     reference: Params
-    """The frozen reference in the compute dtype; the loaded arrays themselves when that is theirs."""
+    """The frozen reference in the compute dtype, the loaded arrays themselves when that is theirs. May be parked."""
     game: Game
     data: PromptData | None
     """Queries of a data set; None in self-play."""
@@ -93,6 +93,8 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
             kinds = token_kinds(policy)
             reference = cast(policy.params, game.compute_dtype)
             components = load_rewards(config, opened_rewards, policy, reference, kinds, mesh)
+            if config.park_frozen:
+                reference, components = _parked(reference, components)
             seed_key = place(jax.random.key(config.seed))
     except BaseException:
         workers.close()
@@ -105,6 +107,18 @@ def check_same(config: TrainConfig) -> None:
     """Raises InputError when several processes have been started with different configurations."""
     values = {name: value for name, value in flat(config).items() if name != "processes.index"}
     processes.check_same("config", values, "start all processes with the same settings")
+
+
+def _parked(reference: Params, components: tuple[Reward, ...]) -> tuple[Params, tuple[Reward, ...]]:
+    """Both in host memory; arrays that they share (the judge is the reference) stay shared."""
+    trees = [component.params if isinstance(component, DeviceReward) else None for component in components]
+    leaves, structure = jax.tree.flatten((reference, trees))
+    parked = {id(leaf): park(leaf) for leaf in leaves}
+    reference, trees = jax.tree.unflatten(structure, [parked[id(leaf)] for leaf in leaves])
+    return reference, tuple(
+        replace(component, params=tree) if isinstance(component, DeviceReward) else component
+        for component, tree in zip(components, trees, strict=True)
+    )
 
 
 def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callable[[Mesh | None], Params]]:

@@ -14,6 +14,7 @@ import jax
 
 from lsp_jax import processes
 from lsp_jax.learn.update import TrainState
+from lsp_jax.model.sharding import at_work
 from lsp_jax.play.data import data_queries
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import (
@@ -59,7 +60,7 @@ class Played(NamedTuple):
 
 def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0) -> Played:
     """One iteration's stages in order; consumes `state`. `cursor`: prompts of the data set taken so far."""
-    game, reference = run.game, run.reference
+    game = run.game
     key = stages.iteration_key(run.seed_key, state)
     with phases("handover"):
         params = jax.block_until_ready(stages.rollout_params(state.params, game))
@@ -83,7 +84,10 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0)
         outputs = tuple(_score(reward, episode, texts) for reward in run.rewards)
         learnable = jax.block_until_ready(first_checked(stages.learn_batch, episode, outputs, run.specs, game))
     with phases("reference"):
+        reference = at_work(run.reference)
         references = jax.block_until_ready(first_checked(stages.reference, reference, learnable.batch, game))
+        if game.loss.kl_estimator != "full":
+            reference = {}  # its log-probabilities are all that the update needs
     with phases("update"):
         state, metrics = jax.block_until_ready(stages.learn(state, reference, learnable.batch, references, game))
     whole = texts if processes.number() == 1 else None
@@ -92,8 +96,9 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0)
 
 def _score(reward: Reward, episode: Episode, texts: EpisodeTexts | None) -> RewardOutput:
     if isinstance(reward, DeviceReward):
-        processes.check_program(f"score {reward.name}", stages.score, reward.score, reward.params, episode)
-        return stages.score(reward.score, reward.params, episode)
+        params = at_work(reward.params)
+        processes.check_program(f"score {reward.name}", stages.score, reward.score, params, episode)
+        return stages.score(reward.score, params, episode)
     if isinstance(reward, EpisodeReward):
         return reward.score(episode)
     assert texts is not None

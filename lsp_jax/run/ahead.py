@@ -1,0 +1,237 @@
+"""Every stage of a run compiled ahead of time for devices that are not at hand, from shapes alone.
+
+`Compiler` keeps what lies on the devices as trees of shapes with shardings, `compile_run` goes through the stages in
+the order of `run/step.py`. Of each stage the compiler says what memory it needs; what else lies there at that moment is
+added, and what it does is counted (`run/count.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lsp_jax.config import TrainConfig
+from lsp_jax.learn.update import init_state
+from lsp_jax.model import llama
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.sharding import Layout, shardings, use_mesh
+from lsp_jax.play.selfplay import Queries
+from lsp_jax.reward.base import RewardOutput, RewardSpec
+from lsp_jax.reward.judge_text import write_judgements
+from lsp_jax.reward.preference import preference_scores
+from lsp_jax.reward.quality import logits_scores
+from lsp_jax.run import hlo, placeholders
+from lsp_jax.run import iteration as stages
+from lsp_jax.run.count import Work, count
+from lsp_jax.run.iteration import Game
+from lsp_jax.run.topology import GIB, Topology
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One compiled stage; bytes are those of one chip."""
+
+    name: str
+    arguments: int
+    outputs: int
+    aliased: int
+    """Outputs that take the place of arguments."""
+    temporaries: int
+    held: int
+    """What lies there meanwhile and this stage does not read."""
+    work: Work
+    times: int
+    """How often an iteration runs it; 0: once a run."""
+    compile_seconds: float
+    failure: str = ""
+    """The compiler's words where it refused; it has then said nothing of memory or work."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the stage's worst moment."""
+        return self.held + self.arguments + self.temporaries + self.outputs - self.aliased
+
+
+class Compiler:
+    """Compiles stages one after the other and keeps count of what lies on the devices."""
+
+    def __init__(self, topology: Topology, mesh: Mesh, say: Say):
+        self.topology, self.mesh, self.say = topology, mesh, say
+        self.alive: dict[str, Any] = {}
+        """What lies on the devices, by name."""
+        self.phases: list[Phase] = []
+
+    def put(self, tree: Any, layout: Layout | None = None) -> Any:
+        """Shapes with their place: parameters by the table's `layout`, anything else whole on every device."""
+        if layout is not None:
+            return placed(tree, shardings(tree, self.mesh, layout))
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return placed(tree, jax.tree.map(lambda _: whole, tree))
+
+    def stage(self, name: str, lower: Callable[..., Any], *reads: Any, times: int = 1) -> Any:
+        """Compiles `lower(*reads)`, shapes of things that are alive; returns its result's shapes with their places."""
+        held = device_bytes(self.alive) - device_bytes(reads)
+        start = time.perf_counter()
+        with use_mesh(self.mesh):  # for tracing only: nothing can be run on a mesh of devices that are not there
+            lowered = lower(*reads)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            words = " ".join(line.strip() for line in str(error).splitlines()[:2])
+            self.phases.append(Phase(name, 0, 0, 0, 0, held, Work(), times, time.perf_counter() - start, words))
+            self.say(f"{name}: refused by the compiler: {words}")
+            return self.put(lowered.out_info)
+        spent = time.perf_counter() - start
+        memory = compiled.memory_analysis()
+        kinds = ("argument", "output", "alias", "temp")
+        arguments, outputs, aliased, temporaries = (getattr(memory, f"{kind}_size_in_bytes") for kind in kinds)
+        work = count(hlo.parse(compiled.as_text()), len(self.topology.devices))
+        phase = Phase(name, arguments, outputs, aliased, temporaries, held, work, times, spent)
+        self.phases.append(phase)
+        self.say(f"{name}: compiled in {spent:.1f} s, {phase.peak / GIB:.2f} GiB a chip")
+        return placed(lowered.out_info, compiled.output_shardings)
+
+
+def placed(shapes: Any, places: Any) -> Any:
+    """Shapes with shardings."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of `tree` on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def compile_run(
+    config: TrainConfig,
+    game: Game,
+    reward_model: LlamaConfig | None,
+    topology: Topology,
+    mesh: Mesh,
+    say: Say,
+) -> Compiler:
+    """All stages of the run `config`, from its start to the first update; `mesh` is one of the topology's devices,
+    also where there is only one."""
+    compiler = Compiler(topology, mesh, say)
+    alive, put = compiler.alive, compiler.put
+    _start(compiler, config, game, reward_model)
+    kinds = alive["kinds"] = put(_array(jnp.uint8, game.model.vocab_size))
+    key = put(jax.eval_shape(jax.random.key, 0))
+    handover = jax.jit(partial(stages.rollout_params, game=game))
+    params = alive["playing copy"] = compiler.stage("handover", handover.lower, alive["state"].params)
+    if config.data.source:
+        queries = put(_data_queries(game))
+    else:
+        challenge = partial(stages.challenge.lower, game=game)
+        queries = compiler.stage("challenge", challenge, params, kinds, key)
+    solve = partial(stages.solve.lower, game=game)
+    episode = alive["episode"] = compiler.stage("solve", solve, params, queries, key)
+    del alive["playing copy"]
+    _score(compiler, config, game, reward_model)
+    _learn(compiler, config, game, episode)
+    return compiler
+
+
+def _start(compiler: Compiler, config: TrainConfig, game: Game, reward_model: LlamaConfig | None) -> None:
+    """What lies there during the whole run, and how the state is made from the loaded parameters."""
+    alive, put = compiler.alive, compiler.put
+    loaded = llama.params_shape(game.model)
+    alive["loaded"] = put(_as(loaded, config.param_dtype), "train")
+    alive["reference"] = put(_as(loaded, game.compute_dtype), "train")
+    if reward_model is not None:
+        alive["reward model"] = put(_as(llama.params_shape(reward_model), "bfloat16"), "train")
+    if config.reward.quality_weight:
+        tokens = put(placeholders.rubric(placeholders.judge(config, game.model)))
+        lower = jax.jit(llama.extend, static_argnums=1).lower
+        _, alive["rubric"] = compiler.stage(
+            "rubric", lambda params: lower(params, game.model, *tokens), alive["reference"], times=0
+        )
+    start = jax.jit(partial(init_state, config=config.optimizer))
+    alive["state"] = compiler.stage("start", start.lower, alive["loaded"], times=0)
+    del alive["loaded"]
+
+
+def _data_queries(game: Game) -> Queries:
+    number, width = game.play.num_queries, game.play.max_query_length
+    text = _array(jnp.int32, number, width), _array(jnp.int32, number)
+    return Queries(None, text, _array(jnp.bool_, number))
+
+
+def _score(compiler: Compiler, config: TrainConfig, game: Game, reward_model: LlamaConfig | None) -> None:
+    """The compiled rewards; those on the host take no device memory."""
+    alive, reward = compiler.alive, config.reward
+    kinds, episode = alive["kinds"], alive["episode"]
+    if reward_model is not None:
+        preference = partial(
+            preference_scores,
+            config=reward_model,
+            template=placeholders.preference_template(),
+            blank=placeholders.BLANK,
+            rows=reward.preference_rows,
+        )
+        params = {"model": alive["reward model"], "kinds": kinds}
+        compiler.stage("preference reward", partial(stages.score.lower, preference), params, episode)
+    if reward.quality_weight:
+        judge = placeholders.judge(config, game.model)
+        if reward.quality_mode == "logits":
+            lower = partial(stages.score.lower, partial(logits_scores, judge=judge))
+        else:
+            length = reward.quality_max_length
+            lower = partial(write_judgements.lower, judge=judge, max_length=length, stop_ids=game.stop_ids)
+        params = {"reference": alive["reference"], "rubric": alive["rubric"], "kinds": kinds}
+        compiler.stage(
+            "quality reward", lambda params, episode: lower(params | placeholders.no_tags(), episode), params, episode
+        )
+
+
+def _learn(compiler: Compiler, config: TrainConfig, game: Game, episode: Any) -> None:
+    """Advantages, reference, log-probabilities of inner epochs, update."""
+    alive = compiler.alive
+    specs = _specs(config)
+    outputs = tuple(compiler.put(_output(game)) for _ in specs)
+    batch = compiler.stage(
+        "advantages", lambda episode: stages.learn_batch.lower(episode, outputs, specs, game), episode
+    ).batch
+    alive["batch"] = batch
+    lower = partial(stages.reference.lower, game=game)
+    references = alive["references"] = compiler.stage("reference", lower, alive["reference"], batch)
+    state = alive["state"]
+    if game.loss.num_iterations > 1:
+        lower = partial(stages.with_old_logprobs.lower, game=game)
+        batch = alive["batch"] = compiler.stage("old log-probabilities", lower, state.params, batch)
+    update = partial(stages.update.lower, game=game)
+    compiler.stage("update", update, state, alive["reference"], batch, references, times=game.loss.num_iterations)
+
+
+def _output(game: Game) -> RewardOutput:
+    """What any reward component gives."""
+    number, group = game.play.num_queries, game.play.num_generations
+    answers = _array(jnp.float32, number, group), _array(jnp.bool_, number, group)
+    return RewardOutput(*answers, _array(jnp.bool_, number))
+
+
+def _array(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _as(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), tree)
+
+
+def _specs(config: TrainConfig) -> tuple[RewardSpec, ...]:
+    """One spec for each configured component: how they are mixed changes nothing that is counted."""
+    reward = config.reward
+    names = [name for name in ("arithmetic", "maths", "code", "quality") if getattr(reward, f"{name}_weight")]
+    names += ["preference"] if reward.preference_model and reward.preference_weight else []
+    names += ["callable"] if reward.callable else []
+    return tuple(RewardSpec(name, "quality" if name == "quality" else "task", 1.0) for name in names)

@@ -1,0 +1,247 @@
+"""`lsp-jax plan`: bad names, the tiny model planned from end to end, its whole iteration compiled for TPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lsp_jax import cli, presets
+from lsp_jax.config import RewardConfig, TrainConfig
+from lsp_jax.errors import InputError
+from lsp_jax.learn.update import OptimizerConfig, init_state
+from lsp_jax.model import llama
+from lsp_jax.model.shapes import SHAPES, shape_of
+from lsp_jax.model.sharding import MeshConfig, make_mesh, use_mesh
+from lsp_jax.play.selfplay import PlayConfig
+from lsp_jax.reward.base import DeviceReward
+from lsp_jax.reward.quality import logits_scores
+from lsp_jax.run import hlo, placeholders
+from lsp_jax.run import iteration as stages
+from lsp_jax.run.ahead import Compiler, Phase
+from lsp_jax.run.count import Work, count
+from lsp_jax.run.plan import Plan, bound, plan, table
+from lsp_jax.run.topology import CHIPS, GIB, Topology, open_topology
+from refusal import Refused
+from tiny import tiny_config
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan (libtpu)")
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-3.2-1b", 1.2358),  # parameters as the models' cards and safetensors indices count them
+        ("llama-3.2-3b", 3.2127),
+        ("llama-3.1-8b", 8.0303),
+        ("llama-3-8b", 8.0303),
+        ("llama-3.1-70b", 70.5537),
+        ("smollm2-135m", 0.13452),
+    ],
+)
+def test_shapes_have_the_published_number_of_parameters(name, billions):
+    count = sum(leaf.size for leaf in jax.tree.leaves(llama.params_shape(SHAPES[name])))
+    assert count / 1e9 == pytest.approx(billions, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("meta-llama/Llama-3.2-3B-Instruct", "llama-3.2-3b"),
+        ("Skywork/Skywork-Reward-V2-Llama-3.2-3B", "llama-3.2-3b"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+        ("./models/SmolLM2-135M-Instruct", "smollm2-135m"),
+    ],
+)
+def test_a_hub_id_that_holds_a_name_has_its_shape(name, known):
+    assert shape_of(name) == SHAPES[known]
+
+
+def test_every_preset_has_shapes():
+    for preset in presets.PRESETS.values():
+        config = preset()
+        assert shape_of(config.model)
+        if config.reward.preference_model:
+            assert shape_of(config.reward.preference_model)
+
+
+def test_a_directory_with_a_config_has_its_shape(tmp_path: Path):
+    config = tiny_config(head_dim=128)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    assert shape_of(str(tmp_path)) == config
+
+
+WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "no topology": ([], ("topology = None", "v5e:4x4")),
+    "chip": (["--topology", "v9z:4x4"], ("topology = 'v9z:4x4'", "v5e:4x4", "h100:8")),
+    "no grid": (["--topology", "v5e"], ("topology = 'v5e'",)),
+    "model": (["--topology", "v5e:2x2", "--model", "gpt-9"], ("model = 'gpt-9'", "llama-3.2-3b")),
+    "reward model": (
+        ["--topology", "v5e:2x2", "--reward.preference-model", "other/Reward-9B"],
+        ("reward.preference_model = 'other/Reward-9B'", "config.json"),
+    ),
+    "mesh": (["--topology", "v5e:2x2", "--mesh.fsdp", "3"], ("mesh", "do not divide 4 devices")),
+    "preset": (["--topology", "v5e:2x2", "--preset", "nosuch"], ("preset = 'nosuch'", "paper_lsp")),
+    "output": (["--topology", "v5e:2x2", "--output", "/nosuch/dir/plan.json"], ("output", "a directory that exists")),
+}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_planned_is_one_line(case: str, refused: Refused):
+    arguments, words = WRONG[case]
+    refused(["plan", *arguments], *words)
+
+
+@needs_libtpu
+def test_a_shape_that_no_slice_has_is_one_line(refused: Refused):
+    refused(["plan", "--topology", "v5e:3x5"], "topology = 'v5e:3x5'", "is no machine that its compiler knows")
+
+
+@pytest.mark.parametrize(("topology", "extra"), [("v5e:4x4", "plan"), ("h100:8", "plan-gpu")])
+def test_a_missing_compiler_names_its_extra(topology, extra, refused: Refused, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused(["plan", "--topology", topology], f"topology = '{topology}'", f"pip install 'lsp-jax[{extra}]'")
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def phase(**fields: Any) -> Phase:
+    zeros = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "held"), 0)
+    return Phase(**{"name": "update", **zeros, "work": Work(), "times": 1, "compile_seconds": 0.0, **fields})
+
+
+def test_the_bound_is_the_longest_of_three_times():
+    chip = CHIPS["v5e"]  # 197 TFLOP/s, 819 GB/s, 200 GB/s into the chip
+    assert bound(phase(work=Work(197e12, 819e8, {"all-gather": 2e9})), chip) == ("compute", 1.0)
+    assert bound(phase(work=Work(197e10, 819e9, {"all-gather": 2e9})), chip) == ("memory", 1.0)
+    assert bound(phase(work=Work(197e10, 819e7, {"all-gather": 1e11, "all-reduce": 1e11})), chip) == ("network", 1.0)
+
+
+def test_the_peak_counts_what_is_held_and_not_twice_what_is_aliased():
+    assert phase(arguments=10, outputs=7, aliased=6, temporaries=5, held=3).peak == 19
+
+
+# --- compiled for TPUs ----------------------------------------------------------------------------------------------
+
+
+def planned_model(directory: Path) -> Path:
+    """A tiny Llama whose heads are as wide as a TPU's lanes, by its config alone."""
+    directory.mkdir()
+    config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=128)
+    (directory / "config.json").write_text(json.dumps(config.to_hf()))
+    return directory
+
+
+def small(model: Path) -> TrainConfig:
+    return TrainConfig(
+        model=str(model),
+        play=PlayConfig(num_queries=4, num_generations=2, max_query_length=8, max_completion_length=16),
+        reward=RewardConfig(preference_model=str(model), quality_weight=0.5, judge_rows=4),
+        optimizer=OptimizerConfig(micro_batch_size=2),
+    )
+
+
+@needs_libtpu
+@pytest.mark.full
+def test_the_command_plans_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model, output = planned_model(tmp_path / "model"), tmp_path / "plan.json"
+    config = small(model)
+    arguments = ["plan", "--topology", "v5e:2x2", "--preset", "recommended_lsp_1b", "--output", output]
+    arguments += ["--model", model, "--reward.preference-model", model, "--optimizer.micro-batch-size", 2]
+    for name in ("num_queries", "num_generations", "max_query_length", "max_completion_length"):
+        arguments += [f"--play.{name.replace('_', '-')}", getattr(config.play, name)]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    captured = capsys.readouterr()
+    assert "fits: " in captured.out and "| update |" in captured.out and "compiled in" in captured.err
+
+    made = json.loads(output.read_text())
+    names = ["rubric", "start", "handover", "challenge", "solve", "preference reward", "quality reward"]
+    assert [entry["name"] for entry in made["phases"]] == [*names, "advantages", "reference", "update"]
+    assert made["fits"] is True and made["topology"] == "v5e:2x2" and made["programs"] == 10
+    assert made["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert set(made["resident"]) == {"state", "reference", "reward model", "rubric"}
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(llama.params_shape(shape_of(str(model)))))
+    assert made["checkpoint"] == pytest.approx(3 * 4 * parameters, abs=64)  # float32, two moments, a few counters
+    assert parameters * 12 / 4 <= made["resident"]["state"] <= 1.02 * parameters * 12 / 4  # norms are whole
+    assert made["sizes"]["generated_tokens"] == 4 * 8 + 4 * 2 * 16
+    for entry in made["phases"]:
+        assert entry["failure"] == "" and entry["work"]["unknown_loops"] == 0
+        assert entry["bound"] in ("compute", "memory", "network")
+        sizes = [entry[name] for name in ("arguments", "outputs", "aliased", "temporaries", "held", "peak")]
+        assert all(isinstance(size, int) and size >= 0 for size in sizes)
+    times = {entry["name"]: entry["times"] for entry in made["phases"]}
+    assert times["start"] == 0 and times["update"] == 1
+    total = sum(entry["seconds"] * entry["times"] for entry in made["phases"])
+    assert made["seconds"] == pytest.approx(total) and made["seconds"] > 0
+    assert made["tokens_per_second"] == pytest.approx(made["sizes"]["generated_tokens"] / total)
+
+
+@needs_libtpu
+@pytest.mark.full
+def test_a_whole_iteration_compiles_as_one_program_for_tpus(tmp_path: Path):
+    config = small(planned_model(tmp_path / "model"))
+    model, machine = shape_of(config.model), open_topology("v5e:2x2")
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), model, machine.devices)
+    assert mesh is not None
+    game, judge = placeholders.game(config, model), placeholders.judge(config, model)
+    compiler = Compiler(machine, mesh, lambda line: None)
+    shapes = llama.params_shape(model)
+    start = jax.eval_shape(partial(init_state, config=config.optimizer), shapes)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
+    state, reference = compiler.put(start, "train"), compiler.put(frozen, "train")
+    kinds = compiler.put(jax.ShapeDtypeStruct((model.vocab_size,), jnp.uint8))
+    key = compiler.put(jax.eval_shape(jax.random.key, 0))
+    rubric = jax.eval_shape(
+        lambda *args: llama.extend(args[0], model, *args[1:])[1], frozen, *placeholders.rubric(judge)
+    )
+    reward = DeviceReward("quality", "quality", 1.0, partial(logits_scores, judge=judge))
+    judged = {"reference": reference, "rubric": compiler.put(rubric), "kinds": kinds}
+
+    def iteration(state: Any, reference: Any, judged: Any, kinds: Any, key: Any) -> Any:
+        scored = [judged | placeholders.no_tags()]
+        return stages.iteration(state, reference, scored, kinds, key, [reward], game)
+
+    with use_mesh(mesh):
+        lowered = jax.jit(iteration, donate_argnums=0).lower(state, reference, judged, kinds, key)
+    compiled = lowered.compile()
+    work = count(hlo.parse(compiled.as_text()), len(machine.devices))
+    assert work.flops > 0 and work.unknown_loops == 0
+    assert work.collectives["all-reduce"] > 0  # partial sums over `tensor`
+    after = compiled.output_shardings[0]
+    assert jax.tree.leaves(after.params) == [leaf.sharding for leaf in jax.tree.leaves(state.params)]
+    memory = compiled.memory_analysis()
+    assert 0 < memory.alias_size_in_bytes <= memory.argument_size_in_bytes  # the state is donated
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change():
+    made = Plan(
+        model="m",
+        reward_model="",
+        topology="v5e:2x2",
+        chip=replace(CHIPS["v5e"], memory=1 * GIB),
+        mesh={},
+        sizes={"generated_tokens": 8},
+        resident={"state": 100},
+        phases=(phase(arguments=GIB, temporaries=GIB),),
+        checkpoint=0,
+        verdict="",
+        versions={},
+    )
+    assert not made.fits
+    assert made.peak == 2 * GIB and "| update |" in table(made)
+
+
+def test_plan_raises_for_a_model_that_it_does_not_know():
+    with pytest.raises(InputError, match="gpt-9"):
+        plan(TrainConfig(model="gpt-9"), Topology("v5e:2x2", CHIPS["v5e"], []))
