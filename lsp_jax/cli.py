@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from lsp_jax.errors import InputError
+from lsp_jax.errors import LOST_STATUS, InputError, ProcessError
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -175,7 +175,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; a fault in the input is one line on standard error and exit status 2."""
+    """Runs one command; a fault in the input is one line on standard error and exit status 2.
+
+    A run of several processes of which another one is late or dead ends with a line that names it, and exit status 3.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: lsp-jax COMMAND ...   (each has --help)\n")
@@ -191,6 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"lsp-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ProcessError as error:
+        print(f"lsp-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return LOST_STATUS
     except KeyboardInterrupt:
         print("lsp-jax: interrupted", file=sys.stderr)
         return 130

@@ -21,6 +21,7 @@ from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.play.data import DataConfig
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
+from lsp_jax.processes import ProcessConfig
 from lsp_jax.text.prompts import PromptConfig
 
 RESUMES = ("never", "auto", "must")
@@ -140,6 +141,8 @@ class TrainConfig:
     seconds an iteration. (Not for judges in `text` mode and reward models with a tokenizer of their own.)"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How devices share the work."""
+    processes: ProcessConfig = field(default_factory=ProcessConfig)
+    """The processes that run it together."""
     allow_code_execution: bool = False
     """Run the programs that the model writes, in a sandbox, for the code reward."""
     play: PlayConfig = field(default_factory=PlayConfig)
@@ -178,6 +181,7 @@ class TrainConfig:
         for reporter in self.report_to:
             _one_of("report_to", reporter, REPORTERS)
         self.mesh.check()
+        self.processes.check()
         self.reward.check()
         self.data.check()
         self.loss.check()
@@ -229,6 +233,7 @@ class TrainConfig:
 MAY_CHANGE = (
     *("output_dir", "max_steps", "save_steps", "save_total_limit", "resume", "report_to"),
     *("park_frozen", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *(f"processes.{field.name}" for field in dataclasses.fields(ProcessConfig)),
     *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat"),
     *("reward.judge_rows", "reward.preference_rows", "reward.workers", "reward.timeout", "reward.code_timeout"),
 )
@@ -238,15 +243,20 @@ settings change how sums round, time limits what is masked as too slow, no more.
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """Dotted names of the fields, other than MAY_CHANGE, in which two configurations differ."""
-    left, right = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    left, right = flat(old), flat(new)
     return [name for name in left if left[name] != right[name] and name not in MAY_CHANGE]
 
 
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Every field by its dotted name."""
+    return _flat(dataclasses.asdict(config))
+
+
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in data.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        values |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return values
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -218,7 +218,17 @@ def place(tree: Any, mesh: Mesh | None = None) -> Any:
     """Host arrays onto the devices, whole on each device of `mesh` (of the context's when None); the same in all
     processes."""
     mesh = mesh or jax.sharding.get_mesh()
-    return jax.device_put(tree) if mesh.empty else jax.device_put(tree, NamedSharding(mesh, P()))
+    if mesh.empty:
+        return jax.device_put(tree)
+    whole = NamedSharding(mesh, P())
+
+    def put(x: Any) -> jax.Array:
+        if mesh.is_multi_process and isinstance(x, np.ndarray):
+            # device_put would first compare the processes' arrays, and NaN with NaN
+            return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
+        return jax.device_put(x, whole)
+
+    return jax.tree.map(put, tree)
 
 
 HOST_MEMORY = "pinned_host"

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsp_jax import host
+from lsp_jax import host, processes
 from lsp_jax.errors import InputError
 from lsp_jax.model.sharding import place, row_shards
 from lsp_jax.play.selfplay import Episode
@@ -202,8 +202,10 @@ class EpisodeTexts(NamedTuple):
     rows: Rows = ()
 
 
-def episode_texts(episode: Episode, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> EpisodeTexts:
-    """Reads the episode's tokens once and decodes them, without the stop tokens."""
+def episode_texts(
+    episode: Episode, tokenizer: Tokenizer, skip_special_tokens: bool = True, queries: range | None = None
+) -> EpisodeTexts:
+    """Reads the episode's tokens once and decodes them, without the stop tokens; of `queries` alone where given."""
     (query_ids, query_lengths), answer_ids, answer_lengths = host.to_host(
         (episode.queries.text, episode.answers.tokens, episode.answer_lengths)
     )
@@ -211,16 +213,27 @@ def episode_texts(episode: Episode, tokenizer: Tokenizer, skip_special_tokens: b
     def text(ids: np.ndarray, length: int) -> str:
         return tokenizer.decode(ids[:length].tolist(), skip_special_tokens=skip_special_tokens)
 
-    queries = [text(ids, length) for ids, length in zip(query_ids, query_lengths, strict=True)]
-    answers = [
-        [text(ids, length) for ids, length in zip(*group, strict=True)]
-        for group in zip(answer_ids, answer_lengths, strict=True)
-    ]
-    return EpisodeTexts(queries, answers)
+    picked = range(len(query_lengths)) if queries is None else queries
+    return EpisodeTexts(
+        [text(query_ids[n], query_lengths[n]) for n in picked],
+        [[text(ids, length) for ids, length in zip(answer_ids[n], answer_lengths[n], strict=True)] for n in picked],
+    )
 
 
 def score_on_host(reward: HostReward, texts: EpisodeTexts) -> RewardOutput:
-    """One host component's output as device arrays; an exception masks every answer and is logged."""
+    """One host component's output as device arrays; an exception masks every answer and is logged.
+
+    With several processes each scores the `texts` of its share of the queries, and all get the whole.
+    """
+    mine = _scored(reward, texts) if texts.queries else ([], [], [])
+    parts = processes.gather(f"reward {reward.name}", mine)
+    values, valid_answer, valid_query = ([row for part in parts for row in part[k]] for k in range(3))
+    output = np.asarray(values, np.float32), np.asarray(valid_answer, bool), np.asarray(valid_query, bool)
+    return RewardOutput(*place(output))
+
+
+def _scored(reward: HostReward, texts: EpisodeTexts) -> tuple[list[Any], list[Any], list[Any]]:
+    """What `reward` says of `texts`, as lists."""
     shape = (len(texts.queries), len(texts.answers[0]))
     try:
         values, valid_answer, valid_query = reward.score(texts.queries, texts.answers, texts.rows)
@@ -232,4 +245,4 @@ def score_on_host(reward: HostReward, texts: EpisodeTexts) -> RewardOutput:
     except Exception as error:  # user code may raise anything; the run goes on without this score
         logger.warning("reward %s failed and is masked: %s: %s", reward.name, type(error).__name__, error)
         output = RewardOutput(np.zeros(shape, np.float32), np.zeros(shape, bool), np.ones(shape[0], bool))
-    return RewardOutput(*place(tuple(output)))
+    return output.values.tolist(), output.valid_answer.tolist(), output.valid_query.tolist()

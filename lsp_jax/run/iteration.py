@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
+from lsp_jax import processes
 from lsp_jax.learn.advantages import Advantages, advantages
 from lsp_jax.learn.batch import LearnBatch, make_rows
 from lsp_jax.learn.losses import LossConfig
@@ -99,6 +101,13 @@ def _policy_of(sampling: SamplingConfig) -> str:
     return f"{', '.join(settings)} (the loss sees {seen})"
 
 
+def first_checked(stage: Any, *arguments: Any) -> Any:
+    """`stage(*arguments)`; at its first use every process must have lowered the same program."""
+    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+        processes.check_program(stage.__name__, stage, *arguments)
+    return stage(*arguments)
+
+
 class Learnable(NamedTuple):
     """What the stages before the update hand on."""
 
@@ -123,7 +132,7 @@ def rollout_params(params: llama.Params, game: Game) -> llama.Params:
     """The parameters that play: the master parameters cast and laid out for decoding by one jitted function, or those
     themselves when on a single device they have the dtype."""
     same = context() is None and all(leaf.dtype == game.compute_dtype for leaf in jax.tree.leaves(params))
-    return params if same else _handover(params, game.compute_dtype)
+    return params if same else first_checked(_handover, params, game.compute_dtype)
 
 
 @partial(jax.jit, static_argnames="game")
@@ -307,9 +316,9 @@ def learn(
     """
     each = []
     if game.loss.num_iterations > 1:
-        batch = with_old_logprobs(state.params, batch, game)
+        batch = first_checked(with_old_logprobs, state.params, batch, game)
     for _ in range(game.loss.num_iterations):
-        state, metrics = update(state, reference_params, batch, references, game)
+        state, metrics = first_checked(update, state, reference_params, batch, references, game)
         each.append(metrics)
     return state._replace(iteration=_next(state.iteration)), each[0] if len(each) == 1 else _inner_metrics(each)
 

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lsp_jax.config import TrainConfig
+from lsp_jax import processes
+from lsp_jax.config import TrainConfig, flat
 from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState, init_state
 from lsp_jax.model.llama import Params, cast
@@ -66,10 +67,13 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     if policy is not None:
         config = replace(config, model=config.model or policy.source)
     config.check()
+    check_same(config)
     check_trackers(config.report_to)
     directory = Path(config.output_dir).expanduser()
     config = settled(config, directory)
     check_output(config, directory)
+    # midnight may lie between two processes; and from here on the folder may be written to
+    config = replace(config, date=processes.gather("date", config.date)[0])
     workers = Workers(config.reward.workers, config.reward.timeout)
     try:
         opened_rewards = open_rewards(config, rewards, workers)
@@ -97,6 +101,12 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
         raise
     specs = opened_rewards.specs
     return Run(config, policy, reference, game, data, components, specs, workers, mesh, kinds, seed_key, directory)
+
+
+def check_same(config: TrainConfig) -> None:
+    """Raises InputError when several processes have been started with different configurations."""
+    values = {name: value for name, value in flat(config).items() if name != "processes.index"}
+    processes.check_same("config", values, "start all processes with the same settings")
 
 
 def _parked(reference: Params, components: tuple[Reward, ...]) -> tuple[Params, tuple[Reward, ...]]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lsp_jax import processes
 from lsp_jax.learn.update import TrainState
 from lsp_jax.model.sharding import at_work
 from lsp_jax.play.data import data_queries
@@ -27,7 +28,7 @@ from lsp_jax.reward.base import (
     score_on_host,
 )
 from lsp_jax.run import iteration as stages
-from lsp_jax.run.iteration import Learnable
+from lsp_jax.run.iteration import Learnable, first_checked
 from lsp_jax.run.setup import Run
 
 
@@ -52,7 +53,7 @@ class Played(NamedTuple):
     learnable: Learnable
     metrics: dict[str, jax.Array]
     texts: EpisodeTexts | None
-    """Decoded already when a host reward needed them."""
+    """Decoded already, when a host reward needed them and there is one process."""
     handed_over: int
     """Bytes, on one device, of the parameters that played."""
 
@@ -66,33 +67,38 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0)
     rows: list[Mapping[str, Any]] = []
     with phases("challenge"):
         if run.data is None:
-            queries = jax.block_until_ready(stages.challenge(params, run.kinds, key, game))
+            queries = jax.block_until_ready(first_checked(stages.challenge, params, run.kinds, key, game))
         else:
             picked = run.data.batch(cursor, game.play.num_queries, run.config.seed)
             queries, rows = data_queries(run.data, picked), [run.data.rows[index] for index in picked]
     with phases("solve"):
-        episode = jax.block_until_ready(stages.solve(params, queries, key, game))
+        episode = jax.block_until_ready(first_checked(stages.solve, params, queries, key, game))
     handed_over = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     del params
     texts = None
     with phases("reward"):
         if any(isinstance(reward, HostReward) for reward in run.rewards):
-            texts = episode_texts(episode, run.policy.tokenizer)._replace(rows=rows)
+            mine = processes.share(game.play.num_queries)
+            texts = episode_texts(episode, run.policy.tokenizer, queries=mine)
+            texts = texts._replace(rows=[rows[n] for n in mine] if rows else rows)
         outputs = tuple(_score(reward, episode, texts) for reward in run.rewards)
-        learnable = jax.block_until_ready(stages.learn_batch(episode, outputs, run.specs, game))
+        learnable = jax.block_until_ready(first_checked(stages.learn_batch, episode, outputs, run.specs, game))
     with phases("reference"):
         reference = at_work(run.reference)
-        references = jax.block_until_ready(stages.reference(reference, learnable.batch, game))
+        references = jax.block_until_ready(first_checked(stages.reference, reference, learnable.batch, game))
         if game.loss.kl_estimator != "full":
             reference = {}  # its log-probabilities are all that the update needs
     with phases("update"):
         state, metrics = jax.block_until_ready(stages.learn(state, reference, learnable.batch, references, game))
-    return Played(state, episode, learnable, learnable.metrics | metrics, texts, handed_over)
+    whole = texts if processes.number() == 1 else None
+    return Played(state, episode, learnable, learnable.metrics | metrics, whole, handed_over)
 
 
 def _score(reward: Reward, episode: Episode, texts: EpisodeTexts | None) -> RewardOutput:
     if isinstance(reward, DeviceReward):
-        return stages.score(reward.score, at_work(reward.params), episode)
+        params = at_work(reward.params)
+        processes.check_program(f"score {reward.name}", stages.score, reward.score, params, episode)
+        return stages.score(reward.score, params, episode)
     if isinstance(reward, EpisodeReward):
         return reward.score(episode)
     assert texts is not None

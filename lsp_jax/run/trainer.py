@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lsp_jax import host
+from lsp_jax import host, processes
 from lsp_jax.config import TrainConfig
 from lsp_jax.learn.update import TrainState
 from lsp_jax.model.sharding import use_mesh
@@ -32,7 +32,7 @@ class IterationEvent(NamedTuple):
     """1 for the first."""
     metrics: dict[str, float]
     transcripts: list[dict[str, Any]]
-    """One record a query, as written to `transcripts.jsonl`."""
+    """One record a query, as written to `transcripts.jsonl`; with several processes only process 0 has them."""
     state: TrainState
     """The state after the update; donated to the next one, so copy what you keep."""
 
@@ -51,10 +51,17 @@ def train(
 
     `rewards` are components beside the configured ones, `policy` replaces loading `config.model`. Raises InputError
     before any long work when something cannot be used.
+
+    With several processes (`config.processes`) each calls this with the same arguments; process 0 writes, callbacks are
+    called in all. Raises ProcessError naming a process that is late; when one dies the others end with status 3.
     """
-    run = prepare(config, rewards, policy)
-    with use_mesh(run.mesh):
-        return _train(run, callbacks)
+    processes.start(config.processes)
+    with processes.together():
+        run = prepare(config, rewards, policy)
+        with use_mesh(run.mesh):
+            state = _train(run, callbacks)
+        processes.barrier("the end of the run")
+    return state
 
 
 def _train(run: Run, callbacks: Sequence[Callback]) -> TrainState:
@@ -63,22 +70,25 @@ def _train(run: Run, callbacks: Sequence[Callback]) -> TrainState:
     writer = console = None
     try:
         state, saved = start_state(run, checkpoints)
-        claim(run.directory, run.config, run.policy)
+        if processes.is_writer():
+            claim(run.directory, run.config, run.policy)
         # from here on only the reference and the state: the loaded parameters would be one more copy on an accelerator
         run = replace(run, policy=replace(run.policy, params={}))
-        writer = MetricsWriter(run.directory, config.report_to)
-        # a run that died before its first checkpoint begins again: its lines go
-        writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
         done, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
-        messages.announce(run, done)
-        console = Console(config.max_steps, done)
+        if processes.is_writer():
+            writer = MetricsWriter(run.directory, config.report_to)
+            # a run that died before its first checkpoint begins again: its lines go
+            writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
+            messages.announce(run, done)
+            console = Console(config.max_steps, done)
         outputs = Outputs(writer, checkpoints, console, callbacks)
         for number in range(done + 1, config.max_steps + 1):
             state = _one(run, state, number, cursor, outputs)
             cursor += config.play.num_queries
         checkpoints.wait()
         save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
-        messages.finish(run)
+        if processes.is_writer():
+            messages.finish(run)
     finally:
         for resource in (console, writer, checkpoints, run.workers):
             if resource is not None:
@@ -87,11 +97,11 @@ def _train(run: Run, callbacks: Sequence[Callback]) -> TrainState:
 
 
 class Outputs(NamedTuple):
-    """Where an iteration's results go."""
+    """Where an iteration's results go; files and console are process 0's."""
 
-    writer: MetricsWriter
+    writer: MetricsWriter | None
     checkpoints: Checkpoints
-    console: Console
+    console: Console | None
     callbacks: Sequence[Callback]
 
 
@@ -102,7 +112,8 @@ def _one(run: Run, state: TrainState, number: int, cursor: int, outputs: Outputs
     played = play_and_learn(run, state, phases, cursor)
     playing_reads = host.reads() - reads
     with phases("log"):
-        texts = played.texts or episode_texts(played.episode, run.policy.tokenizer)
+        shown = None if processes.is_writer() else range(0)
+        texts = played.texts or episode_texts(played.episode, run.policy.tokenizer, queries=shown)
         values, learned = host.to_host(
             (played.metrics, (played.learnable.advantages, played.learnable.scores, played.episode.answers.stopped))
         )
@@ -117,12 +128,15 @@ def _one(run: Run, state: TrainState, number: int, cursor: int, outputs: Outputs
     metrics["host_reads"] = playing_reads
     metrics["handover/bytes"] = played.handed_over
     metrics["compile/count"], metrics["compile/seconds"] = host.compiles()
-    outputs.writer.write(number, metrics)
-    outputs.writer.write_transcripts(lines)
+    if outputs.writer is not None:
+        outputs.writer.write(number, metrics)
+        outputs.writer.write_transcripts(lines)
     if number % run.config.save_steps == 0 or number == run.config.max_steps:
         following = {"iteration": number, "cursor": cursor + run.config.play.num_queries}
-        outputs.checkpoints.save(number, played.state, {**following, "offsets": outputs.writer.offsets()})
-    outputs.console.step(number, metrics, (lines[0]["query"], lines[0]["answers"][0]["text"]))
+        offsets = {} if outputs.writer is None else outputs.writer.offsets()
+        outputs.checkpoints.save(number, played.state, {**following, "offsets": offsets})
+    if outputs.console is not None:
+        outputs.console.step(number, metrics, (lines[0]["query"], lines[0]["answers"][0]["text"]))
     for callback in outputs.callbacks:
         callback(IterationEvent(number, metrics, lines, played.state))
     return played.state

@@ -1,0 +1,163 @@
+"""One of several processes of a test: `python tests/process_worker.py SCENE PORT NUMBER INDEX [ARGUMENT ...]`.
+
+Prints one JSON object; how it ends is the test's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+DEVICES = 8
+SILENCE = 6.0
+
+scene, port, number, index = sys.argv[1], *map(int, sys.argv[2:5])
+jax.config.update("jax_num_cpu_devices", DEVICES // number)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long here
+
+import lsp_jax as lsp  # noqa: E402
+from lsp_jax import cli, host, processes  # noqa: E402
+from lsp_jax.config import RewardConfig, TrainConfig  # noqa: E402
+from lsp_jax.errors import InputError, ProcessError  # noqa: E402
+from lsp_jax.learn.update import OptimizerConfig  # noqa: E402
+from lsp_jax.model.sharding import MeshConfig, use_mesh  # noqa: E402
+from lsp_jax.reward.verify import callable_reward  # noqa: E402
+from lsp_jax.run.checkpoint import Checkpoints  # noqa: E402
+from lsp_jax.run.setup import prepare, start_state  # noqa: E402
+from test_process_runs import digests  # noqa: E402
+from test_trainer import game_config, host_reward, low_share  # noqa: E402
+
+CONFIG = processes.ProcessConfig(f"127.0.0.1:{port}", number, index, start_timeout=60, timeout=200, silence=SILENCE)
+if number == 1:
+    CONFIG = processes.ProcessConfig()
+
+
+def refusal(call: Callable[..., Any], *arguments: Any) -> str:
+    try:
+        call(*arguments)
+    except (InputError, ProcessError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def matmul(x: jax.Array) -> jax.Array:
+    return x @ x
+
+
+def talk() -> dict[str, Any]:
+    """Gathering, comparing, a barrier that process 1 does not come to."""
+    processes.start(CONFIG)
+    processes.start(CONFIG)  # once is enough
+    found = {
+        "number": processes.number(),
+        "index": processes.index(),
+        "writer": processes.is_writer(),
+        "share": list(processes.share(5)),
+        "gathered": [processes.gather("value", {"from": index, "round": k}) for k in range(3)],
+        "devices": [jax.device_count(), jax.local_device_count()],
+    }
+    processes.check_same("config.", {"seed": 1}, "start all alike")
+    found["config"] = refusal(processes.check_same, "config.", {"model": "m", "seed": index}, "start all alike")
+    processes.check_program("same", jax.jit(matmul), np.ones((2, 2)))
+    other = jax.jit(matmul if index == 0 else lambda x: x @ x + 1)
+    found["program"] = refusal(processes.check_program, "solve", other, np.ones((2, 2)))
+    if index == 0:
+        found["late"] = refusal(processes.barrier, "after loading", 1.0)
+    processes.barrier("the end")
+    return found
+
+
+def die() -> None:
+    """A collective in a loop; the last argument says who dies in it, and how the others wait."""
+    victim, way = int(sys.argv[5]), sys.argv[6]
+    processes.start(CONFIG)
+    with processes.together():
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), "x")
+        spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        ones = jax.make_array_from_callback((DEVICES,), spread, lambda part: np.ones(DEVICES, np.float32)[part])
+        total = jax.jit(lambda x: x.sum(), out_shardings=whole)
+        assert float(total(ones)) == DEVICES
+        processes.barrier("all are here")
+        if index == victim:
+            if way == "raises":
+                raise RuntimeError("no room on the disk")
+            os.kill(os.getpid(), 9)
+        while True:
+            if way == "sleeps":
+                time.sleep(0.1)
+            else:
+                total(ones).block_until_ready()
+
+
+def settings(model: str, directory: str, steps: int, **changes: Any) -> TrainConfig:
+    return game_config(
+        model,
+        directory,
+        max_steps=steps,
+        save_steps=1,
+        save_total_limit=3,
+        processes=CONFIG,
+        reward=RewardConfig(quality_weight=0.5, judge_rows=4),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=3, max_grad_norm=1e9, micro_batch_size=2),
+        **changes,
+    )
+
+
+def played(config: TrainConfig) -> dict[str, Any]:
+    """Trains, with what its callbacks saw."""
+    seen: list[dict[str, float]] = []
+    lines: list[int] = []
+    scored: list[int] = []
+
+    def share(queries: list[str], answers: list[list[str]]) -> list[list[float]]:
+        scored.append(len(queries))
+        return low_share(queries, answers)
+
+    def callback(event: Any) -> None:
+        seen.append(
+            {name: value for name, value in event.metrics.items() if not name.startswith(("time/", "compile/"))}
+        )
+        lines.append(len(event.transcripts))
+
+    lsp.train(config, rewards=[callable_reward(share, "share", weight=2.0)], callbacks=[callback])
+    return {"metrics": seen, "lines": lines, "scored": scored}
+
+
+def play() -> dict[str, Any]:
+    """Two iterations from the start, with a host and a compiled reward: MODEL DIRECTORY."""
+    return played(settings(*sys.argv[5:7], 2))
+
+
+def resume() -> dict[str, Any]:
+    """What is restored of a run of two iterations, and one more: MODEL DIRECTORY DATA FSDP."""
+    sizes = MeshConfig(*map(int, sys.argv[7:9]))
+    config = settings(*sys.argv[5:7], 3, mesh=sizes, resume="must")
+    processes.start(config.processes)
+    run = prepare(config, [host_reward()])
+    checkpoints = Checkpoints(run.directory / "checkpoints")
+    with use_mesh(run.mesh):
+        state, saved = start_state(run, checkpoints)
+        assert saved is not None and saved["iteration"] == 2
+        restored = digests(host.to_host(state))
+    layout = [str(leaf.sharding.spec) for leaf in jax.tree.leaves(state)]
+    checkpoints.close()
+    run.workers.close()
+    return {"mesh": dict(run.mesh.shape), "restored": restored, "layout": layout, **played(config)}
+
+
+def command() -> None:
+    sys.exit(cli.main(sys.argv[5:]))
+
+
+if __name__ == "__main__":
+    said = {"talk": talk, "die": die, "play": play, "resume": resume, "command": command}[scene]()
+    print(json.dumps(said), flush=True)
