@@ -213,7 +213,8 @@ def _learn(compiler: Compiler, config: TrainConfig, game: Game, episode: Any) ->
         lower = partial(stages.with_old_logprobs.lower, game=game)
         batch = alive["batch"] = compiler.stage("old log-probabilities", lower, state.params, batch)
     update = partial(stages.update.lower, game=game)
-    compiler.stage("update", update, state, alive["reference"], batch, references, times=game.loss.num_iterations)
+    against = alive["reference"] if game.loss.kl_estimator == "full" else {}
+    compiler.stage("update", update, state, against, batch, references, times=game.loss.num_iterations)
 
 
 def _output(game: Game) -> RewardOutput:

@@ -19,7 +19,7 @@ from lsp_jax.model.llama import params_shape
 from lsp_jax.model.sharding import AXES
 from lsp_jax.run.iteration import Game
 
-USED = 0.85
+USED = 0.9
 """Share of a device's memory that is planned with: the rest is for what the sums leave out."""
 
 
@@ -63,7 +63,11 @@ def row_bytes(game: Game, tensor: int = 1) -> float:
     model, size, width = game.model, _size(game.compute_dtype), _row_width(game)
     heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
     products = (2 * model.intermediate_size + heads) / tensor + 2 * model.hidden_size  # of one layer with its weights
-    kept = {"full": model.hidden_size, "dots": model.hidden_size + products, "none": 2 * model.hidden_size + 2 * products}
+    kept = {
+        "full": model.hidden_size,
+        "dots": model.hidden_size + products,
+        "none": 2 * model.hidden_size + 2 * products,
+    }
     at_work = 2 * products + 6 * model.hidden_size  # one layer's values and gradients, norms in float32
     scores = 0.0
     if game.compute_dtype == "float32":  # no fused kernel: the scores of one layer, their softmax and its gradient

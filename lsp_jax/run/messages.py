@@ -35,6 +35,8 @@ def announce(run: Run, done: int) -> None:
     if run.mesh is not None:
         sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
         print(f"mesh: {sizes} ({run.mesh.size} devices, {jax.process_count()} processes)")
+    if not config.optimizer.micro_batch_size:
+        print(f"update: {run.game.optimizer.micro_batch_size} rows a device at one time")
     print(policy_in_the_loss(run.game))
     if run.data is not None:
         print(f"data: {len(run.data.rows)} prompts of {printable(config.data.source)}, {run.data.left_out} left out")

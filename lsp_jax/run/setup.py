@@ -27,6 +27,7 @@ from lsp_jax.reward.workers import Workers
 from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.folder import check_output, load_run_params, open_run, settled
 from lsp_jax.run.iteration import Game
+from lsp_jax.run.memory import device_memory, fitted
 from lsp_jax.run.metrics import check_trackers
 from lsp_jax.run.rewards import check_data, load_rewards, open_rewards
 from lsp_jax.text.judge import judge_length
@@ -88,6 +89,8 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
         mesh = make_mesh(config.mesh, opened.config)
         if mesh is not None and opened_rewards.reward_model is not None:
             check_model(tuple(mesh.shape.values()), opened_rewards.reward_model.config, "reward model")
+        memory = min(processes.gather("device memory", device_memory() or 0)) or None
+        game = fitted(game, config, opened_rewards.reward_model and opened_rewards.reward_model.config, mesh, memory)
         policy = replace(opened, params=load(mesh))
         with use_mesh(mesh):
             kinds = token_kinds(policy)
