@@ -51,8 +51,8 @@ class OptimizerConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the first moment. The second stays float32: in bfloat16 its small steps would be rounded away."""
     micro_batch_size: int = 0
-    """Rows whose activations a device holds at one time; gradients of all micro-batches are added up. 0: as many as fit,
-    by an estimate; 8 where a device does not say what it can hold."""
+    """Rows whose activations a device holds at one time; gradients of all micro-batches are added up. 0: as many as
+    fit, by an estimate; 8 where a device does not say what it can hold."""
     logprob_chunk: int = 512
     """Tokens whose logits a device holds at one time."""
     remat: Remat = "full"
