@@ -28,7 +28,7 @@ from lsp_jax.run.iteration import Game
 from lsp_jax.text.prompts import ids_row
 
 # Twice what bfloat16 on the CPU itself differs by at 8 layers: 0.021 and 0.025 of the logits, 0.015 and 0.024 nats, for
-# the 1B and 3B shapes. Numbers that are wrong differ by ten times as much.
+# the 1B and 3B shapes.
 LOGITS_TOLERANCE = 0.05  # ||difference|| over ||logits - their mean||
 LOGPROB_TOLERANCE = 0.05  # nats, mean over tokens
 Result = dict[str, Any]
