@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from lsp_jax import host
-from lsp_jax.model.sharding import place
+from lsp_jax.model.sharding import place, shard_params
 from lsp_jax.play.generate import Completions, rollout
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.play.selfplay import Episode
@@ -64,7 +64,8 @@ def text_scores(
 def write_judgements(
     params: Any, episode: Episode, *, judge: Judge, max_length: int, stop_ids: tuple[int, ...]
 ) -> Completions:
-    """The judge's turns, greedy: arrays [N, G, ...]. Pure."""
+    """The judge's turns, greedy: arrays [N, G, ...]. Pure. On a mesh the reference is laid out for decoding first."""
+    params = params | {"reference": shard_params(params["reference"], "decode")}
 
     def write(prefixes: Any, last: jax.Array) -> Completions:
         keys = row_keys(jax.random.key(0), last.shape[0])  # greedy: never drawn from
