@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -78,7 +79,8 @@ def talk() -> dict[str, Any]:
 def die() -> None:
     """A collective in a loop; the last argument says who dies in it, and how the others wait."""
     victim, way = int(sys.argv[5]), sys.argv[6]
-    processes.start(CONFIG)
+    # what a kill promises, with the default; the rest sooner
+    processes.start(replace(CONFIG, silence=processes.ProcessConfig().silence) if way == "works" else CONFIG)
     with processes.together():
         mesh = jax.sharding.Mesh(np.array(jax.devices()), "x")
         spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
@@ -112,8 +114,8 @@ def settings(model: str, directory: str, steps: int, **changes: Any) -> TrainCon
     )
 
 
-def played(config: TrainConfig) -> dict[str, Any]:
-    """Trains, with what its callbacks saw."""
+def played(config: TrainConfig, killed: int = -1) -> dict[str, Any]:
+    """Trains, with what its callbacks saw; the process `killed` dies after its first iteration."""
     seen: list[dict[str, float]] = []
     lines: list[int] = []
     scored: list[int] = []
@@ -127,14 +129,16 @@ def played(config: TrainConfig) -> dict[str, Any]:
             {name: value for name, value in event.metrics.items() if not name.startswith(("time/", "compile/"))}
         )
         lines.append(len(event.transcripts))
+        if index == killed:
+            os.kill(os.getpid(), 9)
 
     lsp.train(config, rewards=[callable_reward(share, "share", weight=2.0)], callbacks=[callback])
     return {"metrics": seen, "lines": lines, "scored": scored}
 
 
 def play() -> dict[str, Any]:
-    """Two iterations from the start, with a host and a compiled reward: MODEL DIRECTORY."""
-    return played(settings(*sys.argv[5:7], 2))
+    """Two iterations from the start, with a host and a compiled reward: MODEL DIRECTORY [KILLED]."""
+    return played(settings(*sys.argv[5:7], 2), *map(int, sys.argv[7:8]))
 
 
 def resume() -> dict[str, Any]:
@@ -155,7 +159,16 @@ def resume() -> dict[str, Any]:
 
 
 def command() -> None:
-    sys.exit(cli.main(sys.argv[5:]))
+    """The command line with these arguments."""
+    group = {
+        "coordinator": CONFIG.coordinator,
+        "number": number,
+        "index": index,
+        "start-timeout": 60,
+        "silence": SILENCE,
+    }
+    flags = [text for name, value in group.items() for text in (f"--processes.{name}", str(value))]
+    sys.exit(cli.main([*sys.argv[5:], *flags]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from lsp_jax.model.llama import init_params
 from lsp_jax.model.sharding import partitions
 from lsp_jax.model.weights import read_config
 from lsp_jax.run.checkpoint import Checkpoints, abstract
-from test_processes import run_together
+from test_processes import LIMIT, check_killed, run_together
 from test_trainer import read_lines
 
 pytestmark = pytest.mark.full
@@ -121,6 +121,12 @@ def test_a_run_of_either_resumes_on_the_other(runs: Runs):
     lines = [read_lines(directory / "transcripts.jsonl")[8:] for directory in (runs.two, runs.one)]
     texts = [[(line["query"], [a["text"] for a in line["answers"]]) for line in part] for part in lines]
     assert len(texts[0]) == 4 and texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killing_one_process_of_a_run_ends_the_other_with_its_name(game_model: Path, tmp_path: Path, victim: int):
+    ended = run_together("play", game_model, tmp_path / "run", victim, victim=victim, limit=LIMIT)
+    check_killed(ended, victim)
 
 
 def is_spec(value: Any) -> bool:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,9 +39,17 @@ class Ended(NamedTuple):
 
 
 def run_together(
-    scene: str, *arguments: Any, number: int = 2, limit: float = 300, **each: list[list[Any]]
+    scene: str,
+    *arguments: Any,
+    number: int = 2,
+    victim: int = 0,
+    limit: float = 300,
+    more: Sequence[Sequence[Any]] = (),
 ) -> list[Ended]:
-    """Starts `number` processes of `process_worker.py` side by side and waits for all; `more[i]` are arguments of i."""
+    """Starts `number` processes of `process_worker.py` side by side and waits for all; `more[i]` are arguments of i.
+
+    Once the `victim` has ended, each of the others has `limit` seconds.
+    """
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]
     root = WORKER.parents[1]
@@ -48,15 +57,15 @@ def run_together(
     started = []
     try:
         for index in range(number):
-            mine = [*arguments, *each["more"][index]] if each else arguments
+            mine = [*arguments, *more[index]] if more else arguments
             command = [sys.executable, str(WORKER), scene, *map(str, (port, number, index, *mine))]
             pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             started.append(subprocess.Popen(command, env=environment, **pipes))
-        ended = []
-        for process in started:
-            out, err = process.communicate(timeout=limit)
-            ended.append(Ended(process.returncode, out, err))
-        return ended
+        ended = {}
+        for index in sorted(range(number), key=lambda index: index != victim):
+            out, err = started[index].communicate(timeout=300 if index == victim else limit)
+            ended[index] = Ended(started[index].returncode, out, err)
+        return [ended[index] for index in range(number)]
     finally:
         for process in started:
             process.kill()
@@ -127,13 +136,26 @@ def test_two_processes_tell_one_another_what_they_must():
     assert zero["late"] == f"ProcessError: after loading: {me} did not come within 1 seconds"
 
 
+@pytest.mark.full
+def test_different_configurations_are_refused_in_one_line_before_anything_is_written(game_model: Path, tmp_path: Path):
+    arguments = ["train", "--model", game_model, "--output-dir", tmp_path / "run", "--seed"]
+    for ended in run_together("command", *arguments, more=[[0], [1]]):
+        assert ended.status == 2, ended.err
+        assert f"config seed = 0: in process 0 ({socket.gethostname()}), but process 1 " in ended.line()
+        assert "has 1: start all processes with the same settings" in ended.line() and "Traceback" not in ended.err
+    assert not (tmp_path / "run").exists()
+
+
 # --- how they end --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("victim", "way"), [(1, "works"), (0, "works"), (1, "sleeps")])
 def test_killing_one_process_ends_the_other_with_its_name(victim: int, way: str):
-    ended = run_together("die", victim, way, limit=LIMIT)
+    check_killed(run_together("die", victim, way, victim=victim, limit=LIMIT), victim)
+
+
+def check_killed(ended: list[Ended], victim: int) -> None:
     assert ended[victim].status == -9
     other = ended[1 - victim]
     assert other.status == LOST_STATUS, other.err
@@ -143,7 +165,7 @@ def test_killing_one_process_ends_the_other_with_its_name(victim: int, way: str)
 @pytest.mark.full
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_error_in_one_process_ends_the_other_with_the_reason(victim: int):
-    ended = run_together("die", victim, "raises", limit=LIMIT)
+    ended = run_together("die", victim, "raises", victim=victim, limit=LIMIT)
     assert ended[victim].status == 1 and "no room on the disk" in ended[victim].err
     other = ended[1 - victim]
     assert other.status == LOST_STATUS, other.err
