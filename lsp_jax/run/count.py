@@ -83,9 +83,9 @@ def count(program: Program, chips: int) -> Work:
     def work_of(name: str) -> Work:
         if name not in done:
             done[name] = total = Work()
-            computation = program.computations[name]
+            computation, seen = program.computations[name], set()
             for instruction in computation.instructions.values():
-                total.add(_work(program, computation, instruction, chips, work_of))
+                total.add(_work(program, computation, instruction, chips, work_of, seen))
         return done[name]
 
     return work_of(program.entry.name)
@@ -97,9 +97,10 @@ def _work(
     instruction: Instruction,
     chips: int,
     work_of: Callable[[str], Work],
+    seen: set[str],
 ) -> Work:
+    """`seen` are the channels of the collectives counted in this computation: TPUs spread one over many kernels."""
     opcode, work = instruction.opcode, Work()
-    kind = opcode.removesuffix("-start")
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return work
     if opcode == "while":
@@ -112,25 +113,44 @@ def _work(
     elif opcode == "conditional":
         branches = [work_of(name) for name in _branches(instruction)]
         work.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
-    elif kind in COLLECTIVES:
-        _add_collective(work, kind, computation, instruction, chips)
+    elif _collective(instruction):
+        _add_collective(work, opcode.removesuffix("-start"), computation, instruction, chips)
         work.bytes = _moved(computation, instruction)
     elif opcode == "fusion":
         inside = program.computations[instruction.called("calls") or ""]
+        work.flops = _fused_flops(program, inside)
         for part in inside.instructions.values():
-            work.flops += flops(inside, part)
-            if part.opcode.removesuffix("-start") in COLLECTIVES:
-                # an all-reduce of which each chip keeps its slice is a reduce-scatter
-                scatters = part.opcode == "all-reduce" and any(
-                    user.opcode == "dynamic-slice" for user in inside.users[part.name]
-                )
-                name = "reduce-scatter" if scatters else part.opcode.removesuffix("-start")
-                _add_collective(work, name, inside, part, chips)
-        work.bytes = _fusion_bytes(computation, instruction, inside)
+            channel = re.search(r"channel_id=(\d+)", part.attributes)
+            if _collective(part) and not (channel and channel[1] in seen):
+                seen.update(channel.groups() if channel else ())
+                _add_collective(work, _fused_kind(inside, part), inside, part, chips)
+                work.bytes += _moved(inside, part)
+        work.bytes += _fusion_bytes(computation, instruction, inside)
     else:
         work.flops = flops(computation, instruction)
         work.bytes = _moved(computation, instruction)
     return work
+
+
+def _collective(instruction: Instruction) -> bool:
+    return instruction.opcode.removesuffix("-start") in COLLECTIVES
+
+
+def _fused_kind(inside: Computation, part: Instruction) -> str:
+    """An all-reduce of which each chip keeps its slice is a reduce-scatter."""
+    if part.opcode == "all-reduce" and any(user.opcode == "dynamic-slice" for user in inside.users[part.name]):
+        return "reduce-scatter"
+    return part.opcode.removesuffix("-start")
+
+
+def _fused_flops(program: Program, inside: Computation) -> float:
+    """Of a fused kernel and those fused into it."""
+    total = 0.0
+    for part in inside.instructions.values():
+        total += flops(inside, part)
+        if part.opcode == "fusion":
+            total += _fused_flops(program, program.computations[part.called("calls") or ""])
+    return total
 
 
 def _branches(instruction: Instruction) -> list[str]:
@@ -252,12 +272,15 @@ def _moved(computation: Computation, instruction: Instruction) -> float:
     """Bytes that one kernel reads and writes in main memory."""
     given = list(_inputs(computation, instruction))
     made = instruction.arrays
-    if instruction.opcode == "copy-start":  # (destination, source, flag)
-        return made[0].stored + made[1].stored
-    if instruction.opcode in _SLICES:
+    opcode = instruction.opcode
+    if opcode.endswith("-start"):  # what it was given stands among its results, with flags
+        opcode = opcode.removesuffix("-start")
+        source = len(instruction.operands)
+        made = made[:source] if opcode == "copy" else made[source : 2 * source]
+    if opcode in _SLICES:
         return made[0].stored + (made[0].bytes if given[0][0].space == 0 else 0)
-    if instruction.opcode in ("dynamic-update-slice", "scatter"):
-        update = given[1 if instruction.opcode == "dynamic-update-slice" else 2][0]
+    if opcode in ("dynamic-update-slice", "scatter"):
+        update = given[1 if opcode == "dynamic-update-slice" else 2][0]
         return update.stored + (update.bytes if made[0].space == 0 else 0)
     return sum(array.stored for array in made) + sum(array.stored for arrays in given for array in arrays)
 
@@ -289,6 +312,8 @@ def _read(inside: Computation, source: Instruction) -> float:
             total += user.arrays[0].bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
             continue  # updated in place
+        elif _collective(user) or (user.opcode == "tuple" and user.root):
+            continue  # counted with the collective; handed through
         else:
             return sum(array.bytes for array in source.arrays)
     return total
@@ -297,6 +322,8 @@ def _read(inside: Computation, source: Instruction) -> float:
 def _written(inside: Computation, root: Instruction) -> float:
     while root.opcode == "bitcast":
         root = inside.instructions[root.operands[0]]
+    if root.opcode == "parameter" or _collective(root):
+        return 0
     if root.opcode == "dynamic-update-slice":
         return inside.instructions[root.operands[1]].arrays[0].bytes
     return sum(array.bytes for array in root.arrays)
