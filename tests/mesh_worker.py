@@ -106,7 +106,9 @@ def main() -> None:
             optimizer=OptimizerConfig(learning_rate=1e-3, micro_batch_size=2, logprob_chunk=4),
         )
         make, setup.make_mesh = setup.make_mesh, lambda *_: None
-        alone = iteration(setup.prepare(config))
+        # micro-batches are rows a device: as many in all as on the mesh of 8
+        at_once = replace(config, optimizer=replace(config.optimizer, micro_batch_size=16))
+        alone = iteration(setup.prepare(at_once))
         setup.make_mesh = make
         found: dict[str, Any] = {"alone": {"temporaries": alone["temporaries"]}}
         norm = np.linalg.norm(alone["gradient"])

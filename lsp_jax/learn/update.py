@@ -190,8 +190,9 @@ def role_gradients(
     loss: LossConfig,
     opt: OptimizerConfig,
     temperature: float,
+    total: Params | None = None,
 ) -> tuple[jax.Array, Metrics, Params]:
-    """Loss, metric sums and gradient of one role's rows, added up over micro-batches."""
+    """Loss, metric sums and float32 gradient of one role's rows, added up over micro-batches and onto `total`."""
 
     def micro_loss(params: Params, part: tuple[Rows, Reference]) -> tuple[jax.Array, Metrics]:
         rows, ref = part
@@ -211,7 +212,8 @@ def role_gradients(
     parts = shard_rows((micro_batches(rows, size), split_reference), axis=1)
     if parts[0].tokens.shape[0] == 1:  # no accumulator: one gradient less in memory
         (value, sums), grads = gradient(params, jax.tree.map(lambda x: x[0], parts))
-        return value, sums, shard_params(cast(grads, "float32"))
+        grads = shard_params(cast(grads, "float32"))
+        return value, sums, grads if total is None else jax.tree.map(jnp.add, total, grads)
 
     def add(total: Any, part: tuple[Rows, Reference]) -> tuple[Any, None]:
         scalars, grads = gradient(params, part)
@@ -219,7 +221,8 @@ def role_gradients(
 
     first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
     scalars, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
-    ((value, sums), grads), _ = jax.lax.scan(add, (scalars, shard_params(grads)), parts)
+    start = scalars, shard_params(grads) if total is None else total
+    ((value, sums), grads), _ = jax.lax.scan(add, start, parts)
     return value, sums, grads
 
 
@@ -247,10 +250,9 @@ def gradients(
     )
     metrics = {"loss": value, **_means("solver", sums, value)}
     if batch.challenger is not None and challenger is not None:
-        value, sums, more = role_gradients(
-            params, reference_params, batch.challenger, challenger, config, loss, opt, temperature[1]
+        value, sums, grads = role_gradients(
+            params, reference_params, batch.challenger, challenger, config, loss, opt, temperature[1], grads
         )
-        grads = jax.tree.map(jnp.add, grads, more)
         metrics |= {"loss": metrics["loss"] + value, **_means("challenger", sums, value)}
     return grads, metrics
 
@@ -273,13 +275,15 @@ def apply_gradients(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
-    def step(_: None) -> tuple[Any, Any]:
-        updates, opt_state = optimizer(opt).update(grads, state.opt_state, state.params)
-        # gradients are float32 whatever the parameters are: the moments keep the dtype they were made with
-        opt_state = jax.tree.map(lambda new, old: new.astype(old.dtype), opt_state, state.opt_state)
-        return optax.apply_updates(state.params, updates), opt_state
+    updates, opt_state = optimizer(opt).update(grads, state.opt_state, state.params)
+    moved = optax.apply_updates(state.params, updates), opt_state
 
-    params, opt_state = jax.lax.cond(finite, step, lambda _: (state.params, state.opt_state), None)
+    def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+        # a choice element by element, not a branch, whose result would be a second copy of the whole state; moments of
+        # float32 gradients go back to the dtype they were made with
+        return jnp.where(finite, new.astype(old.dtype), old)
+
+    params, opt_state = jax.tree.map(kept, moved, (state.params, state.opt_state))
     skipped = state.skipped + ~finite
     new = shard_params(TrainState(params, opt_state, state.iteration, state.attempt, skipped))
     return new, {"grad_norm": norm, "skipped_updates": skipped.astype(jnp.float32)}
