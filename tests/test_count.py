@@ -9,7 +9,8 @@ import pytest
 
 from lsp_jax.model import llama
 from lsp_jax.run import hlo
-from lsp_jax.run.count import COLLECTIVES, Work, count, flops, group_size
+from lsp_jax.run.count import COLLECTIVES, Work, count, group_size
+from lsp_jax.run.products import flops
 from tiny import tiny_config, tiny_params
 
 
