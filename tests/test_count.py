@@ -9,7 +9,8 @@ import pytest
 
 from lsp_jax.model import llama
 from lsp_jax.run import hlo
-from lsp_jax.run.count import COLLECTIVES, Work, count, flops, group_size
+from lsp_jax.run.count import COLLECTIVES, Work, count, group_size
+from lsp_jax.run.products import flops
 from tiny import tiny_config, tiny_params
 
 
@@ -217,6 +218,52 @@ ENTRY %main (q: x) -> y {
   ROOT %bwd = (bf16[8,4,256,128]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"intermediate_tensor_shape": {"dimensions": ["8", "4", "256", "256"]}, "mask_type": "CAUSAL"}
 }
 """  # noqa: E501
+
+
+SPREAD = """HloModule m
+
+%product (l: f32[16,32], r: f32[32,8]) -> f32[16,8] {
+  %l = f32[16,32]{1,0} parameter(0)
+  %r = f32[32,8]{1,0} parameter(1)
+  ROOT %p = f32[16,8]{1,0} dot(%l, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%gather_begins (a: f32[64]) -> (f32[64], f32[256]) {
+  %a = f32[64]{0} parameter(0)
+  %g = f32[256]{0} all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %t = (f32[64]{0}, f32[256]{0}) tuple(%a, %g)
+}
+
+%gather_goes_on (a: f32[64], b: f32[256], l: f32[16,32], r: f32[32,8]) -> (f32[16,8], f32[64], f32[256]) {
+  %a = f32[64]{0} parameter(0)
+  %b = f32[256]{0} parameter(1)
+  %l = f32[16,32]{1,0} parameter(2)
+  %r = f32[32,8]{1,0} parameter(3)
+  %g = f32[256]{0} all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+  %p = f32[16,8]{1,0} fusion(%l, %r), kind=kOutput, calls=%product
+  ROOT %t = (f32[16,8]{1,0}, f32[64]{0}, f32[256]{0}) tuple(%p, %a, %b)
+}
+
+ENTRY %main (a: f32[64], l: f32[16,32], r: f32[32,8]) -> f32[16,8] {
+  %a = f32[64]{0} parameter(0)
+  %l = f32[16,32]{1,0} parameter(1)
+  %r = f32[32,8]{1,0} parameter(2)
+  %start = (f32[64]{0}, f32[256]{0}) fusion(%a), kind=kCustom, calls=%gather_begins
+  %own = f32[64]{0} get-tuple-element(%start), index=0
+  %all = f32[256]{0} get-tuple-element(%start), index=1
+  %on = (f32[16,8]{1,0}, f32[64]{0}, f32[256]{0}) fusion(%own, %all, %l, %r), kind=kOutput, calls=%gather_goes_on
+  %moved = ((f32[256]{0}), f32[64]{0:S(1)}, s32[]{:S(2)}) slice-start(%all), slice={[0:64]}
+  ROOT %out = f32[16,8]{1,0} get-tuple-element(%on), index=0
+}
+"""
+
+
+def test_a_collective_spread_over_kernels_counts_once_and_a_prefetch_only_its_slice():
+    work = count(hlo.parse(SPREAD), 4)
+    assert work.collectives == {"all-gather": 1024 * 3 / 4}
+    assert work.flops == 2 * 16 * 32 * 8
+    gathered, product, prefetched = 4 * (64 + 256), 4 * (16 * 32 + 32 * 8 + 16 * 8), 4 * 64
+    assert work.bytes == gathered + product + prefetched
 
 
 def test_fused_attention_counts_half_of_the_scores():

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from lsp_jax.run.hlo import Array, Computation, Instruction, Program
+from lsp_jax.run.hlo import Computation, Instruction, Program, inputs
+from lsp_jax.run.products import flops
 
 COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
     "all-gather": lambda given, made, n: made * (n - 1) / n,
@@ -83,9 +82,9 @@ def count(program: Program, chips: int) -> Work:
     def work_of(name: str) -> Work:
         if name not in done:
             done[name] = total = Work()
-            computation = program.computations[name]
+            computation, seen = program.computations[name], set()
             for instruction in computation.instructions.values():
-                total.add(_work(program, computation, instruction, chips, work_of))
+                total.add(_work(program, computation, instruction, chips, work_of, seen))
         return done[name]
 
     return work_of(program.entry.name)
@@ -97,9 +96,10 @@ def _work(
     instruction: Instruction,
     chips: int,
     work_of: Callable[[str], Work],
+    seen: set[str],
 ) -> Work:
+    """`seen` are the channels of the collectives counted in this computation: TPUs spread one over many kernels."""
     opcode, work = instruction.opcode, Work()
-    kind = opcode.removesuffix("-start")
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return work
     if opcode == "while":
@@ -112,25 +112,49 @@ def _work(
     elif opcode == "conditional":
         branches = [work_of(name) for name in _branches(instruction)]
         work.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
-    elif kind in COLLECTIVES:
-        _add_collective(work, kind, computation, instruction, chips)
+    elif _collective(instruction):
+        _add_collective(work, opcode.removesuffix("-start"), computation, instruction, chips)
         work.bytes = _moved(computation, instruction)
     elif opcode == "fusion":
         inside = program.computations[instruction.called("calls") or ""]
+        work.flops = _fused_flops(program, inside)
         for part in inside.instructions.values():
-            work.flops += flops(inside, part)
-            if part.opcode.removesuffix("-start") in COLLECTIVES:
-                # an all-reduce of which each chip keeps its slice is a reduce-scatter
-                scatters = part.opcode == "all-reduce" and any(
-                    user.opcode == "dynamic-slice" for user in inside.users[part.name]
-                )
-                name = "reduce-scatter" if scatters else part.opcode.removesuffix("-start")
-                _add_collective(work, name, inside, part, chips)
-        work.bytes = _fusion_bytes(computation, instruction, inside)
+            channel = re.search(r"channel_id=(\d+)", part.attributes)
+            if _collective(part) and not (channel and channel[1] in seen):
+                seen.update(channel.groups() if channel else ())
+                _add_collective(work, _fused_kind(inside, part), inside, part, chips)
+                work.bytes += _moved(inside, part)
+        work.bytes += _fusion_bytes(computation, instruction, inside)
     else:
         work.flops = flops(computation, instruction)
         work.bytes = _moved(computation, instruction)
     return work
+
+
+def _collective(instruction: Instruction) -> bool:
+    return instruction.opcode.removesuffix("-start") in COLLECTIVES
+
+
+def _ends_collective(instruction: Instruction) -> bool:
+    """The last kernel of those that one collective is spread over."""
+    return 'custom_call_target="AsyncCollectiveDone"' in instruction.attributes
+
+
+def _fused_kind(inside: Computation, part: Instruction) -> str:
+    """An all-reduce of which each chip keeps its slice is a reduce-scatter."""
+    if part.opcode == "all-reduce" and any(user.opcode == "dynamic-slice" for user in inside.users[part.name]):
+        return "reduce-scatter"
+    return part.opcode.removesuffix("-start")
+
+
+def _fused_flops(program: Program, inside: Computation) -> float:
+    """Of a fused kernel and those fused into it."""
+    total = 0.0
+    for part in inside.instructions.values():
+        total += flops(inside, part)
+        if part.opcode == "fusion":
+            total += _fused_flops(program, program.computations[part.called("calls") or ""])
+    return total
 
 
 def _branches(instruction: Instruction) -> list[str]:
@@ -140,131 +164,29 @@ def _branches(instruction: Instruction) -> list[str]:
     return [name for key in ("true_computation", "false_computation") if (name := instruction.called(key))]
 
 
-def _inputs(computation: Computation, instruction: Instruction) -> Iterator[tuple[Array, ...]]:
-    for operand in instruction.operands:
-        yield computation.instructions[operand].arrays
-
-
-# --- operations ----------------------------------------------------------------------------------------------------
-
-
-def flops(computation: Computation, instruction: Instruction) -> float:
-    """Operations of one instruction: matrix products in whatever form the compiler gave them, else 0."""
-    if instruction.opcode == "dot":
-        return _dot(*_pair(computation, instruction), instruction)
-    if instruction.opcode == "convolution":
-        return _convolution(*_pair(computation, instruction), instruction)
-    if instruction.opcode == "custom-call":
-        return _custom(computation, instruction)
-    return 0
-
-
-def _pair(computation: Computation, instruction: Instruction) -> tuple[Array, Array]:
-    left, right = (given[0] for given in list(_inputs(computation, instruction))[:2])
-    return left, right
-
-
-def _numbers(text: str, name: str) -> list[int]:
-    match = re.search(rf"{name}=\{{([\d,]*)\}}", text)
-    return [int(number) for number in match[1].split(",") if number] if match else []
-
-
-def _dot(left: Array, right: Array, instruction: Instruction) -> float:
-    contracted = math.prod(left.shape[axis] for axis in _numbers(instruction.attributes, "lhs_contracting_dims"))
-    return 2 * instruction.arrays[0].size * contracted
-
-
-def _convolution(left: Array, right: Array, instruction: Instruction) -> float:
-    """TPUs spell every matrix product as a convolution, batch dimensions as windows that mostly meet padding.
-
-    Only window positions that meet a real element count, as they are all that the hardware multiplies.
-    """
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    assert labels is not None
-    left_labels, right_labels, out_labels = labels.groups()
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", _window(instruction.attributes)))
-    made = instruction.arrays[0]
-    taps = 1.0
-    for axis, label in enumerate(sorted(label for label in out_labels if label.isdigit())):
-        pads = _per_axis(window.get("pad"), axis, "0_0").split("_")
-        taps *= _taps(
-            inside=left.shape[left_labels.index(label)],
-            size=right.shape[right_labels.index(label)],
-            out=made.shape[out_labels.index(label)],
-            stride=int(_per_axis(window.get("stride"), axis, "1")),
-            low=int(pads[0]),
-            spread=int(_per_axis(window.get("lhs_dilate"), axis, "1")),
-            reach=int(_per_axis(window.get("rhs_dilate"), axis, "1")),
-        )
-    depth = right.shape[right_labels.index("i")]
-    return 2 * taps * depth * made.shape[out_labels.index("b")] * made.shape[out_labels.index("f")]
-
-
-def _window(attributes: str) -> str:
-    match = re.search(r"window=\{([^}]*)\}", attributes)
-    return match[1] if match else ""
-
-
-def _per_axis(text: str | None, axis: int, default: str) -> str:
-    return text.split("x")[axis] if text else default
-
-
-def _taps(inside: int, size: int, out: int, stride: int, low: int, spread: int, reach: int) -> int:
-    """Pairs of output position and window position along one axis that meet an element of the input."""
-    position = np.arange(out)[:, None] * stride + np.arange(size)[None] * reach - low
-    return int(np.sum((position >= 0) & (position <= (inside - 1) * spread) & (position % spread == 0)))
-
-
-def _custom(computation: Computation, instruction: Instruction) -> float:
-    """Library calls: cuBLAS products and fused attention. Others move bytes and multiply nothing."""
-    attributes = instruction.attributes
-    target = re.search(r'custom_call_target="([^"]*)"', attributes)
-    splash = re.search(r"splash_\w+_(fwd|dkv|dq)", instruction.name)
-    if target is not None and target[1].startswith("__cublas$"):
-        left = _pair(computation, instruction)[0]
-        contracted = _quoted("lhs_contracting_dimensions", attributes)
-        return 2 * instruction.arrays[0].size * math.prod(left.shape[axis] for axis in contracted)
-    if target is not None and target[1].startswith("__cudnn$fmha"):
-        scores = math.prod(_quoted("dimensions", attributes))  # of [B, H, S, S], of which a causal mask leaves half
-        half = 1 if '"mask_type": "CAUSAL"' in attributes else 2
-        products = 5 if "Backward" in target[1] else 2
-        return products * half * scores * _pair(computation, instruction)[0].shape[-1]
-    if splash:  # causal: two tables of blocks, then queries [.., H, S, h] and keys [.., K, S, h]
-        queries, keys = list(_inputs(computation, instruction))[2:4]
-        return _SPLASH[splash[1]] * queries[0].size * keys[0].shape[-2]
-    return 0
-
-
-_SPLASH = {"fwd": 2, "dkv": 4, "dq": 3}
-"""Products of splash attention's kernels; each backward one computes scores and weights' gradients for itself."""
-
-
-def _quoted(name: str, attributes: str) -> list[int]:
-    """A list of numbers in a configuration that is written as JSON."""
-    match = re.search(rf'"{name}": ?\[([^\]]*)\]', attributes)
-    return [int(number.strip('" ')) for number in match[1].split(",") if number.strip()] if match else []
-
-
 # --- bytes ---------------------------------------------------------------------------------------------------------
 
 
 def _moved(computation: Computation, instruction: Instruction) -> float:
     """Bytes that one kernel reads and writes in main memory."""
-    given = list(_inputs(computation, instruction))
+    given = list(inputs(computation, instruction))
     made = instruction.arrays
-    if instruction.opcode == "copy-start":  # (destination, source, flag)
-        return made[0].stored + made[1].stored
-    if instruction.opcode in _SLICES:
+    opcode = instruction.opcode
+    if opcode.endswith("-start"):  # what it was given stands among its results, with flags
+        opcode = opcode.removesuffix("-start")
+        source = len(instruction.operands)
+        made = made[:source] if opcode == "copy" else made[source : 2 * source]
+    if opcode in _SLICES:
         return made[0].stored + (made[0].bytes if given[0][0].space == 0 else 0)
-    if instruction.opcode in ("dynamic-update-slice", "scatter"):
-        update = given[1 if instruction.opcode == "dynamic-update-slice" else 2][0]
+    if opcode in ("dynamic-update-slice", "scatter"):
+        update = given[1 if opcode == "dynamic-update-slice" else 2][0]
         return update.stored + (update.bytes if made[0].space == 0 else 0)
     return sum(array.stored for array in made) + sum(array.stored for arrays in given for array in arrays)
 
 
 def _fusion_bytes(computation: Computation, instruction: Instruction, inside: Computation) -> float:
     """As `_moved`; what the fused kernel only slices, or updates in place, counts as the slice."""
-    given = list(_inputs(computation, instruction))
+    given = list(inputs(computation, instruction))
     moved = 0.0
     for number, parameter in inside.parameters():
         arrays = given[number] if number < len(given) else ()
@@ -289,6 +211,8 @@ def _read(inside: Computation, source: Instruction) -> float:
             total += user.arrays[0].bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
             continue  # updated in place
+        elif _collective(user) or _ends_collective(user) or (user.opcode == "tuple" and user.root):
+            continue  # counted with the collective; handed through
         else:
             return sum(array.bytes for array in source.arrays)
     return total
@@ -297,6 +221,8 @@ def _read(inside: Computation, source: Instruction) -> float:
 def _written(inside: Computation, root: Instruction) -> float:
     while root.opcode == "bitcast":
         root = inside.instructions[root.operands[0]]
+    if root.opcode == "parameter" or _collective(root) or _ends_collective(root):
+        return 0
     if root.opcode == "dynamic-update-slice":
         return inside.instructions[root.operands[1]].arrays[0].bytes
     return sum(array.bytes for array in root.arrays)
@@ -306,7 +232,7 @@ def _written(inside: Computation, root: Instruction) -> float:
 
 
 def _add_collective(work: Work, kind: str, computation: Computation, instruction: Instruction, chips: int) -> None:
-    given = sum(array.bytes for arrays in _inputs(computation, instruction) for array in arrays)
+    given = sum(array.bytes for arrays in inputs(computation, instruction) for array in arrays)
     made = sum(array.bytes for array in instruction.arrays)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
         # (what is given, what is made, ...): the result alone

@@ -151,6 +151,12 @@ def _instruction(line: str) -> Instruction | None:
     return Instruction(match[2], opcode, arrays(rest[:end]), operands, arguments, attributes, match[1] is not None)
 
 
+def inputs(computation: Computation, instruction: Instruction) -> Iterator[tuple[Array, ...]]:
+    """The results that `instruction` reads, in the order of its operands."""
+    for operand in instruction.operands:
+        yield computation.instructions[operand].arrays
+
+
 def arrays(text: str) -> tuple[Array, ...]:
     """`(f32[2,3]{1,0:S(1)}, s32[])` -> its arrays; a dynamic dimension (`<=8`) counts at its bound."""
     found = []
