@@ -215,7 +215,9 @@ def test_a_whole_iteration_compiles_as_one_program_for_tpus(tmp_path: Path):
     with use_mesh(mesh):
         lowered = jax.jit(iteration, donate_argnums=0).lower(state, reference, judged, kinds, key)
     compiled = lowered.compile()
-    work = count(hlo.parse(compiled.as_text()), len(machine.devices))
+    text = compiled.as_text()
+    assert "splash_mha_fwd" in text and "splash_mha_dkv" in text and "splash_mha_dq" in text
+    work = count(hlo.parse(text), len(machine.devices))
     assert work.flops > 0 and work.unknown_loops == 0
     assert work.collectives["all-reduce"] > 0  # partial sums over `tensor`
     after = compiled.output_shardings[0]

@@ -107,7 +107,7 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
         phases=tuple(compiled.phases),
         checkpoint=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(alive["state"])),
         verdict=_verdict(compiled.phases, resident, topology.chip),
-        versions={name: version(name) for name in ("lsp-jax", "jax", "jaxlib", "flax")},
+        versions={name: version(name) for name in ("jax", "jaxlib", "flax", topology.compiler)},
     )
 
 

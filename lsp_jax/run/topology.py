@@ -80,6 +80,11 @@ class Topology:
     devices: Sequence[Any]
     """As `jax.devices()` gives them where the machine is."""
 
+    @property
+    def compiler(self) -> str:
+        """The package that compiles for it."""
+        return _PLUGIN[self.chip.platform][0].replace("_", "-")
+
 
 def open_topology(name: str) -> Topology:
     """The machine `name`: `v5e:4x4`, `v5p:2x2x2`, `h100:1`, `h100:8`, ...
