@@ -19,6 +19,7 @@ from typing import Any
 from lsp_jax import presets
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
+from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.run import plan
 from lsp_jax.run.topology import GIB, open_topology
 
@@ -28,16 +29,19 @@ MODELS = {
     "llama-3.1-8b": "recommended_lsp_8b",
 }
 TOPOLOGIES = ("v5e:4x4", "h100:1", "v5e:8x8", "h100:8", "v6e:4x4", "v5p:2x2x2")
+SHARED = (("llama-3.1-8b", "v5e:4x4"),)
+"""Where the copy that plays is too large for one chip, `tensor` is 4; elsewhere the mesh is the default one."""
 LARGE = ("llama-3.2-3b", "v5e:16x16")
 
 
-def config_of(model: str, preset: str) -> TrainConfig:
+def config_of(model: str, topology: str) -> TrainConfig:
     """N = 8, G = 8, 256 + 512 tokens, a reward model of 3B."""
-    config = presets.get(preset)
+    config = presets.get(MODELS[model])
     play = dataclasses.replace(
         config.play, num_queries=8, num_generations=8, max_query_length=256, max_completion_length=512
     )
-    return dataclasses.replace(config, model=model, play=play)
+    mesh = MeshConfig(fsdp=-1, tensor=4) if (model, topology) in SHARED else MeshConfig()
+    return dataclasses.replace(config, model=model, play=play, mesh=mesh)
 
 
 def line(data: dict[str, Any]) -> str:
@@ -86,7 +90,7 @@ def main() -> None:
                 continue
             print(f"{datetime.now(UTC):%H:%M:%S} {model} on {topology}", flush=True)
             try:
-                made = plan.plan(config_of(model, MODELS[model]), open_topology(topology))
+                made = plan.plan(config_of(model, topology), open_topology(topology))
             except InputError as error:
                 print(f"{model} on {topology}: {error}", flush=True)
                 continue

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+# With libtpu installed JAX looks for a TPU for seconds in every process, and with CUDA for a GPU; tests are of the CPU
+# unless somebody asks for another platform.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse implicit rank promotion: an added axis that was not meant is an error in every test."""
