@@ -19,6 +19,7 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 
+import lsp_jax as lsp  # noqa: E402
 from lsp_jax.config import RewardConfig  # noqa: E402
 from lsp_jax.learn.update import OptimizerConfig, init_state  # noqa: E402
 from lsp_jax.model import llama  # noqa: E402
@@ -95,6 +96,17 @@ def activations(run: setup.Run) -> dict[str, str]:
     return dict(zip(("hidden", "keys", "logits"), specs((hidden, keys, logits)), strict=True))
 
 
+def texts(model: str, mesh: Any) -> list[str]:
+    """What the policy loaded onto `mesh` writes, greedily and sampled."""
+    policy = lsp.load_pretrained(model, mesh=mesh)
+    prompts = ["What is 3 + 4?", "Name a colour.", "x"]
+    return [
+        text
+        for temperature in (0.0, 0.7)
+        for text in lsp.generate(policy, prompts, max_completion_length=12, temperature=temperature, batch_size=2)
+    ]
+
+
 def main() -> None:
     model, reward_model = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
@@ -129,6 +141,7 @@ def main() -> None:
                 **{key: got[key] for key in got if key.endswith(("specs", "spec", "temporaries"))},
                 **lying,
             }
+        found["generate"] = [texts(model, None), texts(model, make_mesh(MESHES["4 fsdp x 2 tensor"]))]
         print(json.dumps(found))
 
 

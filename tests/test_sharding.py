@@ -240,3 +240,9 @@ def test_state_and_gradient_lie_as_the_table_says(name: str, meshes: dict[str, A
     params = len(found["gradient_specs"])
     assert [plain(s) for s in found["gradient_specs"]] == [plain(s) for s in found["wanted_specs"]][:params]
     assert not any("fsdp" in plain(spec) for spec in found["decode_specs"])
+
+
+@pytest.mark.full
+def test_generate_writes_the_same_on_a_mesh(meshes: dict[str, Any]):
+    alone, spread = meshes["generate"]
+    assert alone == spread and len(set(alone)) > 1
