@@ -247,3 +247,15 @@ def test_a_plan_that_does_not_fit_says_what_to_change():
 def test_plan_raises_for_a_model_that_it_does_not_know():
     with pytest.raises(InputError, match="gpt-9"):
         plan(TrainConfig(model="gpt-9"), Topology("v5e:2x2", CHIPS["v5e"], []))
+
+
+@needs_libtpu
+def test_over_two_slices_data_crosses_the_network_between_them():
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, data=-1), None, devices)
+    assert mesh is not None and dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert [{device.slice_index for device in copy.ravel()} for copy in mesh.devices] == [{0}, {1}]
+    with pytest.raises(InputError, match=r"mesh\.data = 1: must be a multiple of the 2 slices"):
+        make_mesh(MeshConfig(fsdp=8), None, devices)
