@@ -20,6 +20,8 @@ def train(arguments: Sequence[str]) -> None:
     from lsp_jax.config import TrainConfig
     from lsp_jax.run.trainer import train as run
 
+    # JAX takes 75 % of a GPU unless told otherwise; a run is planned for nearly all of it
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     name, rest = _take("preset", arguments)
     default = presets.get(name) if name is not None else TrainConfig()
     description = f"Run Language Self-Play. Presets (--preset NAME): {', '.join(presets.PRESETS)}."

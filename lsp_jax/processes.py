@@ -261,15 +261,16 @@ def _gather(group: _Group, what: str, value: Any, seconds: float) -> list[Any]:
     for index in range(len(group.names)):
         left = max(1, math.ceil(1000 * (deadline - time.monotonic())))
         try:
-            values.append(json.loads(group.client.blocking_key_value_get(f"{place}{index}", left)))
+            value = group.client.blocking_key_value_get(f"{place}{index}", left)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-            came = {int(key.rpartition("/")[2]) for key, _ in group.client.key_value_dir_get(place)}
+            came = {int(key.rpartition("/")[2]): said for key, said in group.client.key_value_dir_get(place)}
             missing = [name for i, name in enumerate(group.names) if i not in came]
-            if not missing:
-                continue
-            raise ProcessError(f"{what}: {', '.join(missing)} did not come within {seconds:g} seconds") from error
+            if missing:
+                raise ProcessError(f"{what}: {', '.join(missing)} did not come within {seconds:g} seconds") from error
+            value = came[index]  # it came between the two questions
+        values.append(json.loads(value))
     if number:  # all are here, so all have read the round before
         group.client.key_value_delete(f"{_ROOT}/gather/{what}/{number - 1}/{group.index}")
     return values
@@ -286,7 +287,7 @@ def check_same(what: str, values: Mapping[str, Any], remedy: str) -> None:
                 raise InputError(f"{what} {name}", first.get(name), f"in {_name_of(0)}, but {theirs}: {remedy}")
 
 
-def check_program(name: str, function: Any, *arguments: Any) -> None:
+def check_program(name: str, function: Any, *arguments: Any, **static: Any) -> None:
     """Compares the lowered program of the jitted `function` with the other processes', the first time for each `name`.
 
     Processes that compile different programs wait for one another for ever. Raises InputError as `check_same`.
@@ -294,5 +295,5 @@ def check_program(name: str, function: Any, *arguments: Any) -> None:
     if _group is None or name in _group.programs:
         return
     _group.programs.add(name)
-    digest = hashlib.sha256(function.lower(*arguments).as_text().encode()).hexdigest()
+    digest = hashlib.sha256(function.lower(*arguments, **static).as_text().encode()).hexdigest()
     check_same("program", {name: digest}, "use the same versions of all packages and the same flags everywhere")

@@ -23,11 +23,14 @@ import lsp_jax as lsp  # noqa: E402
 from lsp_jax.config import RewardConfig  # noqa: E402
 from lsp_jax.learn.update import OptimizerConfig, init_state  # noqa: E402
 from lsp_jax.model import llama  # noqa: E402
-from lsp_jax.model.sharding import MeshConfig, make_mesh, partitions, use_mesh  # noqa: E402
-from lsp_jax.play.selfplay import PlayConfig  # noqa: E402
+from lsp_jax.model.sharding import HOST_MEMORY, MeshConfig, at_work, make_mesh, partitions, use_mesh  # noqa: E402
+from lsp_jax.play.selfplay import Episode, PlayConfig  # noqa: E402
+from lsp_jax.reward.judge import Judge, judge_params  # noqa: E402
+from lsp_jax.reward.judge_text import write_judgements  # noqa: E402
 from lsp_jax.run import iteration as stages  # noqa: E402
 from lsp_jax.run import setup  # noqa: E402
 from lsp_jax.run.step import Phases, play_and_learn  # noqa: E402
+from lsp_jax.text.judge import text_judge_template  # noqa: E402
 from test_trainer import game_config  # noqa: E402
 
 MESHES = {
@@ -36,6 +39,8 @@ MESHES = {
     "4 fsdp x 2 tensor": MeshConfig(fsdp=4, tensor=2),
     "2 data x 2 fsdp x 2 tensor": MeshConfig(data=2, fsdp=2, tensor=2),
 }
+
+PARKED = "8 fsdp"  # there reference and reward model wait in host memory
 
 
 def vector(tree: Any) -> np.ndarray:
@@ -47,12 +52,13 @@ def iteration(run: setup.Run) -> dict[str, Any]:
     key = stages.iteration_key(run.seed_key, state := start(run))
     params = stages.rollout_params(state.params, run.game)
     episode = stages.solve(params, stages.challenge(params, run.kinds, key, run.game), key, run.game)
-    outputs = tuple(stages.score(reward.score, reward.params, episode) for reward in run.rewards)
+    outputs = tuple(stages.score(reward.score, at_work(reward.params), episode) for reward in run.rewards)
     learnable = stages.learn_batch(episode, outputs, run.specs, run.game)
-    references = stages.reference(run.reference, learnable.batch, run.game)
-    gradient, metrics = stages.joint_gradient(state.params, run.reference, learnable.batch, references, run.game)
+    reference = at_work(run.reference)
+    references = stages.reference(reference, learnable.batch, run.game)
+    gradient, metrics = stages.joint_gradient(state.params, reference, learnable.batch, references, run.game)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
-    program = stages.joint_gradient.lower(state.params, run.reference, learnable.batch, references, run.game).compile()
+    program = stages.joint_gradient.lower(state.params, reference, learnable.batch, references, run.game).compile()
     played = play_and_learn(run, state, Phases())
     return {
         "queries": np.asarray(episode.queries.text[0]),
@@ -62,6 +68,9 @@ def iteration(run: setup.Run) -> dict[str, Any]:
         "gradient_specs": specs(gradient),
         "moved": vector(moved),
         "loss": float(metrics["loss"]),
+        "played_loss": float(played.metrics["loss"]),
+        "parked": {leaf.sharding.memory_kind for leaf in jax.tree.leaves(run.reference)} == {HOST_MEMORY},
+        "judged": judged(run, episode),
         "updated": vector(played.state.params),
         "state_specs": specs(played.state),
         "wanted_specs": [str(spec) for spec in jax.tree.leaves(partitions(played.state), is_leaf=is_spec)],
@@ -69,6 +78,14 @@ def iteration(run: setup.Run) -> dict[str, Any]:
         "answers_spec": specs(episode.answers.tokens)[0],
         "temporaries": program.memory_analysis().temp_size_in_bytes,
     }
+
+
+def judged(run: setup.Run, episode: Episode) -> np.ndarray:
+    """What the policy writes as the judge in `text` mode."""
+    tokenizer = run.policy.tokenizer
+    judge = Judge(run.game.model, text_judge_template(tokenizer), tokenizer.encode(" ")[0], 4)
+    params = judge_params(run.policy.params, judge, tokenizer, run.kinds)
+    return np.asarray(write_judgements(params, episode, judge=judge, max_length=6, stop_ids=(2,)).tokens)
 
 
 def is_spec(value: Any) -> bool:
@@ -125,7 +142,7 @@ def main() -> None:
         found: dict[str, Any] = {"alone": {"temporaries": alone["temporaries"]}}
         norm = np.linalg.norm(alone["gradient"])
         for name, sizes in MESHES.items():
-            run = setup.prepare(replace(config, mesh=sizes))
+            run = setup.prepare(replace(config, mesh=sizes, park_frozen=name == PARKED))
             assert dict(run.mesh.shape) == dict(make_mesh(sizes).shape)
             with use_mesh(run.mesh):
                 got, lying = iteration(run), activations(run)
@@ -138,6 +155,9 @@ def main() -> None:
                 "gradient": float(np.linalg.norm(got["gradient"] - alone["gradient"]) / norm),
                 "moved": float(np.linalg.norm(got["moved"] - alone["moved"]) / (0.1 * norm)),
                 "loss": abs(got["loss"] - alone["loss"]),
+                "played_loss": abs(got["played_loss"] - alone["loss"]),
+                "parked": got["parked"],
+                "same_judgements": bool((got["judged"] == alone["judged"]).all()),
                 **{key: got[key] for key in got if key.endswith(("specs", "spec", "temporaries"))},
                 **lying,
             }

@@ -170,6 +170,7 @@ def test_parked_parameters_come_back_as_they_were():
     back = sharding.at_work(parked)
     assert [leaf.sharding for leaf in jax.tree.leaves(back)] == [leaf.sharding for leaf in jax.tree.leaves(tree)]
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True))
+    assert sharding.at_work(sharding.park({"n": 3, "x": np.ones(2)}))["n"] == 3  # no arrays of a device: as they are
     assert jax.tree.leaves(sharding.at_work(tree))[0].unsafe_buffer_pointer() == tree["a"].unsafe_buffer_pointer()
 
 
@@ -206,7 +207,9 @@ def test_an_iteration_on_a_mesh_equals_that_on_one_device(name: str, meshes: dic
     assert found["rewards"] < 1e-4
     assert found["gradient"] < 1e-5  # of the gradient's norm, before clipping
     assert found["moved"] < 1e-5  # parameters after a step of plain gradient descent, in the same measure
-    assert found["loss"] < 1e-5
+    assert found["loss"] < 1e-5 and found["played_loss"] < 1e-5
+    assert found["same_judgements"]
+    assert found["parked"] == (name == "8 fsdp")
 
 
 @pytest.mark.full

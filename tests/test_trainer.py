@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,13 @@ import lsp_jax as lsp
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.model.weights import load_params
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.reward.base import HostReward
 from lsp_jax.reward.verify import callable_reward
 from lsp_jax.run import iteration as stages
-from lsp_jax.run import trainer
+from lsp_jax.run import setup, trainer
 from lsp_jax.run.folder import export_run
 from lsp_jax.run.messages import WRITTEN
 from lsp_jax.run.metrics import describe
@@ -377,3 +379,20 @@ def test_a_given_policy_needs_no_model_in_the_config(model: Path, tmp_path: Path
     run = prepare(replace(config, model=""), [host_reward()], policy)
     assert run.config.model == str(model) and run.policy.params is not None
     assert not (tmp_path / "run").exists(), "nothing is written before the run starts"
+
+
+def test_the_loaded_parameters_are_let_go(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The state is made of copies: after the start nothing may hold the arrays that were read, or a device would carry
+    them through the whole run."""
+    loaded: list[Any] = []
+
+    def load(*arguments: Any) -> Any:
+        params = load_params(*arguments)
+        loaded.append(weakref.ref(params["model"]["embed_tokens"]["weight"]))
+        return params
+
+    monkeypatch.setattr(setup, "load_params", load)
+    alive: list[bool] = []
+    config = game_config(model, tmp_path / "run", max_steps=1, compute_dtype="bfloat16")
+    lsp.train(config, callbacks=[lambda event: alive.append(loaded[0]() is not None)])
+    assert alive == [False]

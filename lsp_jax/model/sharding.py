@@ -111,7 +111,8 @@ def default_sizes(devices: int, slices: int = 1, config: LlamaConfig | None = No
     tensor = math.gcd(4, inside) if inside > 16 else 1
     fsdp = math.gcd(16, inside // tensor)
     if config is not None:
-        while config.num_key_value_heads % tensor or config.vocab_size % tensor:
+        spread = ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size")
+        while any(getattr(config, name) % tensor for name in spread):
             tensor //= 2
         fsdp = math.gcd(16, inside // tensor, config.hidden_size)
     return devices // (fsdp * tensor), fsdp, tensor
@@ -123,7 +124,8 @@ def make_mesh(mesh: MeshConfig, config: LlamaConfig | None = None, devices: Sequ
     Raises InputError where the sizes do not divide the devices, or the model `config` the sizes.
     """
     devices = jax.devices() if devices is None else devices
-    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    # only TPUs have slices; on GPUs that number tells hosts apart
+    slices = len({device.slice_index for device in devices if device.platform == "tpu"}) or 1
     sizes = mesh.sizes(len(devices), slices, config)
     if config is not None:
         check_model(sizes, config)
@@ -214,10 +216,9 @@ def shard_params(tree: Any, layout: Layout = "train") -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, partitions(tree, layout))
 
 
-def place(tree: Any, mesh: Mesh | None = None) -> Any:
-    """Host arrays onto the devices, whole on each device of `mesh` (of the context's when None); the same in all
-    processes."""
-    mesh = mesh or jax.sharding.get_mesh()
+def place(tree: Any) -> Any:
+    """Host arrays onto the devices, whole on each device of the context's mesh; the same in all processes."""
+    mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.device_put(tree)
     whole = NamedSharding(mesh, P())
@@ -236,17 +237,23 @@ HOST_MEMORY = "pinned_host"
 
 def park(tree: Any) -> Any:
     """`tree` in the host memory of its devices, laid out as it is; `at_work` brings it back."""
-    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(HOST_MEMORY), tree))
+
+    def parked(x: Any) -> Any:
+        return jax.device_put(x, x.sharding.with_memory_kind(HOST_MEMORY)) if isinstance(x, jax.Array) else x
+
+    return jax.tree.map(parked, tree)
 
 
 def at_work(tree: Any) -> Any:
     """`tree` in its devices' own memory; what is there already is not copied."""
 
-    def own(x: jax.Array) -> jax.sharding.Sharding:
+    def back(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.sharding.memory_kind != HOST_MEMORY:
+            return x
         device = next(iter(x.sharding.addressable_devices))
-        return x.sharding.with_memory_kind(device.default_memory().kind)
+        return jax.device_put(x, x.sharding.with_memory_kind(device.default_memory().kind))
 
-    return jax.device_put(tree, jax.tree.map(own, tree))
+    return jax.tree.map(back, tree)
 
 
 # --- activations ---------------------------------------------------------------------------------------------------
@@ -286,12 +293,10 @@ def shard_rows(tree: Any, axis: int = 0) -> Any:
     return jax.tree.map(lambda x: shard(x, *(None,) * axis, row_axes(x.shape[axis]) or None), tree)
 
 
-def shard_heads(x: jax.Array, rows: int = 0, heads: int = 2) -> jax.Array:
-    """`x` with rows in dimension `rows` and heads in dimension `heads`, both spread (heads where they divide)."""
+def shard_heads(x: jax.Array) -> jax.Array:
+    """`x` [B, S, heads, h] with rows and heads spread, heads where they divide."""
     sizes = context()
     if sizes is None:
         return x
-    axes: list[Any] = [None] * x.ndim
-    axes[rows] = row_axes(x.shape[rows]) or None
-    axes[heads] = TENSOR if x.shape[heads] % sizes[TENSOR] == 0 else None
-    return shard(x, *axes)
+    heads = TENSOR if x.shape[2] % sizes[TENSOR] == 0 else None
+    return shard(x, row_axes(x.shape[0]) or None, None, heads)

@@ -78,7 +78,8 @@ class HostReward:
     kind: Kind
     weight: float
     score: Callable[[list[str], list[list[str]], Rows], RewardOutput]
-    """(N queries, N lists of G answers, N rows or none) -> RewardOutput of numpy arrays."""
+    """(N queries, N lists of G answers, N rows or none) -> RewardOutput of numpy arrays. With several processes each is
+    called with its share of the queries."""
 
 
 Reward = DeviceReward | EpisodeReward | HostReward

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lsp_jax import host
+from lsp_jax import host, processes
 from lsp_jax.model.sharding import place, shard_params
 from lsp_jax.play.generate import Completions, rollout
 from lsp_jax.play.sampler import SamplingConfig, row_keys
@@ -52,7 +52,9 @@ def text_scores(
     params: Any, tokenizer: Tokenizer, judge: Judge, max_length: int, stop_ids: tuple[int, ...], episode: Episode
 ) -> RewardOutput:
     """R_Q of every answer, `values` [N, G] on device; what cannot be parsed is masked. One read from the device."""
-    written = write_judgements(params, episode, judge=judge, max_length=max_length, stop_ids=stop_ids)
+    static = {"judge": judge, "max_length": max_length, "stop_ids": stop_ids}
+    processes.check_program("write_judgements", write_judgements, params, episode, **static)
+    written = write_judgements(params, episode, **static)
     turns = judge_turns(written, tokenizer)
     scores = [[None if turn is None else parse_score(turn) for turn in group] for group in turns]
     values = np.array([[score or 0 for score in group] for group in scores], np.float32)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lsp_jax import processes
 from lsp_jax.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
@@ -236,7 +237,11 @@ def _foreign_scores(
     answer_rows = (answer_tokens.reshape(number, group, -1), answer_lengths.reshape(number, group))
     valid = query_fits[:, None] & answer_fits.reshape(number, group)
     parts = place((query_rows, answer_rows, valid, np.ones(number, bool)))
-    values = score_conversations(model.params, *parts[:2], model.config, template, rows)
+    arguments = (model.params, *parts[:2], model.config, template, rows)
+    # texts decide the widths, and each width is another program
+    name = f"score_conversations {query_width} {answer_width}"
+    processes.check_program(name, score_conversations, *arguments)
+    values = score_conversations(*arguments)
     return RewardOutput(values, *parts[2:])
 
 

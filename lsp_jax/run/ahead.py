@@ -68,10 +68,12 @@ class Phase:
 class Compiler:
     """Compiles stages one after the other and keeps count of what lies on the devices."""
 
-    def __init__(self, topology: Topology, mesh: Mesh, say: Say):
+    def __init__(self, topology: Topology, mesh: Mesh, say: Say, parked: tuple[str, ...] = ()):
         self.topology, self.mesh, self.say = topology, mesh, say
         self.alive: dict[str, Any] = {}
         """What lies on the devices, by name."""
+        self.parked = parked
+        """Of it, what is in host memory but for the stages that read it."""
         self.phases: list[Phase] = []
 
     def put(self, tree: Any, layout: Layout | None = None) -> Any:
@@ -83,7 +85,12 @@ class Compiler:
 
     def stage(self, name: str, lower: Callable[..., Any], *reads: Any, times: int = 1) -> Any:
         """Compiles `lower(*reads)`, shapes of things that are alive; returns its result's shapes with their places."""
-        held = device_bytes(self.alive) - device_bytes(reads)
+        away = {id(leaf) for name in self.parked for leaf in jax.tree.leaves(self.alive.get(name))}
+        lying, read = (
+            device_bytes([leaf for leaf in jax.tree.leaves(tree) if id(leaf) not in away])
+            for tree in (self.alive, reads)
+        )
+        held = lying - read
         start = time.perf_counter()
         with use_mesh(self.mesh):  # for tracing only: nothing can be run on a mesh of devices that are not there
             lowered = lower(*reads)
@@ -125,7 +132,7 @@ def compile_run(
 ) -> Compiler:
     """All stages of the run `config`, from its start to the first update; `mesh` is one of the topology's devices,
     also where there is only one."""
-    compiler = Compiler(topology, mesh, say)
+    compiler = Compiler(topology, mesh, say, ("reference", "reward model") if config.park_frozen else ())
     alive, put = compiler.alive, compiler.put
     _start(compiler, config, game, reward_model)
     kinds = alive["kinds"] = put(_array(jnp.uint8, game.model.vocab_size))

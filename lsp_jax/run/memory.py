@@ -48,10 +48,11 @@ def micro_batch(
     data, fsdp, tensor = (1, 1, 1) if mesh is None else (mesh.shape[axis] for axis in AXES)
     model, opt = game.model, game.optimizer
     constant = _spread_bytes(model, opt, config.param_dtype, game.compute_dtype) / (fsdp * tensor)
-    if not config.park_frozen:  # parked models are elsewhere during the update
-        frozen = _count(model) + (0 if reward_model is None else _count(reward_model))
-        constant += frozen * _size(game.compute_dtype) / (fsdp * tensor)
-    constant += _whole_bytes(model, opt, game.compute_dtype) / tensor
+    parked, full = config.park_frozen, game.loss.kl_estimator == "full"
+    frozen = 0 if parked or reward_model is None else _count(reward_model)
+    frozen += _count(model) if full or not parked else 0  # the exact KL asks the reference during the update
+    constant += frozen * _size(game.compute_dtype) / (fsdp * tensor)
+    constant += _whole_bytes(model, opt, game.compute_dtype) * (2 if full else 1) / tensor
     room = USED * memory - constant
     rows = -(-game.play.num_queries * game.play.num_generations // (data * fsdp))
     fitting = min(max(room / row_bytes(game, tensor), 1), rows)

@@ -92,7 +92,7 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
     game = fitted(placeholders.game(config, model), config, reward_model, mesh, topology.chip.memory)
     compiled = compile_run(config, game, reward_model, topology, mesh, say)
     alive, play = compiled.alive, config.play
-    resident = {name: device_bytes(alive[name]) for name in RESIDENT if name in alive}
+    resident = {name: device_bytes(alive[name]) for name in RESIDENT if name in alive and name not in compiled.parked}
     sampled = 0 if config.data.source else play.num_queries * play.max_query_length
     answers = play.num_queries * play.num_generations * play.max_completion_length
     return Plan(
@@ -156,7 +156,7 @@ def _advice(worst: Phase, resident: dict[str, int]) -> str:
     if not worst.failure and always >= own:
         return (
             "Most of it lies there all the time: spread it over more chips, "
-            "or take --optimizer.moment-dtype bfloat16 or a smaller reward model"
+            "or take --park-frozen, --optimizer.moment-dtype bfloat16 or a smaller reward model"
         )
     if worst.name in ("update", "reference", "old log-probabilities"):
         return "Lower --optimizer.micro-batch-size or --optimizer.logprob-chunk"

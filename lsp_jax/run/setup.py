@@ -73,8 +73,9 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     directory = Path(config.output_dir).expanduser()
     config = settled(config, directory)
     check_output(config, directory)
-    # midnight may lie between two processes; and from here on the folder may be written to
-    config = replace(config, date=processes.gather("date", config.date)[0])
+    # midnight, or another run's save, may lie between two processes; and from here on the folder may be written to
+    date, step = processes.gather("what is decided once", [config.date, config.init_step])[0]
+    config = replace(config, date=date, init_step=step)
     workers = Workers(config.reward.workers, config.reward.timeout)
     try:
         opened_rewards = open_rewards(config, rewards, workers)
@@ -116,7 +117,7 @@ def _parked(reference: Params, components: tuple[Reward, ...]) -> tuple[Params, 
     """Both in host memory; arrays that they share (the judge is the reference) stay shared."""
     trees = [component.params if isinstance(component, DeviceReward) else None for component in components]
     leaves, structure = jax.tree.flatten((reference, trees))
-    parked = {id(leaf): park(leaf) for leaf in leaves}
+    parked = {id(leaf): park(leaf) for leaf in leaves}  # each once, however often it is held
     reference, trees = jax.tree.unflatten(structure, [parked[id(leaf)] for leaf in leaves])
     return reference, tuple(
         replace(component, params=tree) if isinstance(component, DeviceReward) else component
@@ -186,6 +187,7 @@ def start_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[st
     """The newest checkpoint's state and host part, or a fresh state and None."""
     make = partial(init_state, config=run.config.optimizer)
     latest = checkpoints.latest() if run.config.resume != "never" else None
+    processes.check_same("checkpoint", {"newest": latest}, "output_dir must lie on storage that all processes share")
     if latest is None:
         return jax.jit(make)(run.policy.params), None
     return checkpoints.restore(latest, abstract(run.mesh, make, run.policy.params))

@@ -61,6 +61,7 @@ class Played(NamedTuple):
 def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0) -> Played:
     """One iteration's stages in order; consumes `state`. `cursor`: prompts of the data set taken so far."""
     game = run.game
+    processes.barrier("iteration")  # one that is late is named here, not waited for in a collective
     key = stages.iteration_key(run.seed_key, state)
     with phases("handover"):
         params = jax.block_until_ready(stages.rollout_params(state.params, game))

@@ -57,42 +57,44 @@ def train(
     """
     processes.start(config.processes)
     with processes.together():
-        run = prepare(config, rewards, policy)
-        with use_mesh(run.mesh):
-            state = _train(run, callbacks)
+        state = _train(config, rewards, callbacks, policy)
         processes.barrier("the end of the run")
     return state
 
 
-def _train(run: Run, callbacks: Sequence[Callback]) -> TrainState:
-    config = run.config
-    checkpoints = Checkpoints(run.directory / CHECKPOINTS, config.save_total_limit)
-    writer = console = None
-    try:
-        state, saved = start_state(run, checkpoints)
-        if processes.is_writer():
-            claim(run.directory, run.config, run.policy)
-        # from here on only the reference and the state: the loaded parameters would be one more copy on an accelerator
-        run = replace(run, policy=replace(run.policy, params={}))
-        done, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
-        if processes.is_writer():
-            writer = MetricsWriter(run.directory, config.report_to)
-            # a run that died before its first checkpoint begins again: its lines go
-            writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
-            messages.announce(run, done)
-            console = Console(config.max_steps, done)
-        outputs = Outputs(writer, checkpoints, console, callbacks)
-        for number in range(done + 1, config.max_steps + 1):
-            state = _one(run, state, number, cursor, outputs)
-            cursor += config.play.num_queries
-        checkpoints.wait()
-        save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
-        if processes.is_writer():
-            messages.finish(run)
-    finally:
-        for resource in (console, writer, checkpoints, run.workers):
-            if resource is not None:
-                resource.close()
+def _train(
+    config: TrainConfig, rewards: Sequence[Reward], callbacks: Sequence[Callback], policy: Policy | None
+) -> TrainState:
+    run = prepare(config, rewards, policy)
+    with use_mesh(run.mesh):
+        checkpoints = Checkpoints(run.directory / CHECKPOINTS, run.config.save_total_limit)
+        writer = console = None
+        try:
+            state, saved = start_state(run, checkpoints)
+            if processes.is_writer():
+                claim(run.directory, run.config, run.policy)
+            # from here on only the reference and the state: the loaded parameters, which nothing but `run` holds, would
+            # be one more copy on an accelerator
+            run = replace(run, policy=replace(run.policy, params={}))
+            done, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
+            if processes.is_writer():
+                writer = MetricsWriter(run.directory, run.config.report_to)
+                # a run that died before its first checkpoint begins again: its lines go
+                writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
+                messages.announce(run, done)
+                console = Console(run.config.max_steps, done)
+            outputs = Outputs(writer, checkpoints, console, callbacks)
+            for number in range(done + 1, run.config.max_steps + 1):
+                state = _one(run, state, number, cursor, outputs)
+                cursor += run.config.play.num_queries
+            checkpoints.wait()
+            save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
+            if processes.is_writer():
+                messages.finish(run)
+        finally:
+            for resource in (console, writer, checkpoints, run.workers):
+                if resource is not None:
+                    resource.close()
     return state
 
 
@@ -133,6 +135,7 @@ def _one(run: Run, state: TrainState, number: int, cursor: int, outputs: Outputs
         outputs.writer.write_transcripts(lines)
     if number % run.config.save_steps == 0 or number == run.config.max_steps:
         following = {"iteration": number, "cursor": cursor + run.config.play.num_queries}
+        processes.barrier("saving")  # named and bounded, which Orbax's own waiting is not
         offsets = {} if outputs.writer is None else outputs.writer.offsets()
         outputs.checkpoints.save(number, played.state, {**following, "offsets": offsets})
     if outputs.console is not None:
