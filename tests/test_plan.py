@@ -250,6 +250,13 @@ def test_plan_raises_for_a_model_that_it_does_not_know():
 
 
 @needs_libtpu
+@pytest.mark.parametrize("name", ["v5e:8x8", "v5e:16x16", "v5p:4x4x4"])
+def test_the_default_mesh_can_be_laid_on_the_torus(name: str):
+    mesh = make_mesh(MeshConfig(), shape_of("llama-3.2-3b"), open_topology(name).devices)
+    assert mesh is not None and mesh.shape["tensor"] == 4 and mesh.shape["fsdp"] == 16
+
+
+@needs_libtpu
 def test_over_two_slices_data_crosses_the_network_between_them():
     from jax.experimental import topologies
 
