@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     heavy = any(item.get_closest_marker(name) for name in ("full", "slow"))
     quick = getattr(item.getparent(pytest.Module).obj, "QUICK_COMPILES", not heavy)
     jax.config.update("jax_disable_most_optimizations", quick)
+
+
+MOST_MAPPINGS = 25_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings() -> Iterator[None]:
+    """Every compiled program takes mappings of memory, and Linux gives a process 65,530: a worker that has compiled for
+    many modules lets its programs go before the compiler is refused one and dies."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,7 @@ def make_mesh(mesh: MeshConfig, config: LlamaConfig | None = None, devices: Sequ
     """
     devices = jax.devices() if devices is None else devices
     # only TPUs have slices; on GPUs that number tells hosts apart
-    slices = len({device.slice_index for device in devices if device.platform == "tpu"}) or 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
     sizes = mesh.sizes(len(devices), slices, config)
     if config is not None:
         check_model(sizes, config)
