@@ -85,6 +85,7 @@ def test_splash_equals_xla() -> None:
         assert_close(actual, expected, 5e-6)
 
 
+@pytest.mark.full
 def test_splash_equals_the_definition_in_bfloat16() -> None:
     arrays = inputs(1, 40, 2, 1, 128, jnp.bfloat16)
     assert_close(jax.jit(interpreted)(*arrays), exact(*arrays), 1e-2)

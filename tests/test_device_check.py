@@ -117,6 +117,7 @@ def test_a_part_without_time_is_skipped(check: Any, tmp_path: Path):
     assert results.attempt("ceilings", lambda: {"gemm_tflops": 1.0})["gemm_tflops"] == 1.0
 
 
+@pytest.mark.full
 def test_at_the_end_of_the_budget_it_writes_and_stops(tmp_path: Path):
     code = (
         "import sys; sys.path.insert(0, 'benchmarks'); import time, threading; from pathlib import Path;"
@@ -194,6 +195,7 @@ def bare() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.mark.full
 def test_importing_the_package_needs_only_jax_flax_optax_orbax_safetensors_and_transformers():
     needed = {
         re.split(r"[^\w-]", line)[0] for line in metadata.requires("transformers") or () if "extra ==" not in line

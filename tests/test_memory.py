@@ -55,6 +55,7 @@ def test_parking_frozen_models_leaves_room_for_rows():
     assert rows(False) < rows(True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("remat", ["full", "dots", "none"])
 def test_bytes_of_a_row_are_near_what_the_compiler_takes(remat: str):
     """The slope over rows of the temporaries of value and gradient, attention by XLA in float32."""

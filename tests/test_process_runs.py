@@ -123,7 +123,7 @@ def test_a_run_of_either_resumes_on_the_other(runs: Runs):
     assert len(texts[0]) == 4 and texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_killing_one_process_of_a_run_ends_the_other_with_its_name(game_model: Path, tmp_path: Path, victim: int):
     ended = run_together("play", game_model, tmp_path / "run", victim, victim=victim, limit=LIMIT)
     check_killed(ended, victim)

@@ -150,7 +150,9 @@ def test_different_configurations_are_refused_in_one_line_before_anything_is_wri
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("victim", "way"), [(1, "works"), (0, "works"), (1, "sleeps")])
+@pytest.mark.parametrize(
+    ("victim", "way"), [(1, "works"), (0, "works"), pytest.param(1, "sleeps", marks=pytest.mark.slow)]
+)
 def test_killing_one_process_ends_the_other_with_its_name(victim: int, way: str):
     check_killed(run_together("die", victim, way, victim=victim, limit=LIMIT), victim)
 
