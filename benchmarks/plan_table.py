@@ -1,4 +1,4 @@
-"""What fits where: `lsp-jax plan` for several models and topologies, as JSON and as one Markdown table.
+"""What fits where: `lsp-jax plan` for several models and topologies, as JSON, a table each, and one of all.
 
     JAX_PLATFORMS=cpu python benchmarks/plan_table.py DIRECTORY [--only v5e:4x4 ...] [--models llama-3.2-3b ...]
 
@@ -67,6 +67,19 @@ def line(data: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def network(directory: Path) -> list[str]:
+    """GB that one chip of a v5e takes in during each stage, by the number of chips."""
+    files = {
+        chips: directory / f"llama-3.2-3b_v5e_{grid}.json" for chips, grid in ((16, "4x4"), (64, "8x8"), (256, "16x16"))
+    }
+    made = {chips: json.loads(path.read_text()) for chips, path in files.items() if path.exists()}
+    rows = [f"| stage | {' | '.join(f'{chips} chips' for chips in made)} |", "|---|" + "---:|" * len(made)]
+    for name in ("handover", "challenge", "solve", "preference reward", "quality reward", "reference", "update"):
+        taken = [{phase["name"]: phase["network_bytes"] for phase in data["phases"]}[name] for data in made.values()]
+        rows.append(f"| {name} | {' | '.join(f'{size / 1e9:.3g}' for size in taken)} |")
+    return rows
+
+
 HEAD = (
     "model", "topology", "data x fsdp x tensor", "micro-batch", "always there", "peak (stage)", "memory", "fits",
     "GB network", "s", "update s", "tokens/s", "programs",
@@ -95,9 +108,12 @@ def main() -> None:
                 print(f"{model} on {topology}: {error}", flush=True)
                 continue
             plan.write(made, path)
+            path.with_suffix(".md").write_text(plan.table(made) + "\n", encoding="utf-8")
             print(made.verdict, flush=True)
         rows.append(line(json.loads(path.read_text())))
     print("\n".join(rows))
+    print()
+    print("\n".join(network(arguments.directory)))
 
 
 if __name__ == "__main__":
