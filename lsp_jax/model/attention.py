@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,9 @@ def attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     spread = [segment.keys.shape[0] % shards == 0 for segment in segments]
     specs = []
     for segment, split in zip(segments, spread, strict=True):
-        keys = mine if split else P(None, None, heads, None)
-        specs.append(Segment(keys, keys, P(rows if split and len(segment.mask) > 1 else None)))
+        keys: Any = mine if split else P(None, None, heads, None)
+        mask: Any = P(rows if split and len(segment.mask) > 1 else None)
+        specs.append(Segment(keys, keys, mask))
 
     def local(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
         if rows is not None:
