@@ -26,7 +26,7 @@ quickstart: $(VENV)/.demo-installed
 	$(BIN)/lsp-jax train --preset quickstart --resume auto
 
 test: $(VENV)/.test-installed-$(TEST_EXTRA)
-	$(PYTEST) --dist loadfile -n $(PYTEST_WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -n $(PYTEST_WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(PYTEST) --dist worksteal -n $(PYTEST_WORKERS) -m "not slow and not full" $(PYTEST_ARGS)

@@ -35,7 +35,7 @@ GAME = Game(
     challenger_sampling=SamplingConfig(temperature=1.3, top_k=6),
     stop_ids=(0, 10, 11),
     loss=LossConfig(beta=0.1, num_iterations=3),
-    optimizer=OptimizerConfig(learning_rate=0.02, micro_batch_size=8, logprob_chunk=16, remat=False, warmup_steps=4),
+    optimizer=OptimizerConfig(learning_rate=0.02, micro_batch_size=8, logprob_chunk=16, remat="none", warmup_steps=4),
     compute_dtype="float32",
 )
 POLICY, REFERENCE = tiny_params(MODEL, seed=1), tiny_params(MODEL, seed=2)

@@ -107,6 +107,7 @@ def test_the_unclipped_gradient_and_the_saved_states_are_the_same(runs: Runs):
     assert host_two["offsets"]["metrics.jsonl"] == len((runs.two / "metrics.jsonl").read_bytes().splitlines(True)[0])
 
 
+@pytest.mark.slow
 def test_a_run_of_either_resumes_on_the_other(runs: Runs):
     """Two processes' run on one process and a mesh of 2 x 4 devices, and the other way round."""
     wanted = [digests(saved_state(directory, runs.model, 2)[0]) for directory in (runs.two, runs.one)]
@@ -123,7 +124,8 @@ def test_a_run_of_either_resumes_on_the_other(runs: Runs):
     assert len(texts[0]) == 4 and texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_killing_one_process_of_a_run_ends_the_other_with_its_name(game_model: Path, tmp_path: Path, victim: int):
     ended = run_together("play", game_model, tmp_path / "run", victim, victim=victim, limit=LIMIT)
     check_killed(ended, victim)

@@ -365,11 +365,15 @@ def test_the_solver_alone_on_one_query(model: Path, tmp_path: Path):
 
 @pytest.mark.full
 def test_bfloat16_parameters_train(model: Path, tmp_path: Path):
-    """Master parameters and moments keep their dtype through the update."""
-    config = game_config(model, tmp_path / "run", param_dtype="bfloat16", max_steps=1)
+    """Master parameters and moments keep their dtypes through the update; the second moment is always float32."""
+    optimizer = OptimizerConfig(learning_rate=1e-3, moment_dtype="bfloat16")
+    config = game_config(model, tmp_path / "run", param_dtype="bfloat16", max_steps=1, optimizer=optimizer)
     state = lsp.train(config, rewards=[host_reward()])
-    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-    assert {leaf.dtype.name for leaf in (*jax.tree.leaves(state.params), *moments)} == {"bfloat16"}
+    (adam,) = [
+        part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")
+    ]
+    for tree, dtype in ((state.params, "bfloat16"), (adam.mu, "bfloat16"), (adam.nu, "float32")):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {dtype}
     assert int(state.skipped) == 0
 
 
