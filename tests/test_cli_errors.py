@@ -303,6 +303,7 @@ assert not unwanted, unwanted
 """
 
 
+@pytest.mark.full
 def test_import_and_help_touch_no_device():
     done = python("-c", IMPORT, JAX_PLATFORMS="nosuch")
     assert done.returncode == 0, done.stderr

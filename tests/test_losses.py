@@ -405,6 +405,7 @@ def off_policy_loss(weight: jax.Array, corrected: bool, advantages: jax.Array, e
 PLAYED, SAMPLER = head(3), head(4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("estimator", ["k2", "full"])
 def test_inner_epochs_keep_the_expected_gradient(estimator: str, corrected: bool) -> None:

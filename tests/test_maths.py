@@ -46,6 +46,7 @@ def workers() -> Iterator[Workers]:
         yield pool
 
 
+@pytest.mark.full
 @needs_sandbox
 def test_answers_by_hand(workers: Workers):
     check_maths(workers)
@@ -55,6 +56,7 @@ def test_answers_by_hand(workers: Workers):
     assert not wrong and valid.all() and valid_query.all()
 
 
+@pytest.mark.full
 @needs_sandbox
 def test_a_comparison_without_end_is_masked_and_the_next_one_works(workers: Workers):
     reward = maths_reward(workers=workers, timeout=1.5)

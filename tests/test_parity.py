@@ -316,6 +316,7 @@ def test_decode_equals_forward(params: llama.Params, group: int) -> None:
         EXACT(np.stack(outputs, 1)[row], whole_hidden(params, whole)[-5:])
 
 
+@pytest.mark.full
 def test_remat_gives_the_same_gradients_in_less_memory(params: llama.Params) -> None:
     tokens = random_tokens(CONFIG.vocab_size, 2, 64)
     weights = np.random.default_rng(1).normal(size=(2, 64, CONFIG.hidden_size)).astype(np.float32)

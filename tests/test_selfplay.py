@@ -125,6 +125,7 @@ def validity(policy: lsp.Policy, prompts: PlayPrompts, ids: list[int], stopped: 
     return bool(queries.valid[0])
 
 
+@pytest.mark.full
 def test_only_whole_plain_queries_are_valid(policy: lsp.Policy, prompts: PlayPrompts, monkeypatch) -> None:
     encode = policy.tokenizer.encode
 

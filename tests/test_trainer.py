@@ -233,6 +233,7 @@ def test_learner_and_sampler_agree_before_the_first_update(run: Trained):
         assert line["sampling/token_mult_prob_error"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.full
 def test_the_same_seed_repeats_the_run_and_another_does_not(run: Trained, model: Path, tmp_path: Path):
     again = Trained(game_config(model, tmp_path / "again"), [host_reward()])
     assert (again.directory / "transcripts.jsonl").read_bytes() == (run.directory / "transcripts.jsonl").read_bytes()
@@ -385,6 +386,7 @@ def test_a_given_policy_needs_no_model_in_the_config(model: Path, tmp_path: Path
     assert not (tmp_path / "run").exists(), "nothing is written before the run starts"
 
 
+@pytest.mark.full
 def test_the_loaded_parameters_are_let_go(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The state is made of copies: after the start nothing may hold the arrays that were read, or a device would carry
     them through the whole run."""

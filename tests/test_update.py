@@ -325,6 +325,7 @@ def test_learner_logprobs_at_each_roles_temperature(params: llama.Params, refere
     assert jit_gradients(*arguments)[1]["sampling/solver/token_mult_prob_error"] > 1.1
 
 
+@pytest.mark.full
 def test_log_mass_bridges_truncated_sampling(params: llama.Params, reference_params: llama.Params) -> None:
     batch = make_batch()
     behaviour = exact_logprobs(params, batch.solver, TEMPERATURES[0]) + 0.3  # renormalised over exp(-0.3) of the mass
