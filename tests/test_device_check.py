@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from lsp_jax.model import llama
+from lsp_jax.model import llama, modules
 from lsp_jax.model.shapes import SHAPES
 from lsp_jax.play.selfplay import PlayConfig
 from tiny import tiny_config, tiny_params
@@ -154,8 +154,8 @@ def test_small_mode_measures_everything(check: Any, capsys: pytest.CaptureFixtur
 
 @pytest.mark.full
 def test_parity_notices_a_pass_that_is_wrong_in_bfloat16_alone(check: Any, monkeypatch: pytest.MonkeyPatch):
-    right = llama.rotate
-    monkeypatch.setattr(llama, "rotate", lambda x, angles: right(x, angles) if x.dtype == jnp.float32 else x)
+    right = modules.rotate
+    monkeypatch.setattr(modules, "rotate", lambda x, angles: right(x, angles) if x.dtype == jnp.float32 else x)
     result = check.parts.parity(check.TINY, check.SMALL)
     assert not result["within"] and result["logits_relative_error"] > 2 * result["logits_tolerance"]
 

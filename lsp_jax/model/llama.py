@@ -1,9 +1,8 @@
-"""Llama 1 to 3.2: Flax NNX modules, and the pure functions that the rest of the project calls.
+"""Llama 1 to 3.2 as the pure functions that the rest of the project calls; the modules are in `model/modules.py`.
 
-Modules describe parameters and one layer's arithmetic. Outside this file a model is `(params, config)`: `params` a
-plain nested dict with Hugging Face's names, the layers of the decoder stacked on a leading axis, projections stored
-[in, out]; embeddings and an untied head [vocabulary, hidden]. Activations have the dtype of the parameters; norms,
-RoPE, softmax and logits are float32.
+A model is `(params, config)`: `params` a plain nested dict with Hugging Face's names, the decoder's layers stacked on a
+leading axis, projections stored [in, out]; embeddings and an untied head [vocabulary, hidden]. Activations have the
+dtype of the parameters; norms, RoPE, softmax and logits are float32.
 
 1. `forward`: tokens [B, T] -> logits [B, T, V]; `hidden_states` stops before the head. A reward model has a score head
    in place of the language model's: `score`, hidden [..., D] -> [...].
@@ -15,7 +14,7 @@ RoPE, softmax and logits are float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from flax import nnx
 from lsp_jax.model.attention import Segment, attend, causal_mask, length_mask
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.flash import causal_attention
+from lsp_jax.model.modules import Llama, RMSNorm, layer_graph, rotation
 from lsp_jax.model.sharding import TENSOR, row_axes, shard, shard_heads, shard_rows
 
 Params = dict[str, Any]
@@ -52,111 +52,6 @@ class DecodeCache(NamedTuple):
     """L arrays [B, T, K, h]."""
 
 
-# --- modules -----------------------------------------------------------------------------------------------------
-
-
-class Linear(nnx.Module):
-    def __init__(self, inputs: int, outputs: int, bias: bool, scale: float, rngs: nnx.Rngs):
-        self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (inputs, outputs)))
-        if bias:
-            self.bias = nnx.Param(jnp.zeros(outputs))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.weight[...]
-        return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,)) if hasattr(self, "bias") else y
-
-
-class RMSNorm(nnx.Module):
-    def __init__(self, width: int, eps: float):
-        self.weight = nnx.Param(jnp.ones(width))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        exact = x.astype(jnp.float32)
-        exact = exact * jax.lax.rsqrt(jnp.mean(exact**2, axis=-1, keepdims=True) + self.eps)
-        return self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,)) * exact.astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        width, scale, bias = config.hidden_size, config.initializer_range, config.attention_bias
-        self.head_dim = config.head_dim
-        self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias, scale, rngs)
-        self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias, scale, rngs)
-        self.v_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias, scale, rngs)
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias, scale, rngs)
-
-    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, S, D] -> rotated queries [B, S, H, h], rotated keys and values [B, S, K, h]."""
-        queries, keys, values = (
-            shard_heads(projection(x).reshape(*x.shape[:2], -1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return rotate(queries, rotation), rotate(keys, rotation), values
-
-    def output(self, heads: jax.Array) -> jax.Array:
-        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
-
-
-class MLP(nnx.Module):
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        width, inner, scale = config.hidden_size, config.intermediate_size, config.initializer_range
-        self.gate_proj = Linear(width, inner, config.mlp_bias, scale, rngs)
-        self.up_proj = Linear(width, inner, config.mlp_bias, scale, rngs)
-        self.down_proj = Linear(inner, width, config.mlp_bias, scale, rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DecoderLayer(nnx.Module):
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, rngs)
-
-    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.self_attn.project(self.input_layernorm(x), rotation)
-
-    def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
-        """The residual stream after attention gave `heads` [B, S, H, h]."""
-        x = shard_rows(x + self.self_attn.output(heads))
-        return shard_rows(x + self.mlp(self.post_attention_layernorm(x)))
-
-
-class Embedding(nnx.Module):
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        shape = (config.vocab_size, config.hidden_size)
-        self.weight = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape))
-
-
-class Backbone(nnx.Module):
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=config.num_hidden_layers)
-        @nnx.vmap
-        def stack(layer_rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, layer_rngs)
-
-        self.embed_tokens = Embedding(config, rngs)
-        self.layers = stack(rngs)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class Llama(nnx.Module):
-    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        self.model = Backbone(config, rngs)
-        if config.head == "score":
-            self.score = Linear(config.hidden_size, 1, False, config.initializer_range, rngs)
-        elif not config.tie_word_embeddings:
-            self.lm_head = Embedding(config, rngs)
-
-
-@lru_cache
-def _layer_graph(config: LlamaConfig) -> nnx.GraphDef[DecoderLayer]:
-    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, nnx.Rngs(0))))[0]
-
-
 def init_params(config: LlamaConfig, key: jax.Array) -> Params:
     """Random float32 parameters: normal(0, initializer_range), norms 1, biases 0."""
     return nnx.to_pure_dict(nnx.state(Llama(config, nnx.Rngs(key)), nnx.Param))
@@ -165,30 +60,6 @@ def init_params(config: LlamaConfig, key: jax.Array) -> Params:
 def params_shape(config: LlamaConfig) -> Params:
     """The parameters' shapes as `jax.ShapeDtypeStruct` leaves, without making any array."""
     return jax.eval_shape(partial(init_params, config), jax.random.key(0))
-
-
-# --- rotary position embedding -----------------------------------------------------------------------------------
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines, float32 [B, S, h / 2]."""
-
-    cos: jax.Array
-    sin: jax.Array
-
-
-def rotation(positions: jax.Array, config: LlamaConfig) -> Rotation:
-    """RoPE angles of integer `positions` [B, S], in float32 with the config's scaling (Llama 3's by wavelength)."""
-    frequencies = jnp.asarray(config.rope_frequencies(), jnp.float32)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
-
-
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates pairs (i, i + h/2) of `x` [B, S, heads, h], computed in float32 (Hugging Face's order of rows)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = rotation.cos[:, :, None, :], rotation.sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 # --- pure functions ----------------------------------------------------------------------------------------------
@@ -246,7 +117,7 @@ def hidden_states(
         positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
         visible = visible & mask[:, None, None, :]
     angles = rotation(positions, config)
-    graph = _layer_graph(config)
+    graph = layer_graph(config)
 
     def body(x: jax.Array, layer_params: Params) -> tuple[jax.Array, None]:
         layer = nnx.merge(graph, layer_params)
@@ -277,7 +148,7 @@ def extend(
     batch, length = tokens.shape
     angles = rotation(_total_lengths(prefixes, batch)[:, None] + jnp.arange(length)[None], config)
     masks = [length_mask(prefix.lengths, prefix.keys.shape[2]) for prefix in prefixes]
-    visible, graph = causal_mask(length), _layer_graph(config)
+    visible, graph = causal_mask(length), layer_graph(config)
 
     def body(x: jax.Array, xs: tuple[Params, list[Any]]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         layer = nnx.merge(graph, xs[0])
@@ -337,7 +208,7 @@ def decode_step(
     angles = rotation(positions[:, None], config)
     masks = [length_mask(prefix.lengths, prefix.keys.shape[1]) for prefix in prompts[0]]
     own_mask = (jnp.arange(cache.keys[0].shape[1]) <= column)[None, None, None, :]
-    graph = _layer_graph(config)
+    graph = layer_graph(config)
     x = _embed(params, tokens)[:, None]
     all_keys, all_values = [], []
     for layer_params, shared, old_keys, old_values in zip(layers, prompts, cache.keys, cache.values, strict=True):

@@ -7,8 +7,6 @@ prompt come from the chat template alone: they equal `apply_chat_template(tokeni
 from __future__ import annotations
 
 import copy
-import json
-import re
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from lsp_jax.errors import InputError
+from lsp_jax.text.files import one_line, stop_ids_of
+from lsp_jax.text.sentencepiece import SentencePieceBackend
 
 TEXT, BLANK, SPECIAL = 0, 1, 2  # the values of Tokenizer.token_kinds
 
@@ -41,14 +41,14 @@ class Tokenizer:
         special_ids: every control token, Llama 3's reserved range and the unknown token included.
     """
 
-    def __init__(self, directory: Path, backend: _FastBackend | _SentencePieceBackend):
+    def __init__(self, directory: Path, backend: _FastBackend | SentencePieceBackend):
         self._template_arguments: dict[str, str] = {}
         self.directory = directory
         self._backend = backend
         self.vocab_size = backend.vocab_size
         self.bos_id = backend.bos_id
         self.special_ids = backend.special_ids
-        self.stop_ids = _stop_ids(directory, backend.eos_id)
+        self.stop_ids = stop_ids_of(directory, backend.eos_id)
         self.pad_id = self.stop_ids[0] if backend.pad_id is None else backend.pad_id
 
     @classmethod
@@ -66,7 +66,7 @@ class Tokenizer:
         if (directory / "tokenizer.json").is_file():
             return cls(directory, _FastBackend(directory))
         if (directory / "tokenizer.model").is_file():
-            return cls(directory, _SentencePieceBackend(directory))
+            return cls(directory, SentencePieceBackend(directory))
         raise InputError("tokenizer", str(path), "no tokenizer.json and no tokenizer.model there; add one of them")
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
@@ -170,7 +170,7 @@ class _FastBackend:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
             template = tokenizer.get_chat_template() if tokenizer.chat_template else None
         except Exception as error:  # the Rust library raises bare Exception for a file it cannot parse
-            remedy = f"cannot be read ({_one_line(error)}); restore the original file"
+            remedy = f"cannot be read ({one_line(error)}); restore the original file"
             raise InputError("tokenizer.json", str(directory), remedy) from error
         self._tokenizer: Any = tokenizer
         self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
@@ -198,178 +198,3 @@ class _FastBackend:
         options = {"add_generation_prompt": add_generation_prompt, "tokenizer_kwargs": {"split_special_tokens": False}}
         options |= {"tokenize": True, "return_dict": True}
         return self._tokenizer.apply_chat_template(messages, **options, **arguments)["input_ids"]
-
-
-class _SentencePieceBackend:
-    """tokenizer.model, run by SentencePiece, with the ids that transformers' LlamaTokenizer gives for the same files.
-
-    Equal: text is cut at the special and added tokens, and each piece encoded on its own. The dummy prefix (a space
-    before the text) goes to the first piece of a text only; with `"legacy": true` in tokenizer_config.json to every
-    piece; with `"add_prefix_space": false` to none; and never to a piece that begins with a space, where SentencePiece
-    alone would make it two. Different: transformers 5 ranks the merges of a tokenizer.model by id, SentencePiece, with
-    which the model was trained, by score, which shows before a word after two or more spaces (SentencePiece is followed
-    here); and a normalizer inside tokenizer.model (Llama's and Mistral's do nothing) is applied here, ignored there.
-    """
-
-    def __init__(self, directory: Path):
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self._model: Any = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-        except (OSError, RuntimeError) as error:
-            remedy = f"cannot be read ({_one_line(error)}); restore the original file"
-            raise InputError("tokenizer.model", str(directory), remedy) from error
-        config = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
-        size: int = self._model.get_piece_size()
-        is_control, is_unknown, piece = self._model.is_control, self._model.is_unknown, self._model.id_to_piece
-        control = {piece(token): token for token in range(size) if is_control(token) or is_unknown(token)}
-        extra = _added_tokens(directory, config)
-        self._added = {**control, **{text: token for text, (token, _) in extra.items()}}
-        self.special_ids = frozenset(control.values()) | {token for token, special in extra.values() if special}
-        self._text_of = {token: text for text, token in self._added.items()}
-        self._any_added = _alternatives(self._added)
-        self._plain_added = _alternatives([text for text, id_ in self._added.items() if id_ not in self.special_ids])
-        self.vocab_size = max(size, *(token + 1 for token in self._added.values()))
-        defaults = {role: getattr(self._model, f"{role}_id")() for role in ("bos", "eos", "unk", "pad")}
-        self.names = {
-            role: _token_text(config.get(f"{role}_token"), piece(token) if token >= 0 else None)
-            for role, token in defaults.items()
-        }
-        self.bos_id, self.eos_id, self.unk_id, self.pad_id = (self._id_of(name) for name in self.names.values())
-        self.chat_template = _chat_template(directory, config)
-        self._legacy = config.get("legacy") is True
-        self._prefix_space = config.get("add_prefix_space") is not False
-        self._newline: list[int] = self._model.encode("\n")
-
-    def _id_of(self, text: str | None) -> int | None:
-        if text is None:
-            return None
-        token: Any = self._added.get(text, self._model.piece_to_id(text))
-        return token if self._piece(token) == text else None
-
-    def vocabulary(self) -> dict[str, int]:
-        return {self._piece(token): token for token in range(self.vocab_size)}
-
-    def _piece(self, token: int) -> str:
-        in_model = 0 <= token < self._model.get_piece_size()
-        return self._text_of.get(token, self._model.id_to_piece(token) if in_model else "")
-
-    def encode(self, text: str, allow_special: bool) -> list[int]:
-        ids: list[int] = []
-        pattern = self._any_added if allow_special else self._plain_added
-        start = 0
-        for match in pattern.finditer(text):
-            ids += self._encode_piece(text[start : match.start()], first=start == 0)
-            ids.append(self._added[match.group()])
-            start = match.end()
-        return ids + self._encode_piece(text[start:], first=start == 0)
-
-    def _encode_piece(self, piece: str, first: bool) -> list[int]:
-        if not piece:
-            return []
-        prefix = self._prefix_space and (first or self._legacy) and not piece.startswith((" ", "▁"))
-        # SentencePiece prefixes a space to what it encodes, but not after a newline, whose ids are then cut off.
-        ids: list[int] = self._model.encode("\n" + " " * prefix + piece)
-        if ids[: len(self._newline)] != self._newline:
-            raise InputError("tokenizer.model", piece, "its vocabulary joins newlines to text; give a tokenizer.json")
-        return ids[len(self._newline) :]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        kept = [token for token in ids if not (skip_special_tokens and token in self.special_ids)]
-        text, pending = "", b""
-        for token in kept:
-            if token < self._model.get_piece_size() and self._model.is_byte(token):
-                pending += bytes([int(self._model.id_to_piece(token)[3:-1], 16)])  # "<0x0A>"
-                continue
-            text += _decode_bytes(pending) + self._piece(token).replace("▁", " ")
-            pending = b""
-        text += _decode_bytes(pending)
-        return text.removeprefix(" ") if self._prefix_space else text
-
-    def chat_ids(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool, arguments: dict[str, str]
-    ) -> list[int]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        names: dict[str, Any] = {f"{role}_token": text for role, text in self.names.items() if text is not None}
-        names |= {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
-        names |= arguments
-        rendered, _ = render_jinja_template([messages], **names)
-        return self.encode(rendered[0], allow_special=True)
-
-
-def _decode_bytes(data: bytes) -> str:
-    """UTF-8 text of a run of byte tokens; one U+FFFD a byte where the run is not UTF-8, as transformers decodes it."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "\ufffd" * len(data)
-
-
-def _alternatives(texts: Sequence[str] | dict[str, int]) -> re.Pattern[str]:
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nothing
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(path.name, str(path.parent), f"is not JSON ({error}); restore the original file") from error
-    if not isinstance(value, dict):
-        raise InputError(path.name, str(path.parent), "must hold a JSON object; restore the original file")
-    return value
-
-
-def _stop_ids(directory: Path, eos_id: int | None) -> tuple[int, ...]:
-    name = "generation_config.json"
-    declared = _read_json(directory / name).get("eos_token_id")
-    if declared is None:
-        name = "config.json"
-        declared = _read_json(directory / name).get("eos_token_id")
-    ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise InputError(
-            "eos_token_id", declared, f"must be a token id or a list of them; correct {name} in {directory}"
-        )
-    stop: list[int] = sorted({*ids, *([] if eos_id is None else [eos_id])})
-    if not stop:
-        raise InputError(
-            "eos_token_id", None, f"no stop token is declared; add eos_token_id to {directory}/generation_config.json"
-        )
-    return tuple(stop)
-
-
-def _token_text(entry: object, default: str | None) -> str | None:
-    """A token's text from tokenizer_config.json, where it is a string or an object with "content"."""
-    text = entry.get("content") if isinstance(entry, dict) else entry
-    return text if isinstance(text, str) else default
-
-
-def _added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, tuple[int, bool]]:
-    """Added tokens by text: (id, whether it is special)."""
-    named = {_token_text(config.get(f"{role}_token"), None) for role in ("bos", "eos", "unk", "pad")}
-    named |= {_token_text(entry, None) for entry in config.get("additional_special_tokens") or []}
-    tokens: dict[str, tuple[int, bool]] = {}
-    for text, token in _read_json(directory / "added_tokens.json").items():
-        tokens[text] = (int(token), text in named)
-    for token, entry in (config.get("added_tokens_decoder") or {}).items():
-        tokens[entry["content"]] = (int(token), bool(entry.get("special")) or entry["content"] in named)
-    return tokens
-
-
-def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else the (default) template of tokenizer_config.json."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # older files hold a list of named templates
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template if isinstance(template, str) else None

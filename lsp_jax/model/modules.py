@@ -1,0 +1,142 @@
+"""Llama's Flax NNX modules and rotary embedding: what parameters there are, and one layer's arithmetic.
+
+Names are Hugging Face's; projections are stored [in, out], embeddings and an untied head [vocabulary, hidden].
+Activations have the dtype of the parameters; norms and RoPE are float32. Attention itself comes between a layer's
+`project` and `finish` (`model/llama.py`), since every pass attends to something else.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.sharding import shard_heads, shard_rows
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines, float32 [B, S, h / 2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation(positions: jax.Array, config: LlamaConfig) -> Rotation:
+    """RoPE angles of integer `positions` [B, S], in float32 with the config's scaling (Llama 3's by wavelength)."""
+    frequencies = jnp.asarray(config.rope_frequencies(), jnp.float32)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates pairs (i, i + h/2) of `x` [B, S, heads, h], computed in float32 (Hugging Face's order of rows)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rotation.cos[:, :, None, :], rotation.sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    def __init__(self, inputs: int, outputs: int, bias: bool, scale: float, rngs: nnx.Rngs):
+        self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (inputs, outputs)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.weight[...]
+        return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,)) if hasattr(self, "bias") else y
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, width: int, eps: float):
+        self.weight = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        exact = x.astype(jnp.float32)
+        exact = exact * jax.lax.rsqrt(jnp.mean(exact**2, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,)) * exact.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        width, scale, bias = config.hidden_size, config.initializer_range, config.attention_bias
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias, scale, rngs)
+        self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias, scale, rngs)
+        self.v_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias, scale, rngs)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias, scale, rngs)
+
+    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, S, D] -> rotated queries [B, S, H, h], rotated keys and values [B, S, K, h]."""
+        queries, keys, values = (
+            shard_heads(projection(x).reshape(*x.shape[:2], -1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(queries, rotation), rotate(keys, rotation), values
+
+    def output(self, heads: jax.Array) -> jax.Array:
+        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        width, inner, scale = config.hidden_size, config.intermediate_size, config.initializer_range
+        self.gate_proj = Linear(width, inner, config.mlp_bias, scale, rngs)
+        self.up_proj = Linear(width, inner, config.mlp_bias, scale, rngs)
+        self.down_proj = Linear(inner, width, config.mlp_bias, scale, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.self_attn.project(self.input_layernorm(x), rotation)
+
+    def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
+        """The residual stream after attention gave `heads` [B, S, H, h]."""
+        x = shard_rows(x + self.self_attn.output(heads))
+        return shard_rows(x + self.mlp(self.post_attention_layernorm(x)))
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight = nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape))
+
+
+class Backbone(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap
+        def stack(layer_rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, layer_rngs)
+
+        self.embed_tokens = Embedding(config, rngs)
+        self.layers = stack(rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.model = Backbone(config, rngs)
+        if config.head == "score":
+            self.score = Linear(config.hidden_size, 1, False, config.initializer_range, rngs)
+        elif not config.tie_word_embeddings:
+            self.lm_head = Embedding(config, rngs)
+
+
+@lru_cache
+def layer_graph(config: LlamaConfig) -> nnx.GraphDef[DecoderLayer]:
+    """The structure of one decoder layer, to be merged with a layer's slice of the stacked parameters."""
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, nnx.Rngs(0))))[0]
