@@ -28,8 +28,8 @@ MODELS = {
     "llama-3.2-1b": "recommended_lsp_1b",
     "llama-3.1-8b": "recommended_lsp_8b",
 }
-TOPOLOGIES = ("v5e:4x4", "h100:1", "v5e:8x8", "h100:8", "v6e:4x4", "v5p:2x2x2")
-SHARED = (("llama-3.1-8b", "v5e:4x4"),)
+TOPOLOGIES = ("v5e:4x4", "h100:1", "v5e:8x8", "h100:8", "v6e:4x4", "v5p:2x2x2", "h200:8")
+SHARED = (("llama-3.1-8b", "v5e:4x4"), ("llama-3.1-8b", "v6e:4x4"))
 """Where the copy that plays is too large for one chip, `tensor` is 4; elsewhere the mesh is the default one."""
 LARGE = ("llama-3.2-3b", "v5e:16x16")
 

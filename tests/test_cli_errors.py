@@ -260,9 +260,10 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     ("arguments", "words"),
     [
         (["train", "--preset", "nosuch"], ("preset = 'nosuch'", "quickstart")),
-        (
+        pytest.param(
             ["train", "--preset", "quickstart", "--model", "OUT", "--play.num-generations", "1"],
             ("num_generations = 1",),
+            marks=pytest.mark.full,
         ),
         pytest.param(
             ["generate", "no/such/model", "Hello"],
