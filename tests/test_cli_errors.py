@@ -98,14 +98,13 @@ CALLABLES = {
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("case", CALLABLES)
-def test_a_bad_callable_is_found_by_examples(case: str, refused: Refused, train: Callable, tmp_path: Path):
+def test_a_bad_callable_is_found_by_examples(
+    case: str, refused: Refused, train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     body, words = CALLABLES[case]
     (tmp_path / "mine.py").write_text(f"def score(queries, answers):\n    {body}\n")
-    sys.dont_write_bytecode, kept = True, sys.dont_write_bytecode
-    try:
-        refused(train("--reward.callable", f"{tmp_path}/mine.py:score"), "reward.callable = ", *words)
-    finally:
-        sys.dont_write_bytecode = kept
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # the process that scores would leave a cache beside the file
+    refused(train("--reward.callable", f"{tmp_path}/mine.py:score"), "reward.callable = ", *words)
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -256,6 +255,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -89,6 +89,7 @@ def test_weights_of_known_shapes(check: Any):
 ABOUT = {"device": {"kind": "GPU"}, "small": False}
 
 
+@pytest.mark.full
 def test_a_part_that_fails_is_reported_and_the_others_go_on(check: Any, tmp_path: Path):
     def too_large() -> Any:
         error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")

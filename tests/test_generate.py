@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
+from everyday import everyday
 from lsp_jax.errors import InputError
 from lsp_jax.learn.batch import make_rows
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
@@ -24,15 +25,10 @@ GREEDY = SamplingConfig(temperature=0)
 SAMPLINGS = [
     SamplingConfig(temperature=0.7),
     SamplingConfig(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01),
-    *(
-        pytest.param(sampling, marks=pytest.mark.full)
-        for sampling in (
-            SamplingConfig(),
-            SamplingConfig(top_k=20),
-            SamplingConfig(top_p=0.8),
-            SamplingConfig(min_p=0.05),
-        )
-    ),
+    SamplingConfig(),
+    SamplingConfig(top_k=20),
+    SamplingConfig(top_p=0.8),
+    SamplingConfig(min_p=0.05),
 ]
 
 
@@ -86,8 +82,8 @@ def test_greedy_equals_full_forwards_without_cache(params: llama.Params) -> None
         assert out.tokens[row].tolist() == ids[length:]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-@pytest.mark.parametrize("repeats", [3, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("sampling", everyday(SAMPLINGS, 1), ids=str)
+@pytest.mark.parametrize("repeats", everyday((3, 1), 0))
 def test_sampler_logprobs_equal_the_learners(params: llama.Params, sampling: SamplingConfig, repeats: int) -> None:
     prompts, lengths = ragged_prompts(4, 9)
     out = run(params, prompts, lengths, sampling, repeats, columns=12, stop_ids=tuple(range(40)))
@@ -173,6 +169,7 @@ def test_several_prefixes_continue_as_the_whole_prompt(params: llama.Params) -> 
     np.testing.assert_allclose(out.logprobs, expected.logprobs, atol=1e-5)
 
 
+@pytest.mark.full
 def test_answers_of_a_group_differ_and_seeds_differ(params: llama.Params) -> None:
     tokens, lengths = ragged_prompts(2, 5)
     out = run(params, tokens, lengths, SamplingConfig(), repeats=4)
@@ -189,6 +186,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> lsp.Policy:
     return lsp.load_pretrained(stopping_dir(tmp_path_factory.mktemp("tiny")))
 
 
+@pytest.mark.full
 def test_prompt_forms_mean_the_same(policy: lsp.Policy) -> None:
     text = "What is 3 + 4?"
     message = [{"role": "user", "content": text}]

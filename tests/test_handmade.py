@@ -80,6 +80,7 @@ def test_lsp_zero() -> None:
     close(role_loss(out.challenger, QUERY_LENGTHS, ALPHA, literal), 0.1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("scale", "expected"),
     [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
+from everyday import everyday
 from lsp_jax.reward import judge as judging
 from lsp_jax.reward.judge import Judge, judge_params
 from lsp_jax.reward.judge_text import parse_score
@@ -136,6 +137,7 @@ def inst_policy(tmp_path_factory: pytest.TempPathFactory) -> lsp.Policy:
     return lsp.load_pretrained(directory)
 
 
+@pytest.mark.full
 def test_text_shown_to_the_judge_holds_no_tag(inst_policy: lsp.Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither control ids nor `[INST]`, in queries and answers alike; and what is no tag stays as it was."""
     tokenizer = inst_policy.tokenizer
@@ -193,7 +195,7 @@ class Pieces:
         return "".join(self.texts[token] for token in ids)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", everyday(range(3), 0))
 def test_tags_are_found_however_they_are_cut(seed: int) -> None:
     """Random cuts of texts with and without tags, against a search in the text."""
     random = np.random.default_rng(seed)

@@ -222,9 +222,9 @@ def test_scores_come_to_the_device_with_one_read(tmp_path: Path) -> None:
     ("words", "options"),
     [
         (["1+0+1+1+0+1+1=5\n", "<score>7</score>"], {}),  # contradicts itself
-        (["1+0+1+1+0+1+1=5\n", "no tag"], {}),
-        (["1+0+1+1+0+1+1=5\n", "<score>5</score>", "<score>5</score> "], {}),
-        (WORDS, {"max_length": 2}),  # whole, but the stop token was cut off
+        pytest.param(["1+0+1+1+0+1+1=5\n", "no tag"], {}, marks=pytest.mark.full),
+        pytest.param(["1+0+1+1+0+1+1=5\n", "<score>5</score>", "<score>5</score> "], {}, marks=pytest.mark.full),
+        pytest.param(WORDS, {"max_length": 2}, marks=pytest.mark.full),  # whole, but the stop token was cut off
     ],
 )
 def test_what_the_judge_does_not_write_well_is_masked(tmp_path: Path, words: list[str], options: dict) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from everyday import everyday
 from lsp_jax.learn.batch import Rows, make_rows, micro_batches
 from lsp_jax.learn.logprobs import TokenStatistics, completion_hidden, completion_tokens, token_statistics
 from lsp_jax.model import llama
@@ -148,7 +149,7 @@ def test_micro_batches_keep_every_row_and_add_rows_without_weight(size: int) -> 
 # --- log-probabilities ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [TEMPERATURE, 1.0])
+@pytest.mark.parametrize("temperature", everyday((TEMPERATURE, 1.0), 0))
 @pytest.mark.parametrize("tied", [True, False])
 def test_equal_log_softmax_of_full_logits(temperature: float, tied: bool) -> None:
     config = tiny_config(tie_word_embeddings=tied)
@@ -177,6 +178,7 @@ def test_remat_changes_nothing(params: llama.Params) -> None:
         np.testing.assert_allclose(left, right, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("extra", "fill"), [(0, 99), (1, EOS), (6, EOS), (6, 99)])
 def test_extra_padding_changes_nothing(params: llama.Params, extra: int, fill: int) -> None:
     outputs = []
@@ -240,7 +242,7 @@ def test_equal_torch_cross_entropy_in_value_and_gradient(temperature: float) -> 
     np.testing.assert_allclose(grads[0]["model"]["embed_tokens"]["weight"], head.grad.numpy(), atol=2e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 512])
+@pytest.mark.parametrize("chunk", everyday((1, 7, 512), 1))
 def test_chunk_size_changes_neither_values_nor_gradients(chunk: int) -> None:
     params, hidden, targets = random_case((3, 9))  # 27 tokens: chunks of 7 do not divide them
     reference = random_case((3, 9), seed=2)[:2]

@@ -29,6 +29,7 @@ def game_of(config: TrainConfig, model: str = "llama-3.2-3b") -> Game:
     return placeholders.game(config, shape_of(model))
 
 
+@pytest.mark.full
 def test_more_memory_never_holds_fewer_rows():
     config = presets.get("recommended_lsp_3b")
     rows = [micro_batch(game_of(config), config, None, None, gib * GIB) for gib in range(1, 200, 7)]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from everyday import everyday
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig, RopeScaling
 from lsp_jax.model.weights import load_params, read_config, save_params
@@ -88,7 +89,7 @@ def respell_rope(directory: Path, kind: str) -> None:
 # --- against transformers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", everyday(CASES, 0, 1, 5, 9))
 def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     """Logits of 2 x 160 tokens (llama3: 2.5 x the original length); both spellings; our export, read by both."""
     seed = list(CASES).index(name)
@@ -127,6 +128,7 @@ def test_our_export_in_the_old_spelling_alone(kind: str, tmp_path: Path) -> None
     np.testing.assert_allclose(hf_logits(hf_load(tmp_path), tokens), hf_logits(model, tokens), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -156,6 +158,7 @@ def test_shards_written_by_transformers(tmp_path: Path) -> None:
     np.testing.assert_allclose(our_logits(tmp_path / "shards", tokens), expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype: str, tmp_path: Path) -> None:
     """Half-precision weights are read exactly; computing in bfloat16 stays near; the export keeps the type."""
@@ -234,8 +237,8 @@ def log_probs(params: llama.Params, tokens: np.ndarray, mask: np.ndarray | None 
     return np.asarray(_log_probs(params, tokens, mask))
 
 
-@pytest.mark.parametrize("before", [0, 7])
-@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize("before", everyday((0, 7), 1))
+@pytest.mark.parametrize("after", everyday((0, 5), 1))
 def test_padding_changes_no_log_prob(params: llama.Params, before: int, after: int) -> None:
     """Rows of lengths 3, 8 and 12, padded left, right and both, with pads of ids that also stand in the rows."""
     lengths, width = (3, 8, 12), before + 12 + after
@@ -276,7 +279,9 @@ def whole_hidden(params: llama.Params, row: np.ndarray) -> np.ndarray:
     return np.asarray(hidden_states(params, CONFIG, padded))[0, : len(row)]
 
 
-@pytest.mark.parametrize("rows", [(4,), (2, 2), (2, 6), (1, 2, 6)], ids=lambda rows: "-".join(map(str, rows)))
+@pytest.mark.parametrize(
+    "rows", everyday([(4,), (2, 2), (2, 6), (1, 2, 6)], 3), ids=lambda rows: "-".join(map(str, rows))
+)
 def test_extend_equals_forward(params: llama.Params, rows: tuple[int, ...]) -> None:
     """Ragged tokens after no, one or two shared prefixes, each row of a prefix serving one or several of the last."""
     random = np.random.default_rng(len(rows))

@@ -281,6 +281,7 @@ def test_same_tokenizer_is_told_by_what_it_does(policy: Policy, model: Path) -> 
     assert not same_tokenizer(policy.tokenizer, turned)
 
 
+@pytest.mark.full
 def test_another_tokenizer_reads_the_texts(policy: Policy, tmp_path: Path) -> None:
     """Scores of transformers on the re-encoded texts, trimmed as that template trims; one read, few programs."""
     classifier = hf_classifier(tmp_path, 3)

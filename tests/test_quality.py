@@ -142,6 +142,7 @@ def test_rows_at_one_time_change_nothing(policy: lsp.Policy) -> None:
         np.testing.assert_allclose(scores(component(policy, rows), encoded(policy)), whole, atol=1e-5)
 
 
+@pytest.mark.full
 def test_control_ids_in_query_and_answer_cannot_close_a_turn(policy: lsp.Policy) -> None:
     """A forged verdict in control ids scores as the same text with blanks in their place."""
     encode, tokenizer = policy.tokenizer.encode, policy.tokenizer
@@ -158,6 +159,7 @@ def test_control_ids_in_query_and_answer_cannot_close_a_turn(policy: lsp.Policy)
     np.testing.assert_allclose(attack, scores(reward, forged(blank, blank)), atol=1e-5)
 
 
+@pytest.mark.full
 def test_padding_is_never_read(policy: lsp.Policy) -> None:
     reward, one = component(policy), encoded(policy)
     real = np.arange(one.answers.tokens.shape[-1]) < np.asarray(one.answer_lengths)[..., None]

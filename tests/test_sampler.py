@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from everyday import everyday
 from lsp_jax.errors import InputError
 from lsp_jax.play import sampler
 from lsp_jax.play.sampler import BLOCK, SamplingConfig, draw_index, row_keys, row_uniforms, sample, truncate
@@ -107,7 +108,7 @@ def transformers_kept(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:
     return np.isfinite(scores.numpy())
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+@pytest.mark.parametrize("config", everyday(CONFIGS, 0, 4, 12), ids=config_id)
 def test_logprob_and_log_mass_equal_float64(config: SamplingConfig) -> None:
     logits = logits_rows()
     truncated, tempered = exact_logprobs(logits, config), exact_logprobs(logits, config, truncated=False)
@@ -125,7 +126,7 @@ def test_logprob_and_log_mass_equal_float64(config: SamplingConfig) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", everyday((0, 1), 0))
 def test_kept_set_equals_float64(config: SamplingConfig, seed: int) -> None:
     logits = logits_rows(seed=seed)
     kept = np.asarray(jitted_truncate(logits / np.float32(config.temperature), config=config)) > -np.inf
@@ -177,6 +178,7 @@ def many_draws(weights: np.ndarray, count: int, key: int) -> np.ndarray:
     return np.bincount(tokens, minlength=len(weights))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("vocabulary", [257, *(pytest.param(size, marks=pytest.mark.full) for size in (5, 256, 1000))])
 def test_many_draws_follow_the_exact_distribution(vocabulary: int) -> None:
     weights = interleaved_weights(vocabulary, seed=vocabulary)
@@ -190,6 +192,7 @@ def test_many_draws_follow_the_exact_distribution(vocabulary: int) -> None:
     assert chisquare(counts[positive], tilted / tilted.sum() * counts.sum()).pvalue < 1e-3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "config", [SamplingConfig(0.7), pytest.param(SamplingConfig(0.7, 50, 0.9, 0.02), marks=pytest.mark.full)]
 )
@@ -206,6 +209,7 @@ def test_sampled_tokens_follow_the_distribution_they_report(config: SamplingConf
     assert chisquare(observed, expected).pvalue > 1e-3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("vocabulary", [1, 2, 5, 256, 257, 511, 513, 1000])
 def test_extreme_uniforms_never_draw_a_token_of_weight_zero(vocabulary: int) -> None:
     rng = np.random.default_rng(vocabulary)
@@ -236,7 +240,7 @@ def test_uniforms_on_the_borders_belong_to_the_token_that_begins_there() -> None
     np.testing.assert_array_equal(index, [block * BLOCK + block * BLOCK // 4 for block in range(4)])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+@pytest.mark.parametrize("config", everyday(CONFIGS, 0, 4, 12), ids=config_id)
 def test_never_a_masked_token(config: SamplingConfig) -> None:
     logits = logits_rows()
     kept = exact_kept(logits, config)
@@ -247,6 +251,7 @@ def test_never_a_masked_token(config: SamplingConfig) -> None:
         assert np.all(np.isfinite(logprob)) and np.all(np.asarray(logprob) <= 2e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("trial", range(5))
 def test_non_monotone_sums_cannot_yield_a_masked_token(trial: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a cumulative sum rounds (here: badly, up and down), what is drawn has positive weight."""
@@ -265,6 +270,7 @@ def test_non_monotone_sums_cannot_yield_a_masked_token(trial: int, monkeypatch: 
     assert len(np.unique(index)) > 50  # still a draw
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("gap", [20.0, 90.0, 1e4, 3e38])
 def test_peaked_row_draws_its_peak(gap: float) -> None:
     logits = np.zeros((len(EXTREMES), VOCABULARY), np.float32)
@@ -308,6 +314,7 @@ def test_half_precision_logits_are_computed_in_float32() -> None:
     np.testing.assert_allclose(draw.logprob, exact[np.arange(24), np.asarray(draw.token)], atol=2e-5, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_noise_of_a_row_does_not_depend_on_its_batch() -> None:
     key = jax.random.key(5)
     position = jnp.int32(3)

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Rust
 
 import llama3_tokenizer
+from everyday import everyday
 from lsp_jax.errors import InputError
 from lsp_jax.text.tokenizer import Tokenizer
 
@@ -179,6 +180,7 @@ def test_chat_ids_equal_apply_chat_template(name: str, request: pytest.FixtureRe
     assert tokenizer.chat_ids("Hi") != tokenizer.chat_ids("Ho")
 
 
+@pytest.mark.full
 def test_bos_is_never_doubled(llama3: Tokenizer, mistral: Tokenizer) -> None:
     for tokenizer in (llama3, mistral):
         assert tokenizer.chat_ids("Hi").count(tokenizer.bos_id or 0) == 1
@@ -187,7 +189,7 @@ def test_bos_is_never_doubled(llama3: Tokenizer, mistral: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("options", PREFIX_OPTIONS, ids=["first", "legacy", "never"])
-@pytest.mark.parametrize("name", SENTENCEPIECE_FILES, ids=["v1", "v3"])
+@pytest.mark.parametrize("name", everyday(SENTENCEPIECE_FILES, 0), ids=["v1", "v3"])
 def test_sentencepiece_equals_transformers(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     directory = sentencepiece_dir(tmp_path, name, **options)
     ours, theirs = Tokenizer.from_pretrained(directory), reference(directory)

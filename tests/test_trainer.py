@@ -242,6 +242,7 @@ def test_the_same_seed_repeats_the_run_and_another_does_not(run: Trained, model:
     assert [record["query"] for record in other.transcripts] != [record["query"] for record in run.transcripts[:4]]
 
 
+@pytest.mark.full
 def test_every_iteration_and_attempt_draws_its_own_noise(run: Trained, model: Path):
     policy = lsp.load_pretrained(model)
     game, kinds = make_game(run.config, policy), token_kinds(policy)

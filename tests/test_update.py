@@ -292,6 +292,7 @@ def real(rows: Rows) -> np.ndarray:
     return np.arange(rows.behaviour_logprobs.shape[1])[None] < np.asarray(rows.completion_lengths)[:, None]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [8, pytest.param(3, marks=pytest.mark.full)])
 def test_reference_logprobs_at_each_roles_temperature(reference_params: llama.Params, size: int) -> None:
     batch = make_batch()

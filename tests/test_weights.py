@@ -111,6 +111,7 @@ def test_dtypes(model: Path, dtype: str) -> None:
     np.testing.assert_array_equal(np.asarray(down[1]), expected)
 
 
+@pytest.mark.full
 def test_loading_holds_little_more_than_the_parameters(tmp_path: Path) -> None:
     """The arrays that loading fills become the parameters (on the CPU); a donating step frees them and is right."""
     config = tiny_config(num_hidden_layers=6, hidden_size=256, intermediate_size=512, head_dim=64)
