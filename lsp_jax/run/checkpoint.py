@@ -31,7 +31,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
-            # zstd takes a tenth off trained float32 weights, and for it twice the time and as much memory again
+            # zstd takes a tenth off float32 weights, and for it holds up to as much memory again while it writes
             arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
             handlers = {"params": arrays, "training": arrays, "host": ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
