@@ -260,21 +260,12 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     ("arguments", "words"),
     [
         (["train", "--preset", "nosuch"], ("preset = 'nosuch'", "quickstart")),
-        pytest.param(
+        (
             ["train", "--preset", "quickstart", "--model", "OUT", "--play.num-generations", "1"],
             ("num_generations = 1",),
-            marks=pytest.mark.full,
         ),
-        pytest.param(
-            ["generate", "no/such/model", "Hello"],
-            ("model = 'no/such/model'", "no such directory"),
-            marks=pytest.mark.full,
-        ),
-        pytest.param(
-            ["generate", "owner/no-such-model", "Hello"],
-            ("model = 'owner/no-such-model'", "local directory"),
-            marks=pytest.mark.full,
-        ),
+        (["generate", "no/such/model", "Hello"], ("model = 'no/such/model'", "no such directory")),
+        (["generate", "owner/no-such-model", "Hello"], ("model = 'owner/no-such-model'", "local directory")),
     ],
 )
 def test_a_real_command_fails_with_one_line(arguments: list[str], words: tuple[str, ...], tmp_path: Path):

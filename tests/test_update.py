@@ -293,7 +293,7 @@ def real(rows: Rows) -> np.ndarray:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("size", [8, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.parametrize("size", [8, 3])
 def test_reference_logprobs_at_each_roles_temperature(reference_params: llama.Params, size: int) -> None:
     batch = make_batch()
     references = jit_reference(reference_params, batch, CONFIG, LOSS, replace(OPT, micro_batch_size=size), TEMPERATURES)
