@@ -124,10 +124,9 @@ def test_splash_on_each_devices_rows_and_heads() -> None:
 def test_the_kernel_is_that_of_the_mesh(platform: str, dtype: Any, width: int, expected: Any) -> None:
     """Of its devices, one or many, whatever runs the compiler; the rest is XLA's."""
     device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
-    queries = jnp.zeros((1, 4, 2, width), dtype)
-    assert flash._kernel(queries) is None
+    assert flash.fused_kernel(dtype, width) is None
     with use_abstract_mesh(AbstractMesh((1, 1, 1), AXES, abstract_device=device)):
-        assert flash._kernel(queries) is expected
+        assert flash.fused_kernel(dtype, width) is expected
 
 
 # --- compiled for devices that are not here ------------------------------------------------------------------------

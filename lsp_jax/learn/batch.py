@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lsp_jax.text.prompts import Ragged, pack
+
+NARROWEST = 32  # tokens: narrower programs save less than compiling them costs
 
 
 class Rows(NamedTuple):
@@ -42,6 +45,18 @@ class Rows(NamedTuple):
         """int32 [B, T]: the column of `tokens` that holds each completion token (clipped in the padding)."""
         columns = self.prompt_lengths[:, None] + jnp.arange(self.behaviour_logprobs.shape[1])[None]
         return jnp.minimum(columns, self.tokens.shape[1] - 1)
+
+
+    def narrowed(self, columns: int) -> Rows:
+        """The rows with completions of up to `columns` tokens, which none of them may exceed."""
+        cut = self.behaviour_logprobs.shape[1] - columns
+        old = self.old_logprobs
+        return self._replace(
+            tokens=self.tokens[:, : self.tokens.shape[1] - cut],
+            behaviour_logprobs=self.behaviour_logprobs[:, :columns],
+            log_mass=self.log_mass[:, :columns],
+            old_logprobs=None if old is None else old[:, :columns],
+        )
 
 
 class LearnBatch(NamedTuple):
@@ -85,6 +100,30 @@ def make_rows(
         advantages=advantages,
         weights=jnp.where(counts, scale / denominator, 0.0),
     )
+
+
+def by_length(rows: Rows, group: int) -> Rows:
+    """The rows sorted by the length of their completions, so that those of a micro-batch are of about one length.
+
+    Each `group` consecutive rows, which have one prompt, stay together: they are sorted among themselves, and the
+    groups by their longest row. Rows outside the loss count as empty.
+    """
+    counted = jnp.where(rows.weights > 0, rows.completion_lengths, 0).reshape(-1, group)
+    inside = jnp.argsort(counted, axis=1, descending=True)
+    groups = jnp.argsort(jnp.max(counted, axis=1), descending=True)
+    order = (groups[:, None] * group + inside[groups]).reshape(-1)
+    return jax.tree.map(lambda x: x[order], rows)
+
+
+def widths(columns: int) -> tuple[int, ...]:
+    """How many completion tokens a micro-batch may be computed with: a quarter, half and all of `columns`."""
+    return tuple(sorted({*(-(-columns // part) for part in (4, 2) if columns // part >= NARROWEST), columns}))
+
+
+def fitting(rows: Rows, columns: Sequence[int]) -> jax.Array:
+    """Which of the rising `columns` holds the longest completion that counts: an index into it, scalar int32."""
+    longest = jnp.max(jnp.where(rows.weights > 0, rows.completion_lengths, 0))
+    return jnp.sum(longest > jnp.asarray(columns[:-1], jnp.int32), dtype=jnp.int32)
 
 
 def micro_batches(rows: Rows, size: int) -> Rows:

@@ -29,10 +29,23 @@ class TokenStatistics(NamedTuple):
     """sum_v pi(v) (log pi(v) - log pi_ref(v)); 0 unless the reference's hidden states were given."""
 
 
-def completion_hidden(params: llama.Params, config: LlamaConfig, rows: Rows, remat: llama.Remat = "none") -> jax.Array:
-    """The hidden state [B, T, D] from which each completion token was predicted."""
-    hidden = llama.hidden_states(params, config, rows.tokens, remat=remat)
-    return jnp.take_along_axis(hidden, (rows.positions - 1)[..., None], axis=1)
+def completion_hidden(
+    params: llama.Params, config: LlamaConfig, rows: Rows, remat: llama.Remat = "none", share: int = 1
+) -> jax.Array:
+    """The hidden state [B, T, D] from which each completion token was predicted.
+
+    Each `share` consecutive rows have the same prompt: above 1 it is run, forward and backward, once for all of them.
+    """
+    if share == 1:
+        hidden = llama.hidden_states(params, config, rows.tokens, remat=remat)
+        return jnp.take_along_axis(hidden, (rows.positions - 1)[..., None], axis=1)
+    completions = completion_tokens(rows)
+    prompts, lengths = rows.tokens[::share, : -completions.shape[1]], rows.prompt_lengths[::share]
+    prompts = jnp.where(jnp.arange(prompts.shape[1])[None] < lengths[:, None], prompts, 0)  # a row's own tokens follow
+    # the last token of a completion predicts nothing that counts
+    before, inside = llama.shared_hidden_states(params, config, prompts, lengths, completions[:, :-1], remat)
+    first = jnp.repeat(llama.last_hidden(before, lengths), share, axis=0)
+    return shard_rows(jnp.concatenate([first[:, None], inside], axis=1))
 
 
 def completion_tokens(rows: Rows) -> jax.Array:

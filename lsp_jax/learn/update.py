@@ -11,6 +11,7 @@ With several inner epochs, `fix_old` puts the log-probabilities of the parameter
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from lsp_jax.errors import InputError
-from lsp_jax.learn.batch import LearnBatch, Rows, micro_batches
+from lsp_jax.learn.batch import LearnBatch, Rows, fitting, micro_batches, widths
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.learn.losses import LossConfig, policy_loss
 from lsp_jax.model.config import LlamaConfig
@@ -139,26 +140,42 @@ def reference_statistics(
     loss: LossConfig,
     opt: OptimizerConfig,
     temperature: tuple[float, float],
+    sharing: tuple[int, int] = (1, 1),
 ) -> tuple[Reference, Reference | None]:
     """The reference's log-probabilities for every row, by micro-batches; hidden states too for the `full` KL.
 
-    `temperature` is that of the Solver and of the Challenger.
+    `temperature` is that of the Solver and of the Challenger, `sharing` how many consecutive rows of theirs have one
+    prompt, which is then run once for as many of them as a micro-batch holds.
     """
 
-    def of_role(rows: Rows, temperature: float) -> Reference:
-        count, size = rows.tokens.shape[0], _micro_rows(rows, opt)
+    def of_role(rows: Rows, temperature: float, group: int) -> Reference:
+        count, length = rows.behaviour_logprobs.shape
+        size, share = _micro_rows(rows, opt, group)
 
         def one(part: Rows) -> Reference:
-            hidden = completion_hidden(params, config, part)
+            hidden = completion_hidden(params, config, part, share=share)
             targets = completion_tokens(part)
             stats = token_statistics(params, config, hidden, targets, temperature, opt.logprob_chunk)
-            return Reference(stats.logprobs, hidden if loss.kl_estimator == "full" else None)
+            found = Reference(stats.logprobs, hidden if loss.kl_estimator == "full" else None)
+            missing = length - targets.shape[1]
+            return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), found)
 
-        out = jax.lax.map(one, shard_rows(micro_batches(rows, size), axis=1))
+        def narrow(part: Rows) -> Reference:
+            return _at_width(part, lambda columns: one(part.narrowed(columns)))
+
+        out = jax.lax.map(narrow, shard_rows(micro_batches(rows, size), axis=1))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
 
-    solver = of_role(batch.solver, temperature[0])
-    return solver, None if batch.challenger is None else of_role(batch.challenger, temperature[1])
+    solver = of_role(batch.solver, temperature[0], sharing[0])
+    return solver, None if batch.challenger is None else of_role(batch.challenger, temperature[1], sharing[1])
+
+
+def _at_width(rows: Rows, compute: Callable[[int], Any]) -> Any:
+    """`compute(columns)` with the fewest declared columns that hold the completions of `rows`: chosen on the device."""
+    columns = widths(rows.behaviour_logprobs.shape[1])
+    if len(columns) == 1:
+        return compute(columns[0])
+    return jax.lax.switch(fitting(rows, columns), [lambda width=width: compute(width) for width in columns])
 
 
 def fix_old(
@@ -168,6 +185,7 @@ def fix_old(
     opt: OptimizerConfig,
     temperature: tuple[float, float],
     recompute: bool,
+    sharing: tuple[int, int] = (1, 1),
 ) -> LearnBatch:
     """The batch with `old_logprobs` of both roles; `params` are those that played, before any update.
 
@@ -175,7 +193,7 @@ def fix_old(
     pass), for when the two round differently.
     """
     if recompute:
-        solver, challenger = reference_statistics(params, batch, config, LossConfig(), opt, temperature)
+        solver, challenger = reference_statistics(params, batch, config, LossConfig(), opt, temperature, sharing)
         old = (solver.logprobs, None if challenger is None else challenger.logprobs)
     else:
         old = tuple(None if rows is None else rows.behaviour_logprobs + rows.log_mass for rows in batch)
@@ -193,20 +211,29 @@ def role_gradients(
     opt: OptimizerConfig,
     temperature: float,
     total: Params | None = None,
+    group: int = 1,
 ) -> tuple[jax.Array, Metrics, Params]:
-    """Loss, metric sums and float32 gradient of one role's rows, added up over micro-batches and onto `total`."""
+    """Loss, metric sums and float32 gradient of one role's rows, added up over micro-batches and onto `total`.
 
-    def micro_loss(params: Params, part: tuple[Rows, Reference]) -> tuple[jax.Array, Metrics]:
-        rows, ref = part
-        hidden = completion_hidden(params, config, rows, remat=opt.remat)
+    Each `group` consecutive rows have one prompt.
+    """
+    size, share = _micro_rows(rows, opt, group)
+
+    def micro_loss(params: Params, rows: Rows, ref: Reference) -> tuple[jax.Array, Metrics]:
+        hidden = completion_hidden(params, config, rows, opt.remat, share)
         against = None if ref.hidden is None else (reference_params, ref.hidden)
         stats = token_statistics(
             params, config, hidden, completion_tokens(rows), temperature, opt.logprob_chunk, against
         )
         return policy_loss(stats, ref.logprobs, rows, loss)
 
-    gradient = jax.value_and_grad(micro_loss, has_aux=True)
-    size = _micro_rows(rows, opt)
+    def gradient(params: Params, part: tuple[Rows, Reference]) -> Any:
+        def compute(columns: int) -> Any:
+            narrow = part[0].narrowed(columns), jax.tree.map(lambda x: x[:, :columns], part[1])
+            return jax.value_and_grad(micro_loss, has_aux=True)(params, *narrow)
+
+        return _at_width(part[0], compute)
+
     missing = -rows.tokens.shape[0] % size
     split_reference = jax.tree.map(
         lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]), reference
@@ -228,10 +255,14 @@ def role_gradients(
     return value, sums, grads
 
 
-def _micro_rows(rows: Rows, opt: OptimizerConfig) -> int:
-    """Rows of one micro-batch: as many on each device, `micro_batch_size` at most."""
-    each = -(-rows.tokens.shape[0] // row_shards())
-    return min(opt.micro_batch_size or UNKNOWN_MICRO_BATCH, each) * row_shards()
+def _micro_rows(rows: Rows, opt: OptimizerConfig, group: int) -> tuple[int, int]:
+    """Rows of one micro-batch, as many on each device and `micro_batch_size` at most; and how many share a prompt.
+
+    A device holds whole groups where they fit, else an equal part of one, and runs a prompt once for what it holds.
+    """
+    each = min(opt.micro_batch_size or UNKNOWN_MICRO_BATCH, -(-rows.tokens.shape[0] // row_shards()))
+    each = each - each % group if each > group else max(n for n in range(1, each + 1) if group % n == 0)
+    return each * row_shards(), min(each, group)
 
 
 def gradients(
@@ -243,19 +274,21 @@ def gradients(
     loss: LossConfig,
     opt: OptimizerConfig,
     temperature: tuple[float, float],
+    sharing: tuple[int, int] = (1, 1),
 ) -> tuple[Params, Metrics]:
     """The unclipped joint gradient of L = L_Sol + alpha_Ch * L_Ch, and metrics under `solver/` and `challenger/`.
 
-    `params` may be a lower-precision copy of the master parameters: gradients are added up in float32.
+    `params` may be a lower-precision copy of the master parameters: gradients are added up in float32. `sharing` is
+    how many consecutive rows of the Solver and of the Challenger have one prompt; the gradient is the same without it.
     """
     solver, challenger = references
     value, sums, grads = role_gradients(
-        params, reference_params, batch.solver, solver, config, loss, opt, temperature[0]
+        params, reference_params, batch.solver, solver, config, loss, opt, temperature[0], None, sharing[0]
     )
     metrics = {"loss": value, **_means("solver", sums, value)}
     if batch.challenger is not None and challenger is not None:
         value, sums, grads = role_gradients(
-            params, reference_params, batch.challenger, challenger, config, loss, opt, temperature[1], grads
+            params, reference_params, batch.challenger, challenger, config, loss, opt, temperature[1], grads, sharing[1]
         )
         metrics |= {"loss": metrics["loss"] + value, **_means("challenger", sums, value)}
     return grads, metrics

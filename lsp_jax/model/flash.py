@@ -34,15 +34,15 @@ def causal_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> 
     To compile ahead of time for devices other than the default ones, trace inside `use_mesh` of a mesh of those
     devices, of a single one too.
     """
-    kernel = _kernel(queries)
+    kernel = fused_kernel(queries.dtype, queries.shape[-1])
     if kernel is None:
         return attend(queries, (Segment(keys, values, causal_mask(queries.shape[1])),))
     return _on_shards(kernel, queries, keys, values)
 
 
-def _kernel(queries: jax.Array) -> Kernel | None:
-    """The fused kernel for `queries` on the platform compiled for, None where there is none that takes them."""
-    platform, dtype, width = _platform(), queries.dtype, queries.shape[-1]
+def fused_kernel(dtype: jnp.dtype | str, width: int) -> Kernel | None:
+    """The platform's kernel for heads of `width` in `dtype`, None where there is none that takes them."""
+    platform, dtype = _platform(), jnp.dtype(dtype)
     if platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
         return splash_attention
     if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and width <= 128 and width % 8 == 0 and _has_flash():

@@ -132,6 +132,42 @@ def hidden_states(
     return _norm(params, config, x)
 
 
+def shared_hidden_states(
+    params: Params,
+    config: LlamaConfig,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    tokens: jax.Array,
+    remat: Remat = "none",
+) -> tuple[jax.Array, jax.Array]:
+    """Normed hidden states of right-padded `prompts` [N, P] with real `lengths` [N], and of `tokens` [B, T] after them.
+
+    Row n is the prompt of the B / N consecutive rows of `tokens` from n * B / N on, and runs, forward and backward,
+    once for all of them. Returns [N, P, D] and [B, T, D]; `remat` as in `hidden_states`.
+    """
+    width, length = prompts.shape[1], tokens.shape[1]
+    if length == 0:
+        return hidden_states(params, config, prompts, remat=remat), jnp.zeros((*tokens.shape, config.hidden_size))
+    after = jnp.repeat(lengths, tokens.shape[0] // prompts.shape[0])
+    prompt_angles = rotation(jnp.broadcast_to(jnp.arange(width)[None], prompts.shape), config)
+    angles = rotation(after[:, None] + jnp.arange(length)[None], config)
+    seen, visible, graph = length_mask(lengths, width), causal_mask(length), layer_graph(config)
+
+    def body(streams: tuple[jax.Array, jax.Array], layer_params: Params) -> tuple[tuple[jax.Array, jax.Array], None]:
+        layer, (prompt, x) = nnx.merge(graph, layer_params), streams
+        queries, keys, values = layer.project(prompt, prompt_angles)
+        prompt = layer.finish(prompt, causal_attention(queries, keys, values))
+        queries, own_keys, own_values = layer.project(x, angles)
+        segments = Segment(keys, values, seen), Segment(own_keys, own_values, visible)
+        return (prompt, layer.finish(x, attend(queries, segments))), None
+
+    if remat != "none":
+        body = jax.checkpoint(body, prevent_cse=False, policy=_KEPT[remat])
+    streams = _embed(params, prompts), _embed(params, tokens)
+    (prompt, x), _ = jax.lax.scan(body, streams, params["model"]["layers"])
+    return _norm(params, config, prompt), _norm(params, config, x)
+
+
 def forward(params: Params, config: LlamaConfig, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Logits float32 [B, T, V] of `tokens` int32 [B, T]; `mask` as in `hidden_states`. Pure; `config` is static."""
     return logits(params, config, hidden_states(params, config, tokens, mask))
