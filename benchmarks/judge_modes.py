@@ -27,7 +27,7 @@ import numpy as np
 import lsp_jax as lsp
 from lsp_jax.model import llama
 from lsp_jax.model.gguf import demo_model
-from lsp_jax.play.generate import Completions
+from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.judge import Judge, judge_episode, judge_params

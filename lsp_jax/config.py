@@ -235,6 +235,7 @@ MAY_CHANGE = (
     *("park_frozen", "mesh.data", "mesh.fsdp", "mesh.tensor"),
     *(f"processes.{field.name}" for field in dataclasses.fields(ProcessConfig)),
     *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat"),
+    "play.decode_chunk",
     *("reward.judge_rows", "reward.preference_rows", "reward.workers", "reward.timeout", "reward.code_timeout"),
 )
 """Fields that a resumed run may change: they do not decide what the next iteration computes. (Mesh and memory

@@ -16,7 +16,8 @@ from lsp_jax.errors import InputError
 from lsp_jax.learn.batch import make_rows
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.model import llama
-from lsp_jax.play.generate import Completions, complete, rollout
+from lsp_jax.play.decode import Completions, rollout
+from lsp_jax.play.generate import complete
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from tiny import stopping_dir, tiny_config, tiny_params
 

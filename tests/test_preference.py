@@ -19,7 +19,7 @@ import lsp_jax as lsp
 from lsp_jax import host
 from lsp_jax.errors import InputError
 from lsp_jax.model.weights import save_params
-from lsp_jax.play.generate import Completions
+from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.policy import Policy, open_pretrained
 from lsp_jax.reward import preference

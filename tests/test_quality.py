@@ -13,7 +13,7 @@ import pytest
 import lsp_jax as lsp
 from lsp_jax.errors import InputError
 from lsp_jax.model import llama
-from lsp_jax.play.generate import Completions
+from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.quality import quality_reward

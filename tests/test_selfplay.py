@@ -15,7 +15,7 @@ import lsp_jax as lsp
 from lsp_jax.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.play import selfplay
-from lsp_jax.play.generate import Completions
+from lsp_jax.play.decode import Completions
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.run.setup import token_kinds

@@ -46,7 +46,6 @@ class Rows(NamedTuple):
         columns = self.prompt_lengths[:, None] + jnp.arange(self.behaviour_logprobs.shape[1])[None]
         return jnp.minimum(columns, self.tokens.shape[1] - 1)
 
-
     def narrowed(self, columns: int) -> Rows:
         """The rows with completions of up to `columns` tokens, which none of them may exceed."""
         cut = self.behaviour_logprobs.shape[1] - columns

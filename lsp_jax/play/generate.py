@@ -1,125 +1,30 @@
 """Prompts -> completions, as pure functions, and `generate` for people.
 
-1. `extend` (model) prefills each of N prompts once.
-2. `rollout` draws the first token of the G rows of each prompt from the prompt's last hidden state.
-3. A `while_loop` feeds the tokens back, one column at a time, and ends early when every row has stopped.
-4. `generate` puts text in and out around `complete`, with prompts padded to declared buckets.
+`complete` prefills each prompt once and decodes its rows (`play/decode.py`); `generate` puts text in and out around it,
+with prompts padded to declared buckets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lsp_jax import host
 from lsp_jax.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.sharding import mesh_of, place, shard_rows, use_mesh
-from lsp_jax.play.sampler import Draw, SamplingConfig, row_keys, row_uniforms, sample
+from lsp_jax.model.sharding import mesh_of, place, use_mesh
+from lsp_jax.play.decode import Completions, rollout
+from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.policy import Policy
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 Prompt = str | list[dict[str, str]] | list[int]
-
-
-class Completions(NamedTuple):
-    """What was generated. Leading axes: B, or N, or N and G."""
-
-    tokens: jax.Array
-    """int32 [..., T]; 0 after `lengths`."""
-    lengths: jax.Array
-    """int32 [...]: tokens generated, the one that stopped the row included."""
-    logprobs: jax.Array
-    """float32 [..., T]: of each token under the distribution it was drawn from; 0 after `lengths`."""
-    log_mass: jax.Array
-    """float32 [..., T]: log of the mass that truncation kept; 0 without truncation and after `lengths`."""
-    stopped: jax.Array
-    """bool [...]: ended by a stop token; False means cut off at T."""
-
-
-class _Loop(NamedTuple):
-    column: jax.Array  # of the token drawn last
-    token: jax.Array
-    done: Completions
-    cache: llama.DecodeCache
-
-
-def _record(done: Completions, draw: Draw, column: jax.Array, stop_ids: tuple[int, ...]) -> Completions:
-    alive = ~done.stopped
-
-    def put(array: jax.Array, value: jax.Array) -> jax.Array:
-        value = jnp.where(alive, value, jnp.zeros_like(value))
-        return jax.lax.dynamic_update_slice_in_dim(array, value[:, None], column, axis=1)
-
-    stop = jnp.zeros_like(done.stopped)
-    for stop_id in stop_ids:
-        stop = stop | (draw.token == stop_id)
-    return Completions(
-        tokens=put(done.tokens, draw.token),
-        lengths=done.lengths + alive,
-        logprobs=put(done.logprobs, draw.logprob),
-        log_mass=put(done.log_mass, draw.log_mass),
-        stopped=done.stopped | (alive & stop),
-    )
-
-
-def rollout(
-    params: llama.Params,
-    config: LlamaConfig,
-    prefixes: Sequence[llama.KVCache],
-    last_hidden: jax.Array,
-    keys: jax.Array,
-    sampling: SamplingConfig,
-    columns: int,
-    stop_ids: tuple[int, ...],
-) -> Completions:
-    """Up to `columns` tokens for each of B rows that continue N prefilled prompts (B / N rows a prompt).
-
-    A prompt is the `prefixes` in their order, each with rows of its own number as in `llama.extend`; most have one.
-    `last_hidden` [N, D] belongs to each prompt's last real token, `keys` [B] are the rows' own. An empty `stop_ids`
-    forces the full length. Returns arrays [B, ...].
-    """
-    rows, repeats = keys.shape[0], keys.shape[0] // last_hidden.shape[0]
-    layers = llama.unstack_layers(params["model"]["layers"], config.num_hidden_layers)
-    shared = tuple(
-        tuple(llama.KVCache(prefix.keys[layer], prefix.values[layer], prefix.lengths) for prefix in prefixes)
-        for layer in range(config.num_hidden_layers)
-    )
-    empty = Completions(
-        tokens=jnp.zeros((rows, columns), jnp.int32),
-        lengths=jnp.zeros(rows, jnp.int32),
-        logprobs=jnp.zeros((rows, columns), jnp.float32),
-        log_mass=jnp.zeros((rows, columns), jnp.float32),
-        stopped=jnp.zeros(rows, bool),
-    )
-    empty = shard_rows(empty)
-    start = jnp.zeros((), jnp.int32)
-    keys = shard_rows(keys)
-    first_logits = jnp.repeat(llama.logits(params, config, last_hidden), repeats, axis=0)
-    # a draw looks at the whole vocabulary of its row
-    first = sample(shard_rows(first_logits), row_uniforms(keys, start), sampling)
-    cache = llama.empty_decode_cache(config, rows, max(columns - 1, 1), last_hidden.dtype)
-    state = _Loop(start, first.token, _record(empty, first, start, stop_ids), cache)
-
-    def going(state: _Loop) -> jax.Array:
-        return (state.column + 1 < columns) & ~jnp.all(state.done.stopped)
-
-    def step(state: _Loop) -> _Loop:
-        hidden, cache = llama.decode_step(params, layers, config, state.token, shared, state.cache, state.column)
-        column = state.column + 1
-        logits = shard_rows(llama.logits(params, config, hidden))
-        draw = sample(logits, row_uniforms(keys, column), sampling)
-        return _Loop(column, draw.token, _record(state.done, draw, column, stop_ids), cache)
-
-    return jax.lax.while_loop(going, step, state).done
 
 
 @partial(jax.jit, static_argnames=("config", "repeats", "sampling", "columns", "stop_ids"))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lsp_jax.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.play.generate import Completions, rollout
+from lsp_jax.play.decode import Completions, rollout
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.text.prompts import PlayPrompts, Ragged, contains_sequence, ids_row, pack, splice
 from lsp_jax.text.tokenizer import SPECIAL, TEXT
@@ -39,6 +39,9 @@ class PlayConfig:
     """Longest query in sampled tokens, the stop token included; a query cut off here is invalid."""
     max_completion_length: int = 128
     """Longest answer in tokens, the stop token included."""
+    decode_chunk: int = 32
+    """Columns that are decoded at one time: between two chunks finished rows are dropped. Completions no longer than
+    this are decoded by one program that never asks the host, and with 0 all are."""
 
     def check(self, trains_challenger: bool) -> None:
         """Raises InputError for sizes on which group-relative advantages are all zero, or empty texts."""
@@ -56,6 +59,14 @@ class PlayConfig:
         for field in ("max_query_length", "max_completion_length"):
             if getattr(self, field) < 1:
                 raise InputError(f"play.{field}", getattr(self, field), "must be at least 1 token")
+        if self.decode_chunk < 0:
+            raise InputError(
+                "play.decode_chunk", self.decode_chunk, "must be a number of columns, or 0: all at one time"
+            )
+
+    def chunks(self, length: int) -> bool:
+        """Whether completions of up to `length` tokens are decoded chunk by chunk."""
+        return 0 < self.decode_chunk < length
 
 
 class Queries(NamedTuple):
@@ -95,11 +106,20 @@ def challenge(
     stop_ids: tuple[int, ...],
 ) -> Queries:
     """N queries from the Challenger's prompt. `kinds` uint8 [V] is `Tokenizer.token_kinds()`."""
-    tokens, lengths = ids_row(prompts.challenger_ids)
+    (tokens, lengths), keys = challenger_rows(key, prompts, play)
     hidden, cache = llama.extend(params, config, tokens, lengths)
-    keys = row_keys(jax.random.fold_in(key, CHALLENGER), play.num_queries)
     last = llama.last_hidden(hidden, lengths)
     sampled = rollout(params, config, (cache,), last, keys, sampling, play.max_query_length, stop_ids)
+    return read_queries(sampled, kinds, prompts)
+
+
+def challenger_rows(key: jax.Array, prompts: PlayPrompts, play: PlayConfig) -> tuple[Ragged, jax.Array]:
+    """The Challenger's prompt, one row, and the keys [N] of the queries."""
+    return ids_row(prompts.challenger_ids), row_keys(jax.random.fold_in(key, CHALLENGER), play.num_queries)
+
+
+def read_queries(sampled: Completions, kinds: jax.Array, prompts: PlayPrompts) -> Queries:
+    """The queries that the Challenger's completions are."""
     written = (sampled.tokens, sampled.lengths - sampled.stopped)
     text = pack((ids_row(prompts.query_prefix_ids), written))
     return Queries(sampled, text, sampled.stopped & _has_text(written, kinds) & ~_leaks(written, kinds, prompts.tags))
@@ -137,8 +157,17 @@ def solve(
     """G answers to each of the N prompts: arrays [N, G, ...]."""
     tokens, lengths = prompts
     hidden, cache = llama.extend(params, config, tokens, lengths)
-    queries, answers = tokens.shape[0], play.num_generations
-    keys = row_keys(jax.random.fold_in(key, SOLVER), queries * answers)
+    keys = solver_keys(key, tokens.shape[0], play)
     last = llama.last_hidden(hidden, lengths)
     flat = rollout(params, config, (cache,), last, keys, sampling, play.max_completion_length, stop_ids)
-    return jax.tree.map(lambda x: x.reshape(queries, answers, *x.shape[1:]), flat)
+    return grouped(flat, play)
+
+
+def solver_keys(key: jax.Array, queries: int, play: PlayConfig) -> jax.Array:
+    """The keys [N * G] of the answers."""
+    return row_keys(jax.random.fold_in(key, SOLVER), queries * play.num_generations)
+
+
+def grouped(flat: Completions, play: PlayConfig) -> Completions:
+    """[N * G, ...] -> [N, G, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, play.num_generations, *x.shape[1:]), flat)

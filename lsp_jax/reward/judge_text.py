@@ -20,7 +20,7 @@ import numpy as np
 
 from lsp_jax import host, processes
 from lsp_jax.model.sharding import place, shard_params
-from lsp_jax.play.generate import Completions, rollout
+from lsp_jax.play.decode import Completions, rollout
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import RewardOutput

@@ -42,7 +42,7 @@ from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.flash import fused_kernel
 from lsp_jax.model.sharding import context, shard_params
 from lsp_jax.play import selfplay
-from lsp_jax.play.generate import Completions
+from lsp_jax.play.decode import Completions
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig, Queries
 from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec, Scores, combine, correlation, mean_std

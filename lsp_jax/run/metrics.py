@@ -63,7 +63,7 @@ METRICS: dict[str, str] = {
     **{f"time/{phase}": f"seconds in the phase {phase}" for phase in PHASES},
     "time/iteration": "seconds of the iteration, without writing its lines and checkpoint",
     "handover/bytes": "bytes, on one device, of the parameters that play: cast and laid out anew before each iteration",
-    "host_reads": "reads from device to host before the metrics; 0 with compiled rewards",
+    "host_reads": "reads from device to host before the metrics; with compiled rewards one a chunk of decoding",
     "compile/count": "programs compiled since the start",
     "compile/seconds": "seconds spent compiling since the start",
 }

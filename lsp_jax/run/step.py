@@ -1,6 +1,7 @@
 """One iteration's stages in order, timed, with what is scored on the host in between.
 
-All numbers are made by the jitted stages of `run/iteration.py`. With compiled rewards nothing is read from the device.
+All numbers are made by the jitted stages of `run/iteration.py`. With compiled rewards nothing is read from the device
+but, between chunks of long completions, how many rows still run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from lsp_jax.reward.base import (
     score_on_host,
 )
 from lsp_jax.run import iteration as stages
+from lsp_jax.run import playing
 from lsp_jax.run.iteration import Learnable, first_checked
 from lsp_jax.run.setup import Run
 
@@ -68,12 +70,12 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0)
     rows: list[Mapping[str, Any]] = []
     with phases("challenge"):
         if run.data is None:
-            queries = jax.block_until_ready(first_checked(stages.challenge, params, run.kinds, key, game))
+            queries = jax.block_until_ready(playing.challenge(params, run.kinds, key, game))
         else:
             picked = run.data.batch(cursor, game.play.num_queries, run.config.seed)
             queries, rows = data_queries(run.data, picked), [run.data.rows[index] for index in picked]
     with phases("solve"):
-        episode = jax.block_until_ready(first_checked(stages.solve, params, queries, key, game))
+        episode = jax.block_until_ready(playing.solve(params, queries, key, game))
     handed_over = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     del params
     texts = None

@@ -1,0 +1,79 @@
+"""Both roles' play as the host loop does it: short completions by one program, long ones chunk by chunk.
+
+The numbers are those of `run/iteration.py`'s `challenge` and `solve`, which compose under `jax.jit`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+
+from lsp_jax.model import llama
+from lsp_jax.play import selfplay
+from lsp_jax.play.decode import Completions, rollout_chunked
+from lsp_jax.play.selfplay import Episode, Queries
+from lsp_jax.run import iteration as stages
+from lsp_jax.run.iteration import Game, first_checked
+from lsp_jax.text.prompts import Ragged
+
+
+def challenge(params: llama.Params, kinds: jax.Array, key: jax.Array, game: Game) -> Queries:
+    """N queries, as `iteration.challenge`."""
+    play = game.play
+    if not play.chunks(play.max_query_length):
+        return first_checked(stages.challenge, params, kinds, key, game)
+    (tokens, lengths), keys = _challenger_rows(key, game)
+    sampled = rollout_chunked(
+        params,
+        game.model,
+        tokens,
+        lengths,
+        keys,
+        game.challenger_sampling,
+        play.max_query_length,
+        game.stop_ids,
+        play.decode_chunk,
+    )
+    return _read_queries(sampled, kinds, game)
+
+
+def solve(params: llama.Params, queries: Queries, key: jax.Array, game: Game) -> Episode:
+    """The episode: G answers to each query, as `iteration.solve`."""
+    play = game.play
+    if not play.chunks(play.max_completion_length):
+        return first_checked(stages.solve, params, queries, key, game)
+    prompts, keys = _solver_rows(queries, key, game)
+    flat = rollout_chunked(
+        params,
+        game.model,
+        prompts[0],
+        prompts[1],
+        keys,
+        game.solver_sampling,
+        play.max_completion_length,
+        game.stop_ids,
+        play.decode_chunk,
+    )
+    return Episode(queries, prompts, _grouped(flat, game))
+
+
+@partial(jax.jit, static_argnames="game")
+def _challenger_rows(key: jax.Array, game: Game) -> tuple[Ragged, jax.Array]:
+    return selfplay.challenger_rows(key, game.prompts, game.play)
+
+
+@partial(jax.jit, static_argnames="game")
+def _read_queries(sampled: Completions, kinds: jax.Array, game: Game) -> Queries:
+    return selfplay.read_queries(sampled, kinds, game.prompts)
+
+
+@partial(jax.jit, static_argnames="game")
+def _solver_rows(queries: Queries, key: jax.Array, game: Game) -> tuple[Ragged, jax.Array]:
+    prompts = selfplay.splice_queries(queries, game.prompts)
+    return prompts, selfplay.solver_keys(key, prompts[0].shape[0], game.play)
+
+
+@partial(jax.jit, static_argnames="game")
+def _grouped(flat: Completions, game: Game) -> Completions:
+    return selfplay.grouped(flat, game.play)

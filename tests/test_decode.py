@@ -1,0 +1,105 @@
+"""Decoding chunk by chunk: the tokens of the single program, with finished rows dropped and a cache that grows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from everyday import everyday
+from lsp_jax import host
+from lsp_jax.model import llama
+from lsp_jax.play import decode
+from lsp_jax.play.decode import Completions, cache_lengths, rollout_chunked, rows_left
+from lsp_jax.play.generate import complete
+from lsp_jax.play.sampler import SamplingConfig, row_keys
+from tiny import VOCABULARY, tiny_config, tiny_params
+
+CONFIG = tiny_config()
+SAMPLING = SamplingConfig(temperature=0.9)
+STOPS = tuple(range(0, VOCABULARY, 9))  # about one token in nine ends a row: lengths are spread
+COLUMNS = 24
+
+
+@pytest.fixture(scope="module")
+def params() -> llama.Params:
+    return tiny_params(CONFIG)
+
+
+def prompts(number: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(number)
+    return jnp.asarray(rng.integers(0, VOCABULARY, (number, 7)), jnp.int32), jnp.asarray(rng.integers(1, 8, number))
+
+
+def whole(params: llama.Params, number: int, repeats: int, stops: tuple[int, ...], sampling: Any) -> Completions:
+    static = {"config": CONFIG, "repeats": repeats, "sampling": sampling, "columns": COLUMNS, "stop_ids": stops}
+    return complete(params, *prompts(number), jax.random.key(5), jnp.int32(0), **static)
+
+
+def chunked(
+    params: llama.Params, number: int, repeats: int, stops: tuple[int, ...], chunk: int, sampling: Any = SAMPLING
+) -> Completions:
+    keys = row_keys(jax.random.key(5), number * repeats)
+    return rollout_chunked(params, CONFIG, *prompts(number), keys, sampling, COLUMNS, stops, chunk)
+
+
+CASES = [(4, 4, 4), (1, 16, 5), (16, 1, 1), (3, 4, 7), (4, 4, 24), (4, 4, 100)]
+
+
+@pytest.mark.parametrize("case", everyday(CASES, 0), ids=str)
+def test_chunks_give_the_single_programs_tokens(
+    params: llama.Params, case: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several prompts, one for all rows, one for each; chunks that divide the length and that do not."""
+    number, repeats, chunk = case
+    monkeypatch.setattr(decode, "SHORTEST_CACHE", 6)
+    expected = whole(params, number, repeats, STOPS, SAMPLING)
+    got = chunked(params, number, repeats, STOPS, chunk)
+    spread = np.asarray(expected.lengths)
+    assert spread.min() <= 4 and spread.max() >= 12 and len(set(spread)) > 5
+    for name in ("tokens", "lengths", "stopped"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name), err_msg=name)
+    np.testing.assert_allclose(got.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.full
+def test_truncated_sampling_and_forced_length(params: llama.Params) -> None:
+    sampling = SamplingConfig(temperature=0.8, top_k=9)
+    expected, got = whole(params, 2, 4, (), sampling), chunked(params, 2, 4, (), 10, sampling)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_allclose(got.log_mass, expected.log_mass, rtol=1e-4, atol=1e-5)
+    assert (np.asarray(got.lengths) == COLUMNS).all() and not np.asarray(got.stopped).any()
+
+
+def test_what_the_chunks_work_on(params: llama.Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows only fall and the cache only grows, to what the rows that still run need; one read a chunk, none after
+    the last; nothing runs on when all have stopped."""
+    monkeypatch.setattr(decode, "SHORTEST_CACHE", 6)
+    seen: list[tuple[int, int, int]] = []
+    advance = decode._advance
+
+    def watched(params: Any, layers: Any, prefix: Any, rows: Any, until: Any, **static: Any) -> Any:
+        seen.append((int(until), rows.token.shape[0], rows.cache.keys[0].shape[1]))
+        return advance(params, layers, prefix, rows, until, **static)
+
+    monkeypatch.setattr(decode, "_advance", watched)
+    reads = host.reads()
+    lengths = np.asarray(chunked(params, 4, 4, STOPS, 4).lengths)
+    assert len(seen) == -(-lengths.max() // 4)
+    assert host.reads() - reads == min(len(seen), COLUMNS // 4 - 1)
+    number = 16
+    for until, rows, cache in seen:
+        number = rows_left(int((lengths > until - 4).sum()) if until > 4 else 16, number)
+        assert rows == number
+        assert cache == next(size for size in (6, 12, 24) if size >= until)
+    assert seen[-1][1] < 16
+
+
+def test_sizes() -> None:
+    assert [rows_left(alive, 64) for alive in (64, 33, 32, 17, 16, 1)] == [64, 64, 32, 32, 16, 1]
+    assert rows_left(3, 12) == 3 and rows_left(1, 12) == 3 and rows_left(1, 7) == 7
+    assert cache_lengths(20) == (20,) and cache_lengths(128) == (128,)
+    assert cache_lengths(129) == (65, 129) and cache_lengths(512) == (128, 256, 512)
