@@ -139,6 +139,13 @@ class TrainConfig:
     park_frozen: bool = False
     """Keep reference and reward model in host memory while they are not at work: fewer bytes on the devices, some
     seconds an iteration. (Not for judges in `text` mode and reward models with a tokenizer of their own.)"""
+    compilation_cache: str = "~/.cache/lsp_jax"
+    """Directory in which compiled programs are kept for the next start; empty: none. JAX_COMPILATION_CACHE_DIR in the
+    environment comes before it."""
+    precompile: bool = False
+    """Compile what decoding may need for any lengths before the first iteration, not when it is first needed."""
+    profile: bool = False
+    """Write a trace of the second iteration to `profile/` in the run's folder (TensorBoard or Perfetto show it)."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How devices share the work."""
     processes: ProcessConfig = field(default_factory=ProcessConfig)
@@ -232,7 +239,7 @@ class TrainConfig:
 
 MAY_CHANGE = (
     *("output_dir", "max_steps", "save_steps", "save_total_limit", "resume", "report_to"),
-    *("park_frozen", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("park_frozen", "compilation_cache", "precompile", "profile", "mesh.data", "mesh.fsdp", "mesh.tensor"),
     *(f"processes.{field.name}" for field in dataclasses.fields(ProcessConfig)),
     *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat"),
     "play.decode_chunk",

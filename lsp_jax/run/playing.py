@@ -11,7 +11,8 @@ import jax
 
 from lsp_jax.model import llama
 from lsp_jax.play import selfplay
-from lsp_jax.play.decode import Completions, rollout_chunked
+from lsp_jax.play.chunks import Chunks
+from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.run import iteration as stages
 from lsp_jax.run.iteration import Game, first_checked
@@ -20,42 +21,38 @@ from lsp_jax.text.prompts import Ragged
 
 def challenge(params: llama.Params, kinds: jax.Array, key: jax.Array, game: Game) -> Queries:
     """N queries, as `iteration.challenge`."""
-    play = game.play
-    if not play.chunks(play.max_query_length):
+    if not game.play.chunks(game.play.max_query_length):
         return first_checked(stages.challenge, params, kinds, key, game)
-    (tokens, lengths), keys = _challenger_rows(key, game)
-    sampled = rollout_chunked(
-        params,
-        game.model,
-        tokens,
-        lengths,
-        keys,
-        game.challenger_sampling,
-        play.max_query_length,
-        game.stop_ids,
-        play.decode_chunk,
-    )
-    return _read_queries(sampled, kinds, game)
+    prompts, keys = _challenger_rows(key, game)
+    return _read_queries(_queries(game).run(params, prompts[0], prompts[1], keys), kinds, game)
 
 
 def solve(params: llama.Params, queries: Queries, key: jax.Array, game: Game) -> Episode:
     """The episode: G answers to each query, as `iteration.solve`."""
-    play = game.play
-    if not play.chunks(play.max_completion_length):
+    if not game.play.chunks(game.play.max_completion_length):
         return first_checked(stages.solve, params, queries, key, game)
     prompts, keys = _solver_rows(queries, key, game)
-    flat = rollout_chunked(
-        params,
-        game.model,
-        prompts[0],
-        prompts[1],
-        keys,
-        game.solver_sampling,
-        play.max_completion_length,
-        game.stop_ids,
-        play.decode_chunk,
-    )
-    return Episode(queries, prompts, _grouped(flat, game))
+    return Episode(queries, prompts, _grouped(_answers(game).run(params, prompts[0], prompts[1], keys), game))
+
+
+def precompile(params: llama.Params, queries: Queries, key: jax.Array, game: Game) -> None:
+    """Compiles what both roles' decoding can need, whatever lengths they play; `queries` are of the run's shapes."""
+    if queries.sampled is not None and game.play.chunks(game.play.max_query_length):
+        prompts, keys = _challenger_rows(key, game)
+        _queries(game).precompile(params, prompts[0], prompts[1], keys)
+    if game.play.chunks(game.play.max_completion_length):
+        prompts, keys = _solver_rows(queries, key, game)
+        _answers(game).precompile(params, prompts[0], prompts[1], keys)
+
+
+def _queries(game: Game) -> Chunks:
+    play = game.play
+    return Chunks(game.model, game.challenger_sampling, play.max_query_length, game.stop_ids, play.decode_chunk)
+
+
+def _answers(game: Game) -> Chunks:
+    play = game.play
+    return Chunks(game.model, game.solver_sampling, play.max_completion_length, game.stop_ids, play.decode_chunk)
 
 
 @partial(jax.jit, static_argnames="game")

@@ -97,6 +97,17 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0)
     return Played(state, episode, learnable, learnable.metrics | metrics, whole, handed_over)
 
 
+def precompile(run: Run, state: TrainState) -> None:
+    """Compiles all that decoding may need in this run; what else an iteration runs is of one shape, and compiles in
+    the first one."""
+    params, key = stages.rollout_params(state.params, run.game), stages.iteration_key(run.seed_key, state)
+    if run.data is None:
+        queries = playing.challenge(params, run.kinds, key, run.game)
+    else:
+        queries = data_queries(run.data, run.data.batch(0, run.game.play.num_queries, run.config.seed))
+    playing.precompile(params, queries, key, run.game)
+
+
 def _score(reward: Reward, episode: Episode, texts: EpisodeTexts | None) -> RewardOutput:
     if isinstance(reward, DeviceReward):
         params = at_work(reward.params)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
+
+import jax
 
 from lsp_jax import host, processes
 from lsp_jax.config import TrainConfig
@@ -18,10 +21,11 @@ from lsp_jax.policy import Policy, save_pretrained
 from lsp_jax.reward.base import Reward, episode_texts
 from lsp_jax.run import messages
 from lsp_jax.run.checkpoint import Checkpoints
-from lsp_jax.run.folder import CHECKPOINTS, EXPORT, claim
+from lsp_jax.run.compiled import keep_programs
+from lsp_jax.run.folder import CHECKPOINTS, EXPORT, PROFILE, claim
 from lsp_jax.run.metrics import Console, MetricsWriter
 from lsp_jax.run.setup import Run, prepare, start_state
-from lsp_jax.run.step import Phases, play_and_learn
+from lsp_jax.run.step import Phases, play_and_learn, precompile
 from lsp_jax.run.transcripts import records
 
 
@@ -56,6 +60,7 @@ def train(
     called in all. Raises ProcessError naming a process that is late; when one dies the others end with status 3.
     """
     processes.start(config.processes)
+    keep_programs(config.compilation_cache)
     with processes.together():
         state = _train(config, rewards, callbacks, policy)
         processes.barrier("the end of the run")
@@ -84,8 +89,12 @@ def _train(
                 messages.announce(run, done)
                 console = Console(run.config.max_steps, done)
             outputs = Outputs(writer, checkpoints, console, callbacks)
+            if run.config.precompile:
+                precompile(run, state)
             for number in range(done + 1, run.config.max_steps + 1):
-                state = _one(run, state, number, cursor, outputs)
+                traced = run.config.profile and number == done + 2  # the first one compiles
+                with jax.profiler.trace(str(run.directory / PROFILE)) if traced else nullcontext():
+                    state = _one(run, state, number, cursor, outputs)
                 cursor += run.config.play.num_queries
             checkpoints.wait()
             save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)

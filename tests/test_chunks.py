@@ -12,8 +12,9 @@ import pytest
 from everyday import everyday
 from lsp_jax import host
 from lsp_jax.model import llama
-from lsp_jax.play import decode
-from lsp_jax.play.decode import Completions, cache_lengths, rollout_chunked, rows_left
+from lsp_jax.play import chunks as chunking
+from lsp_jax.play.chunks import Chunks, cache_lengths, rows_left
+from lsp_jax.play.decode import Completions
 from lsp_jax.play.generate import complete
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from tiny import VOCABULARY, tiny_config, tiny_params
@@ -43,7 +44,7 @@ def chunked(
     params: llama.Params, number: int, repeats: int, stops: tuple[int, ...], chunk: int, sampling: Any = SAMPLING
 ) -> Completions:
     keys = row_keys(jax.random.key(5), number * repeats)
-    return rollout_chunked(params, CONFIG, *prompts(number), keys, sampling, COLUMNS, stops, chunk)
+    return Chunks(CONFIG, sampling, COLUMNS, stops, chunk).run(params, *prompts(number), keys)
 
 
 CASES = [(4, 4, 4), (1, 16, 5), (16, 1, 1), (3, 4, 7), (4, 4, 24), (4, 4, 100)]
@@ -55,7 +56,7 @@ def test_chunks_give_the_single_programs_tokens(
 ) -> None:
     """Several prompts, one for all rows, one for each; chunks that divide the length and that do not."""
     number, repeats, chunk = case
-    monkeypatch.setattr(decode, "SHORTEST_CACHE", 6)
+    monkeypatch.setattr(chunking, "SHORTEST_CACHE", 6)
     expected = whole(params, number, repeats, STOPS, SAMPLING)
     got = chunked(params, number, repeats, STOPS, chunk)
     spread = np.asarray(expected.lengths)
@@ -77,15 +78,15 @@ def test_truncated_sampling_and_forced_length(params: llama.Params) -> None:
 def test_what_the_chunks_work_on(params: llama.Params, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows only fall and the cache only grows, to what the rows that still run need; one read a chunk, none after
     the last; nothing runs on when all have stopped."""
-    monkeypatch.setattr(decode, "SHORTEST_CACHE", 6)
+    monkeypatch.setattr(chunking, "SHORTEST_CACHE", 6)
     seen: list[tuple[int, int, int]] = []
-    advance = decode._advance
+    advance = chunking._advance
 
     def watched(params: Any, layers: Any, prefix: Any, rows: Any, until: Any, **static: Any) -> Any:
         seen.append((int(until), rows.token.shape[0], rows.cache.keys[0].shape[1]))
         return advance(params, layers, prefix, rows, until, **static)
 
-    monkeypatch.setattr(decode, "_advance", watched)
+    monkeypatch.setattr(chunking, "_advance", watched)
     reads = host.reads()
     lengths = np.asarray(chunked(params, 4, 4, STOPS, 4).lengths)
     assert len(seen) == -(-lengths.max() // 4)
@@ -96,6 +97,22 @@ def test_what_the_chunks_work_on(params: llama.Params, monkeypatch: pytest.Monke
         assert rows == number
         assert cache == next(size for size in (6, 12, 24) if size >= until)
     assert seen[-1][1] < 16
+
+
+@pytest.mark.full
+def test_precompiled_chunks_compile_nothing(params: llama.Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the lengths: other prompts, other noise, no compilation."""
+    monkeypatch.setattr(chunking, "SHORTEST_CACHE", 6)
+    chunks = Chunks(CONFIG, SAMPLING, COLUMNS, STOPS, 3)
+    tokens, lengths = prompts(4)
+    keys = [row_keys(jax.random.key(seed), 16) for seed in range(20)]
+    other = [(tokens + seed) % VOCABULARY for seed in range(20)]
+    chunks.precompile(params, tokens, lengths, keys[0])
+    compiled, shapes = host.compiles()[0], set()
+    for seed in range(20):
+        done = chunks.run(params, other[seed], lengths, keys[seed])
+        shapes.add(tuple(sorted(np.asarray(done.lengths).tolist())))
+    assert len(shapes) == 20 and host.compiles()[0] == compiled
 
 
 def test_sizes() -> None:
