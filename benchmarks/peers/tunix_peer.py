@@ -2,6 +2,8 @@
 
 Prompts are strings to tunix, so ids travel as digits ("1 4093 198") through a tokenizer that is only that. Its masks
 are `token != pad`: the padding id is one that no given row contains. -1 stands for the stop token, which no row can reach.
+tunix 0.1.7's Llama ignores the configuration's `rope_theta` and takes 1e6; it is given the model's own here, or it would
+compute another model's log-probabilities. That one constant is all that is changed, and no operation more or less.
 
 Rollout: `Sampler`, prompts repeated to rows and padded on the left, a cache of exactly the length needed.
 
@@ -18,6 +20,7 @@ recomputed (`RematConfig.DECODER`), by default false as in its ModelConfig.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import time
@@ -40,6 +43,7 @@ from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rollout.base_rollout import RolloutConfig, RolloutOutput
 
 NO_STOP = -1
+OWN_ROPE = llama.apply_rope
 ROWS_AT_ONCE = 8
 """Rows of a forward pass for log-probabilities."""
 
@@ -115,11 +119,13 @@ class TunixPeer:
             num_heads=shape["num_attention_heads"],
             head_dim=shape["head_dim"],
             num_kv_heads=shape["num_key_value_heads"],
-            rope_theta=int(theta),
+            rope_theta=theta,
             norm_eps=shape["rms_norm_eps"],
             weight_tying=shape["tie_word_embeddings"],
             remat_config=llama.RematConfig.DECODER if checkpointing else llama.RematConfig.NONE,
         )
+        # its attention leaves the configuration's RoPE base out and so computes with 1e6, whatever the model's is
+        llama.apply_rope = functools.partial(OWN_ROPE, rope_theta=theta)
         return create_model_from_safe_tensors(self.model_dir, config, self.mesh, jnp.dtype(dtype))
 
     def load(self, dtype: str) -> Any:
