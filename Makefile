@@ -80,10 +80,11 @@ bench-peers: $(PEERS:%=.venv-bench-%)
 $(PEERS:%=.venv-bench-%): .venv-bench-%: benchmarks/peers/requirements-%.txt
 	@test $@/.installed -nt $< && exit 0; \
 	echo "Installing $* into $@ (its log: $@/install.log)"; \
-	rm -f $@/.installed $@/.failed; $(PYTHON) -m venv $@ && \
-	pip="timeout 1200 $@/bin/python -m pip install --quiet --disable-pip-version-check"; \
-	if { sed -n '/^torch==/p' $< | xargs -r $$pip && $$pip -r $<; } >$@/install.log 2>&1; then touch $@/.installed; \
-	else { grep -i error $@/install.log || echo "no answer in 20 minutes"; } | tail -n 1 >$@/.failed; \
+	rm -f $@/.installed $@/.failed; $(PYTHON) -m venv $@ && pip="timeout 1200 $@/bin/python -m pip"; \
+	quiet="-qq --disable-pip-version-check"; \
+	if { sed -n '/^torch==/p' $< | xargs -r $$pip install $$quiet && $$pip install $$quiet -r $< && \
+	sed -n 's/^# without: //p' $< | xargs -r $$pip uninstall $$quiet -y; } >$@/install.log 2>&1; then touch $@/.installed; \
+	else { grep -i error $@/install.log || echo "pip ended without a word, or not in 20 minutes"; } | tail -n 1 >$@/.failed; \
 	echo "$* is not installed: $$(cat $@/.failed)"; fi
 
 clean:

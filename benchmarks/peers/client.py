@@ -126,7 +126,7 @@ class Peer:
 
 def small_requests() -> list[dict[str, Any]]:
     """One tiny request of each kind; the rollout twice, for its first compiles."""
-    prompts = [[1, 4093, 198, 1780, 216, 33, 2], [1, 4093, 198, 19556, 11]]
+    prompts = [[1, 4093, 198, 1780, 216, 33], [1, 4093, 198, 19556, 11]]
     completions = [[28, 253, 1002, 30], [198, 3725, 253, 446], [504, 338, 216, 34], [2683, 28, 6330, 17]]
     rollout = {"op": "rollout", "prompts": prompts, "repeats": 2, "new_tokens": 8, "seed": 1, "dtype": "float32"}
     rows = [[*prompts[i // 2], *tokens] for i, tokens in enumerate(completions)]
