@@ -2,13 +2,13 @@
 
     PYTHONPATH=. python benchmarks/limits.py      # prints the measured rates and the limits of the issue's sizes
 
-A limit counts only what cannot be left out, so no program is faster: matrix products over weights, attention's products,
-the head where a logit is needed; weights and caches read once a pass. Norms, activations, softmax, sampling noise and
-memory for activations are not counted. In each pass the slower of its operations and its bytes counts.
+A limit counts only what cannot be left out, so at these rates no program is faster: matrix products over weights,
+attention's products, the head where a logit is needed; weights and caches read once a pass. Norms, softmax, sampling
+noise and the memory of activations are not counted. In each pass the slower of its operations and its bytes counts.
 
-Letters: N prompts, B rows (B / N share a prompt), P prompt length, T new tokens, L layers, D width, F MLP width, H heads,
-K kv heads, h head width, V vocabulary. Per token and in multiply-adds, a layer has w = D H h + 2 D K h + H h D + 3 D F
-weights and the head D V. An operation is a multiplication or an addition.
+Letters: N prompts, B rows (B / N share a prompt), P prompt length, T new tokens, L layers, D width, F MLP width,
+H heads, K kv heads, h head width, V vocabulary. A layer has w = D H h + 2 D K h + H h D + 3 D F weights, the head D V;
+each is a multiplication and an addition a token, 2 operations.
 """
 
 from __future__ import annotations
@@ -164,9 +164,10 @@ class StepLimit:
     reference: float
     """One forward pass of the reference over all rows (0 without one), at least one reading of its weights."""
     update: float
-    """Three forward passes' operations (forward, gradients of activations, gradients of weights), with recomputation one
-    more of the layers alone; at least two readings of the weights and one writing of the gradient. Then AdamW, which
-    waits for the gradient: parameter, gradient and two moments read, parameter and moments written, 7 numbers a weight."""
+    """Three forward passes' operations (forward, gradients of activations, gradients of weights), with recomputation
+    one more of the layers alone; at least two readings of the weights and one writing of the gradient. Then AdamW,
+    which waits for the gradient: parameter, gradient, two moments read, parameter, moments written: 7 numbers a
+    weight."""
 
     @property
     def total(self) -> float:
@@ -187,15 +188,14 @@ def step_roofline(
     shared_prompts: bool = False,
 ) -> StepLimit:
     """Of rows of P + T tokens. The last token of a row is only predicted, so P + T - 1 run through the layers, with all
-    their causal pairs, and the head is needed for T of them. With `shared_prompts` the first P - 1 of them, which only
-    give keys and values, count once a prompt; the last one predicts every row's first token, and counts once too.
+    their causal pairs, and the head is needed for T of them. With `shared_prompts` a prompt's P tokens, their pairs and
+    the logits of the last one (which predict the first token of each of its rows) count once, not once a row.
     """
     first, rest = prompt_length * (prompt_length + 1) // 2, new_tokens - 1
     later = rest * prompt_length + rest * (rest + 1) // 2
     copies = prompts if shared_prompts else rows
     tokens, pairs = copies * prompt_length + rows * rest, copies * first + rows * later
     layers = tokens * token_operations(config) + pairs * pair_operations(config)
-    # the first token's logits are those of the prompt's last position: once a prompt when it is shared
     head = (copies + rows * rest) * 2 * head_weights(config)
     weights = weight_bytes(config)
     scored = pass_seconds(layers + head, weights, gemm, bandwidth) if reference else 0.0

@@ -3,7 +3,8 @@
     python benchmarks/peers/client.py NAME MODEL_DIR [REQUEST.json]
 
 asks one peer for a tiny rollout, log-probabilities and step (or for the request in the file) and prints its replies.
-`make bench-peers` makes the environments; a peer without one, or that fails, answers with the reason and raises nothing.
+`make bench-peers` makes the environments. A peer without one, or that fails, answers with the reason and raises
+nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Peer:
         self.replies: queue.Queue[str] = queue.Queue()
         if self.failure:
             return
-        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115: as long as the process
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self.process = subprocess.Popen(
             [root / ENVIRONMENTS[name] / "bin/python", HERE / f"{name}_peer.py", Path(model_dir).resolve()],
             stdin=subprocess.PIPE,

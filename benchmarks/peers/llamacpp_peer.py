@@ -76,7 +76,7 @@ def write_gguf(model_dir: Path, path: Path, dtype: str) -> dict[str, Any]:
     writer.add_tokenizer_model("none")
     for file in sorted(model_dir.glob("*.safetensors")):
         with safe_open(file, "np") as tensors:
-            for key in tensors.keys():  # noqa: SIM118: not a dict
+            for key in tensors.keys():  # noqa: SIM118
                 name, weight = gguf_name(key), tensors.get_tensor(key).astype(np.float32)
                 part = name.split(".")[-2]
                 if part in heads:
@@ -170,7 +170,7 @@ class LlamaCppPeer:
         memory, batch = api.llama_get_memory(context), api.llama_batch_init(room, 0, 1)
         sampler = api.llama_sampler_init_dist(seed)
         start = time.perf_counter()
-        # the prompts are sequences 0 to N - 1, neighbours decode together; the copies of prompt i are i + N, i + 2 N, ...
+        # prompts are sequences 0 to N - 1, for neighbours decode together; copies of prompt i are i + N, i + 2 N, ...
         pieces = [(t, i, p, i == len(ids) - 1) for p, ids in enumerate(prompts) for i, t in enumerate(ids)]
         self.decode(context, batch, pieces)
         for sequence in range(len(prompts), count):

@@ -5,9 +5,11 @@ repeated to rows, the stop token barred by `min_new_tokens`) and then hands over
 generated at once; the reference pass and the update go through it by `micro_batch_size` rows, with accumulation.
 
 Settings: `loss_type="grpo"` (mean over a row's tokens, then over rows), `scale_rewards="group"` (advantages divided by
-the group's standard deviation + 1e-4), KL k3 without TRL's correction, AdamW without decay, gradients clipped at norm 1,
-float32. transformers gives the embedding's padding row no gradient from its input side (`padding_idx`), so rows that
-contain the model's padding id have another `grad_norm` here than elsewhere. Further request field `checkpointing`: whether activations are recomputed, by default true as in GRPOConfig.
+the group's standard deviation + 1e-4), KL k3 without TRL's correction, AdamW without decay, gradients clipped at norm
+1, float32. transformers gives the embedding's padding row no gradient from its input side (`padding_idx`), so rows that
+contain the model's padding id have another `grad_norm` here than elsewhere.
+
+Further request field `checkpointing`: whether activations are recomputed, by default true as in GRPOConfig.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""tunix as a peer: its Sampler, and one step of its GRPOLearner in an RLCluster, by its own training loop. JAX, compiled.
+"""tunix as a peer: its Sampler, and one step of its GRPOLearner in an RLCluster, by its own training loop. JAX, jitted.
 
 Prompts are strings to tunix, so ids travel as digits ("1 4093 198") through a tokenizer that is only that. Its masks
-are `token != pad`: the padding id is one that no given row contains. -1 stands for the stop token, which no row can reach.
-tunix 0.1.7's Llama ignores the configuration's `rope_theta` and takes 1e6; it is given the model's own here, or it would
-compute another model's log-probabilities. That one constant is all that is changed, and no operation more or less.
+are `token != pad`: the padding id is one that no given row contains. -1 stands for the stop token: no row reaches it.
+tunix 0.1.7's Llama ignores the configuration's `rope_theta` and takes 1e6. It is given the model's own here, or it
+would compute another model's log-probabilities: one constant changed, no operation more or less.
 
 Rollout: `Sampler`, prompts repeated to rows and padded on the left, a cache of exactly the length needed.
 

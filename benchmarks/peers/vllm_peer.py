@@ -2,7 +2,7 @@
 
 Each prompt is one request with `n` samples, so it is prefilled once for them (prefix caching on, and emptied before
 every rollout: the repeats of a benchmark must not find their prompts computed already). `ignore_eos`, temperature 1, no
-truncation. Engine and worker are processes of their own, as in its default; the worker's threads are bound to the cores.
+truncation. Engine and worker are processes of their own, as by default; the worker's threads are bound to the cores.
 Eager: `PEER_VLLM_COMPILE=1` in the environment lets it compile by TorchInductor instead, which needs a C++ compiler.
 
 Log-probabilities are its `prompt_logprobs`. There is no training step.
