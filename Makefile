@@ -2,6 +2,7 @@
 #   make quickstart    train the demo model by self-play (run-time packages only, no torch)
 #   make test          the whole suite but `slow`;  make test-fast  seconds a test;  make test-slow  the long ones
 #   make test-peers    GRPO against TRL's trainer, in .venv-peers (TRL's own dependencies stay out of .venv)
+#   make bench-peers   the engines that benchmarks/ compares with, each in an environment of its own
 #   make lint          ruff and pyright
 #   make clean         remove environments and caches (runs/ and models/ stay)
 # Variables: PYTHON=python3.12 VENV=.venv-3.12 PYTEST_WORKERS=2 PYTEST_ARGS="-k name"; TEST_EXTRA=checks leaves torch out.
@@ -17,9 +18,10 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile
 PYTEST := $(BIN)/python -m pytest
 PINS := pyproject.toml requirements.txt requirements-nodeps.txt
+PEERS := torch tunix vllm llamacpp
 DEMO := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-fast test-slow test-peers lint clean
+.PHONY: quickstart test test-fast test-slow test-peers bench-peers lint clean
 
 quickstart: $(VENV)/.demo-installed
 	$(BIN)/lsp-jax demo-model $(DEMO)
@@ -69,6 +71,21 @@ $(VENV)/.test-installed-$(TEST_EXTRA): $(VENV)/.created $(PINS)
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e ".[peers]"
 	@touch $@
+
+# A peer that cannot be installed leaves its reason in .failed, which the benchmarks report, and does not stop the others;
+# it is tried again the next time. torch by itself first, as above. llama.cpp is compiled: it gets 20 minutes.
+.PHONY: $(PEERS:%=.venv-bench-%)
+bench-peers: $(PEERS:%=.venv-bench-%)
+
+$(PEERS:%=.venv-bench-%): .venv-bench-%: benchmarks/peers/requirements-%.txt
+	@test $@/.installed -nt $< && exit 0; \
+	echo "Installing $* into $@ (its log: $@/install.log)"; \
+	rm -f $@/.installed $@/.failed; $(PYTHON) -m venv $@ && pip="timeout 1200 $@/bin/python -m pip"; \
+	quiet="-qq --disable-pip-version-check"; \
+	if { sed -n '/^torch==/p' $< | xargs -r $$pip install $$quiet && $$pip install $$quiet -r $< && \
+	sed -n 's/^# without: //p' $< | xargs -r $$pip uninstall $$quiet -y; } >$@/install.log 2>&1; then touch $@/.installed; \
+	else { grep -i error $@/install.log || echo "pip ended without a word, or not in 20 minutes"; } | tail -n 1 >$@/.failed; \
+	echo "$* is not installed: $$(cat $@/.failed)"; fi
 
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis build dist
