@@ -50,6 +50,13 @@ def shown(values: Mapping[str, float], digits: int = 1) -> str:
     return f"{values['median']:.{digits}f} ({values['lowest']:.{digits}f} to {values['highest']:.{digits}f})"
 
 
+def limits() -> dict[str, float]:
+    """The machine's best rates, measured now: `gemm` in GFLOP/s, `bandwidth` in GB/s."""
+    from limits import measure
+
+    return {name: rates["best"] for name, rates in measure().items()}
+
+
 def circumstances() -> dict[str, Any]:
     """When, where, with what."""
     import jax

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
-from limits import measured_limits, rollout_roofline
+from limits import rollout_roofline
 from peers.client import Peer
 
 import lsp_jax as lsp
@@ -106,7 +106,7 @@ def of_size(ours: Ours, peers: list[Peer], name: str, rounds: int, limits: dict[
     results = measure.in_turn(contestants, rounds, name)
     rates = {peer: measure.spread(values) for peer, values in results.items() if isinstance(values[0], float)}
     failed = {peer: values[0] for peer, values in results.items() if peer not in rates}
-    limit = rollout_roofline(ours.policy.config, number * repeats, number, PROMPT, NEW, **limits)
+    limit = rollout_roofline(ours.policy.config, number * repeats, number, PROMPT, NEW, **limits).tokens_per_second
     best = rates["lsp_jax"]["median"]
     ratios = {peer: best / value["median"] for peer, value in rates.items() if peer != "lsp_jax"}
     return {"tokens_per_second": rates, "failed": failed, "ratio": ratios, "roofline": limit, "share": best / limit}
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--name", default="rollout", help="of the files in results/")
     options = parser.parse_args()
     ours = Ours(lsp.load_pretrained(options.model))
-    found: dict[str, Any] = {"limits": measured_limits(), "sizes": {}}
+    found: dict[str, Any] = {"limits": measure.limits(), "sizes": {}}
     with ExitStack() as stack:
         peers = [stack.enter_context(Peer(name, options.model)) for name in options.peers]
         found["agreement"] = agreement(ours, peers)

@@ -20,7 +20,7 @@ from typing import Any
 
 import measure
 import numpy as np
-from limits import measured_limits, step_roofline
+from limits import step_roofline
 from peers.client import Peer
 
 import lsp_jax as lsp
@@ -53,7 +53,8 @@ def compared(peers: list[Peer], length: int, micro_batch: int, rounds: int, conf
     asked = request(length, micro_batch, config.vocab_size)
     contestants = {peer.name: partial(peer.ask, asked, timeout=1800) for peer in peers}
     replies = measure.in_turn(contestants, rounds, str(length))
-    found: dict[str, Any] = {"limit": step_roofline(config, PROMPTS, REPEATS, length, NEW, **limits)}
+    limit = step_roofline(config, PROMPTS * REPEATS, PROMPTS, length, NEW, **limits, shared_prompts=True)
+    found: dict[str, Any] = {"limit": limit.total}
     for name, each in replies.items():
         if "total" not in each[0]:
             found[name] = {"failed": each[0]}
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--name", default="step", help="of the files in results/")
     options = parser.parse_args()
     config = lsp.load_pretrained(options.model).config
-    found: dict[str, Any] = {"limits": measured_limits(), "steps": {}}
+    found: dict[str, Any] = {"limits": measure.limits(), "steps": {}}
     with ExitStack() as stack:
         peers = [stack.enter_context(Peer(name, options.model)) for name in ["lsp_jax", *options.peers]]
         found["peers"] = {peer.name: peer.ask({"op": "versions"}) for peer in peers}

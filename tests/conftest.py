@@ -13,6 +13,8 @@ import pytest
 # With libtpu installed JAX looks for a TPU for seconds in every process, and with CUDA for a GPU; tests are of the CPU
 # unless somebody asks for another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Runs keep their programs in the user's cache: tests neither read nor fill it.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -27,7 +27,8 @@ ENVIRONMENTS = {
     "vllm": ".venv-bench-vllm",
     "llamacpp": ".venv-bench-llamacpp",
 }
-"""Which environment a peer runs in."""
+"""Which environment a peer runs in; this project's own runs in that of the benchmark."""
+OURS = "lsp_jax"
 
 # nothing is looked up on a network, and no setting of this environment leaks into another
 SETTINGS = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
@@ -37,6 +38,8 @@ Reply = dict[str, Any]
 
 def missing(name: str, root: Path = HERE.parents[1]) -> str:
     """Why a peer cannot be started, or nothing."""
+    if name == OURS:
+        return ""
     environment = root / ENVIRONMENTS[name]
     if (environment / ".installed").exists():
         return ""
@@ -55,14 +58,16 @@ class Peer:
         if self.failure:
             return
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        python = sys.executable if name == OURS else root / ENVIRONMENTS[name] / "bin/python"
+        settings = {**os.environ, **SETTINGS} | ({"PYTHONPATH": str(root)} if name == OURS else {})
         self.process = subprocess.Popen(
-            [root / ENVIRONMENTS[name] / "bin/python", HERE / f"{name}_peer.py", Path(model_dir).resolve()],
+            [python, HERE / f"{name}_peer.py", Path(model_dir).resolve()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
             encoding="utf-8",
-            env={**os.environ, **SETTINGS},
+            env=settings,
             start_new_session=True,  # vLLM has children: all of them end with it
         )
         threading.Thread(target=self._read, daemon=True).start()

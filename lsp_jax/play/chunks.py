@@ -1,8 +1,8 @@
 """Decoding chunk by chunk, from the host: the cost follows the tokens that are really generated.
 
 Between two chunks the host reads how many rows still run, drops the others when half are done and lets the cache grow.
-Every row draws what it would draw in `decode.rollout`. The numbers of rows and the cache's lengths are few and fixed, so
-the programs are too.
+Every row draws what it would draw in `decode.rollout`. The numbers of rows and the cache's lengths are few and fixed,
+so the programs are too.
 """
 
 from __future__ import annotations

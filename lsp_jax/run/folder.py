@@ -20,7 +20,7 @@ from lsp_jax.policy import Policy, check_replaceable, save_pretrained
 from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.text.tokenizer import Tokenizer
 
-CHECKPOINTS, BASE, EXPORT = "checkpoints", "base", "export"
+CHECKPOINTS, BASE, EXPORT, PROFILE = "checkpoints", "base", "export", "profile"
 _RUN_FILES = ("config.json", "metrics.jsonl", "transcripts.jsonl", CHECKPOINTS, EXPORT)
 
 
