@@ -4,7 +4,8 @@
 
 asks one peer for a tiny rollout, log-probabilities and step (or for the request in the file) and prints its replies.
 `make bench-peers` makes the environments. A peer without one, or that fails, answers with the reason and raises
-nothing.
+nothing. Peers inherit the environment's variables. Beside other work set OMP_WAIT_POLICY=passive: PyTorch's threads
+else wait in loops, and what shares their cores makes a step take many times as long.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ The prompts are repeated to rows, padded on the left; scaled-dot-product attenti
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -58,7 +59,8 @@ class TransformersPeer:
             "packages": versions("torch", "transformers"),
             "dtype": self.dtype,
             "threads": torch.get_num_threads(),
-            "settings": f"eager, attention {model.config._attn_implementation}, prompts repeated to rows",
+            "settings": f"eager, attention {model.config._attn_implementation}, prompts repeated to rows, "
+            f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}",
         }
 
     def rollout(

@@ -14,8 +14,8 @@ are: loss "sequence-mean-token-mean" (mean over a row's tokens, then over rows),
 standard deviation + 1e-6 (TRL: 1e-4), KL "low_var_kl" (k3), AdamW without decay, gradients clipped at norm 1, float32.
 Its micro-batches hold whole groups, so `micro_batch_size` rounds up to them. Its log-probabilities make logits of every
 position, [rows, prompt + completion, vocabulary]. `loss` is the mean over micro-batches; `grad_norm` is that of the
-accumulated gradient, before clipping. Further request field `checkpointing`: whether each layer's activations are
-recomputed (`RematConfig.DECODER`), by default false as in its ModelConfig.
+accumulated gradient, before clipping. Activations are kept (`RematConfig.NONE`, the default of its ModelConfig): with
+flax 0.12.8 its recomputation, of blocks or of layers, ends in a TraceContextError.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class TunixPeer:
         self.samplers: dict[tuple[int, int], Sampler] = {}
         self.mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
-    def make_model(self, dtype: str, checkpointing: bool) -> Any:
+    def make_model(self, dtype: str) -> Any:
         shape = json.loads(Path(self.model_dir, "config.json").read_text(encoding="utf-8"))
         if shape.get("rope_scaling"):
             raise Unsupported("tunix's Llama has no RoPE scaling")
@@ -122,7 +122,6 @@ class TunixPeer:
             rope_theta=theta,
             norm_eps=shape["rms_norm_eps"],
             weight_tying=shape["tie_word_embeddings"],
-            remat_config=llama.RematConfig.DECODER if checkpointing else llama.RematConfig.NONE,
         )
         # its attention leaves the configuration's RoPE base out and so computes with 1e6, whatever the model's is
         llama.apply_rope = functools.partial(OWN_ROPE, rope_theta=theta)
@@ -131,7 +130,7 @@ class TunixPeer:
     def load(self, dtype: str) -> Any:
         if dtype != self.dtype:
             self.samplers.clear()
-            self.model, self.dtype = self.make_model(dtype, checkpointing=False), dtype
+            self.model, self.dtype = self.make_model(dtype), dtype
         return self.model
 
     def versions(self) -> Reply:
@@ -194,7 +193,6 @@ class TunixPeer:
         learning_rate: float,
         micro_batch_size: int,
         generate: bool,
-        checkpointing: bool = False,
     ) -> Reply:
         self.model, self.dtype = None, ""
         self.samplers.clear()
@@ -202,7 +200,7 @@ class TunixPeer:
         repeats, clock = len(completions) // len(prompts), Clock()
         groups = max(1, micro_batch_size // repeats)
         pad = unused(prompts + completions)
-        cluster = self.make_cluster(prompts, completions, pad, groups, learning_rate, checkpointing)
+        cluster = self.make_cluster(prompts, completions, pad, groups, learning_rate)
         rows = [text(prompt) for prompt in prompts for _ in range(repeats)]
         given = RolloutOutput(
             text=[""] * len(rows),
@@ -219,7 +217,7 @@ class TunixPeer:
         state = nnx.to_flat_state(nnx.state(cluster.actor_trainer.optimizer))
         norm = next(float(value[...]) for path, value in state if "last_norm" in path)
         losses = np.asarray(clock.losses[len(clock.losses) // 2 :])
-        settings = f"checkpointing {checkpointing}, micro-batches of {groups * repeats} rows"
+        settings = f"no recomputation, micro-batches of {groups * repeats} rows"
         del learner, cluster, state
         gc.collect()
         reply = {"loss": float(np.mean(losses)), "grad_norm": norm, "settings": settings}
@@ -232,7 +230,6 @@ class TunixPeer:
         pad: int,
         groups: int,
         learning_rate: float,
-        checkpointing: bool,
     ) -> rl_cluster.RLCluster:
         width, longest = max(map(len, prompts)), max(map(len, completions))
         optimizer = optax.chain(
@@ -261,7 +258,7 @@ class TunixPeer:
                 eos_tokens=[NO_STOP],
             ),
         )
-        actor, reference = (self.make_model("float32", checkpointing) for _ in range(2))
+        actor, reference = (self.make_model("float32") for _ in range(2))
         return rl_cluster.RLCluster(actor=actor, reference=reference, tokenizer=Digits(pad), cluster_config=config)
 
 
