@@ -17,12 +17,17 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def in_turn(contestants: Mapping[str, Callable[[], Any]], rounds: int, say: str = "") -> dict[str, list[Any]]:
+def in_turn(
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, say: str = "", steady: Sequence[str] = ()
+) -> dict[str, list[Any]]:
     """`rounds` results of each contestant, A B C A B C ..., after one round that is not counted: the machine's speed
-    drifts for all of them alike."""
+    drifts for all of them alike. Those in `steady` do the same work in their first round as in any, and count at once.
+    """
     results: dict[str, list[Any]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, run in contestants.items():
+            if number == 0 and name in steady:
+                continue
             gc.collect()
             result = run()
             print(f"{say} {name} {'warm-up' if number == 0 else number}: {brief(result)}", file=sys.stderr, flush=True)

@@ -34,8 +34,13 @@ from lsp_jax.play.decode import Completions
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 
 PROMPT, NEW, CHUNK = 64, 128, 32
-SIZES = {"B64, 8 x 8": (8, 8), "B64, distinct": (64, 1), "B16, distinct": (16, 1), "B1": (1, 1)}
-"""Prompts and rows of each."""
+SIZES = {
+    "B64, 8 x 8": (8, 8, ("transformers", "vllm")),
+    "B64, distinct": (64, 1, ("transformers",)),
+    "B16, distinct": (16, 1, ("transformers", "tunix", "vllm", "llamacpp")),
+    "B1": (1, 1, ("transformers", "tunix", "vllm", "llamacpp")),
+}
+"""Prompts, rows of each, and the engines that are measured at that size."""
 
 
 def prompts_of(number: int, vocabulary: int, length: int = PROMPT) -> np.ndarray:
@@ -99,10 +104,10 @@ def agreement(ours: Ours, peers: list[Peer]) -> dict[str, Any]:
 
 def of_size(ours: Ours, peers: list[Peer], name: str, rounds: int, limits: dict[str, float]) -> dict[str, Any]:
     """All engines at one size, with the ratio to each peer and the share of what the machine could do."""
-    number, repeats = SIZES[name]
+    number, repeats, engines = SIZES[name]
     prompts = prompts_of(number, ours.policy.config.vocab_size)
     contestants = {"lsp_jax": partial(ours.rate, prompts, repeats)}
-    contestants |= {peer.name: partial(peer_rate, peer, prompts, repeats) for peer in peers}
+    contestants |= {peer.name: partial(peer_rate, peer, prompts, repeats) for peer in peers if peer.name in engines}
     results = measure.in_turn(contestants, rounds, name)
     rates = {peer: measure.spread(values) for peer, values in results.items() if isinstance(values[0], float)}
     failed = {peer: values[0] for peer, values in results.items() if peer not in rates}

@@ -28,6 +28,8 @@ import lsp_jax as lsp
 PROMPTS, REPEATS, NEW = 2, 8, 128
 LENGTHS = {"64": 64, "256": 256}
 PREFIXES = (32, 128, 512)
+STEADY = ("trl", "tunix")
+"""TRL compiles nothing, and tunix compiles anew before every step, outside the seconds."""
 PHASES = ("generation", "reference", "update", "total")
 
 
@@ -52,7 +54,7 @@ def compared(peers: list[Peer], length: int, micro_batch: int, rounds: int, conf
     """All libraries in turn on one step."""
     asked = request(length, micro_batch, config.vocab_size)
     contestants = {peer.name: partial(peer.ask, asked, timeout=1800) for peer in peers}
-    replies = measure.in_turn(contestants, rounds, str(length))
+    replies = measure.in_turn(contestants, rounds, str(length), STEADY)
     limit = step_roofline(config, PROMPTS * REPEATS, PROMPTS, length, NEW, **limits, shared_prompts=True)
     found: dict[str, Any] = {"limit": limit.total}
     for name, each in replies.items():
