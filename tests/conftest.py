@@ -24,6 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+LONGEST = ("test_sharding.py", "test_update.py", "test_generate.py", "test_fast_start.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: begun last, one would keep one worker busy while the other has nothing left."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tiny models spend their time in the compiler: half of it is saved, and arithmetic stays what it is.

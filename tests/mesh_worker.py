@@ -57,10 +57,11 @@ def iteration(run: setup.Run) -> dict[str, Any]:
     learnable = stages.learn_batch(episode, outputs, run.specs, run.game)
     reference = at_work(run.reference)
     references = stages.reference(reference, learnable.batch, run.game)
-    gradient, metrics = stages.joint_gradient(state.params, reference, learnable.batch, references, run.game)
+    arguments = state.params, reference, learnable.batch, references
+    program = stages.joint_gradient.lower(*arguments, run.game).compile()
+    gradient, metrics = program(*arguments)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
-    program = stages.joint_gradient.lower(state.params, reference, learnable.batch, references, run.game).compile()
-    played = play_and_learn(run, state, Phases())
+    played = play_and_learn(run, state, Phases())  # plays chunk by chunk, the stages above in one piece
     return {
         "queries": np.asarray(episode.queries.text[0]),
         "answers": np.asarray(episode.answers.tokens),
@@ -131,7 +132,7 @@ def main() -> None:
         config = game_config(
             model,
             Path(folder) / "run",
-            play=PlayConfig(num_queries=8, num_generations=4, max_query_length=8, max_completion_length=8),
+            play=PlayConfig(num_queries=8, num_generations=4, max_query_length=8, max_completion_length=8, decode_chunk=3),
             reward=RewardConfig(preference_model=reward_model, quality_weight=0.5, judge_rows=4, preference_rows=4),
             optimizer=OptimizerConfig(learning_rate=1e-3, micro_batch_size=2, logprob_chunk=4),
         )

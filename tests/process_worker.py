@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 DEVICES = 8
+CLOCKS = ("time/", "limit/", "compile/")
 SILENCE = 6.0
 
 scene, port, number, index = sys.argv[1], *map(int, sys.argv[2:5])
@@ -125,9 +126,7 @@ def played(config: TrainConfig, killed: int = -1) -> dict[str, Any]:
         return low_share(queries, answers)
 
     def callback(event: Any) -> None:
-        seen.append(
-            {name: value for name, value in event.metrics.items() if not name.startswith(("time/", "compile/"))}
-        )
+        seen.append({name: value for name, value in event.metrics.items() if not name.startswith(CLOCKS)})
         lines.append(len(event.transcripts))
         if index == killed:
             os.kill(os.getpid(), 9)

@@ -33,6 +33,7 @@ _ROLE_METRICS = {
     "kl_to_old": "KL of the policy that played to the current one, k3's value per token of the {role}",
     "importance_weight": "mean weight of truncated importance correction over the {role}'s tokens",
     "completions/mean_length": "mean tokens of a completion of the {role}, its stop token included",
+    "completions/max_length": "tokens of the longest completion of the {role}",
     "completions/clipped_ratio": "fraction of the {role}'s completions cut off at the maximum length",
 }
 
@@ -44,6 +45,7 @@ METRICS: dict[str, str] = {
         for name, text in _ROLE_METRICS.items()
     },
     "solver/frac_reward_zero_std": "fraction of queries whose valid answers all got one reward: nothing to learn there",
+    "solver/prompts/mean_length": "mean tokens of the Solver's prompts, chat template included",
     "queries/valid_fraction": "fraction of queries that ended by themselves, have text, leak no tag and are on task",
     "queries/unique_fraction": "distinct queries over all queries of the iteration",
     "answers/valid_fraction": "fraction of answers that every reward component could score",
@@ -61,6 +63,10 @@ METRICS: dict[str, str] = {
     "completions/tokens": "tokens sampled in this iteration by both roles",
     "tokens_per_second": "tokens sampled over the seconds of challenge and solve, prefill included",
     **{f"time/{phase}": f"seconds in the phase {phase}" for phase in PHASES},
+    **{
+        f"limit/{phase}": f"least time that the phase {phase} could take on these devices over its time: 1 is the limit"
+        for phase in ("challenge", "solve", "reference", "update")
+    },
     "time/iteration": "seconds of the iteration, without writing its lines and checkpoint",
     "handover/bytes": "bytes, on one device, of the parameters that play: cast and laid out anew before each iteration",
     "host_reads": "reads from device to host before the metrics; with compiled rewards one a chunk of decoding",

@@ -19,7 +19,7 @@ from lsp_jax.learn.update import TrainState
 from lsp_jax.model.sharding import use_mesh
 from lsp_jax.policy import Policy, save_pretrained
 from lsp_jax.reward.base import Reward, episode_texts
-from lsp_jax.run import messages
+from lsp_jax.run import limits, messages
 from lsp_jax.run.checkpoint import Checkpoints
 from lsp_jax.run.compiled import keep_programs
 from lsp_jax.run.folder import CHECKPOINTS, EXPORT, PROFILE, claim
@@ -135,6 +135,7 @@ def _one(run: Run, state: TrainState, number: int, cursor: int, outputs: Outputs
     metrics["tokens_per_second"] = metrics["completions/tokens"] / (
         phases.seconds["challenge"] + phases.seconds["solve"]
     )
+    metrics |= limits.shares(run.game, metrics, jax.devices())
     metrics["learning_rate"] = _learning_rate(run.config, number, metrics)
     metrics["host_reads"] = playing_reads
     metrics["handover/bytes"] = played.handed_over

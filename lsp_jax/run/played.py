@@ -1,0 +1,58 @@
+"""What an iteration's play and rewards look like in numbers: means over what counts, computed on the device."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from lsp_jax.learn.advantages import Advantages
+from lsp_jax.learn.update import Metrics
+from lsp_jax.play.decode import Completions
+from lsp_jax.play.selfplay import Episode, Queries
+from lsp_jax.reward.base import Scores, correlation, mean_std
+
+
+def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metrics:
+    """Means over what counts; names are listed in `run/metrics.py`."""
+    metrics: Metrics = {}
+    for role, values, counts in (
+        ("solver", result.solver_reward, result.answer_counts),
+        ("challenger", result.challenger_reward, result.query_counts),
+    ):
+        metrics[f"{role}/reward"], metrics[f"{role}/reward_std"] = mean_std(values, counts)
+    played: list[tuple[str, Completions]] = [("solver", episode.answers)]
+    if episode.queries.sampled is not None:
+        played.append(("challenger", episode.queries.sampled))
+    for role, completions in played:
+        metrics[f"{role}/completions/mean_length"] = jnp.mean(completions.lengths.astype(jnp.float32))
+        metrics[f"{role}/completions/max_length"] = jnp.max(completions.lengths)
+        metrics[f"{role}/completions/clipped_ratio"] = jnp.mean(~completions.stopped)
+    for name, values in scores.components.items():
+        counts = result.answer_counts & jnp.isfinite(values)
+        metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = mean_std(values, counts)
+        metrics[f"rewards/{name}/failed_fraction"] = jnp.mean(scores.failed[name])
+    for one, other in itertools.combinations(scores.components, 2):
+        pair = scores.components[one], scores.components[other]
+        metrics[f"rewards/{one}/correlation/{other}"] = correlation(*pair, result.answer_counts)
+    # the rewards themselves: centred on their mean, equal ones need not be exactly 0
+    highest = jnp.max(jnp.where(result.answer_counts, result.solver_reward, -jnp.inf), axis=1)
+    lowest = jnp.min(jnp.where(result.answer_counts, result.solver_reward, jnp.inf), axis=1)
+    flat = highest <= lowest
+    metrics["solver/frac_reward_zero_std"] = jnp.mean(flat)
+    metrics["solver/prompts/mean_length"] = jnp.mean(episode.prompts[1].astype(jnp.float32))
+    metrics["queries/valid_fraction"] = jnp.mean(scores.valid_query)
+    metrics["queries/unique_fraction"] = _unique_fraction(episode.queries)
+    metrics["answers/valid_fraction"] = jnp.mean(scores.valid_answer)
+    metrics["completions/tokens"] = jnp.sum(jnp.stack([jnp.sum(completions.lengths) for _, completions in played]))
+    return {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+
+def _unique_fraction(queries: Queries) -> jax.Array:
+    """Distinct queries over N, by their ids."""
+    tokens, lengths = queries.text
+    real = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, -1)
+    same = jnp.all(real[:, None] == real[None], axis=-1)
+    earlier = jnp.tril(same, -1)
+    return jnp.mean(~jnp.any(earlier, axis=-1))
