@@ -132,7 +132,7 @@ def main() -> None:
         config = game_config(
             model,
             Path(folder) / "run",
-            play=PlayConfig(num_queries=8, num_generations=4, max_query_length=8, max_completion_length=8, decode_chunk=3),
+            play=PlayConfig(8, 4, max_query_length=8, max_completion_length=8, decode_chunk=3),
             reward=RewardConfig(preference_model=reward_model, quality_weight=0.5, judge_rows=4, preference_rows=4),
             optimizer=OptimizerConfig(learning_rate=1e-3, micro_batch_size=2, logprob_chunk=4),
         )
