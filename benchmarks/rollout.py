@@ -122,10 +122,15 @@ def dropping(ours: Ours, rounds: int) -> dict[str, Any]:
     prompts, stop = prompts_of(8, ours.policy.config.vocab_size), 2
     uniforms, draw = decode.row_uniforms, decode.sample
 
+    def chosen(keys: jax.Array) -> jax.Array:
+        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 10**6), (2,)))(keys)
+
+    middle = float(np.median(np.asarray(chosen(row_keys(jax.random.key(1), 64)))[:, 0]))
+
     def ends(keys: jax.Array, position: jax.Array) -> jax.Array:
         """Whether a row ends here: half of them do, anywhere in the first quarter; a function of its key alone."""
-        chosen = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 10**6), (2,)))(keys)
-        return (chosen[:, 0] < 0.5) & (position >= chosen[:, 1] * NEW / 4)
+        drawn = chosen(keys)
+        return (drawn[:, 0] < middle) & (position >= drawn[:, 1] * NEW / 4 - 1)
 
     def marked(keys: jax.Array, position: jax.Array) -> jax.Array:
         return jnp.concatenate([uniforms(keys, position), ends(keys, position)[:, None]], axis=1)
@@ -136,14 +141,14 @@ def dropping(ours: Ours, rounds: int) -> dict[str, Any]:
         return drawn._replace(token=jnp.where(uniform[:, 2] > 0, stop, other).astype(jnp.int32))
 
     def rate(keep: bool) -> float:
-        left = chunks.rows_left
-        chunks.rows_left = (lambda alive, number: number) if keep else left
+        counts = chunks.row_counts
+        chunks.row_counts = (lambda batch: (batch,)) if keep else counts
         try:
             start = time.perf_counter()
             done = ours.decode(prompts, 8, (stop,))
             return float(np.asarray(done.lengths).sum()) / (time.perf_counter() - start)
         finally:
-            chunks.rows_left = left
+            chunks.row_counts = counts
 
     decode.row_uniforms, decode.sample = marked, ending  # pyright: ignore[reportPrivateImportUsage]
     try:

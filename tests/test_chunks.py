@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from everyday import everyday
 from lsp_jax import host
 from lsp_jax.model import llama
+from lsp_jax.model.sharding import AXES
 from lsp_jax.play import chunks as chunking
-from lsp_jax.play.chunks import Chunks, cache_lengths, rows_left
+from lsp_jax.play.chunks import Chunks, cache_lengths, row_counts
 from lsp_jax.play.decode import Completions
 from lsp_jax.play.generate import complete
 from lsp_jax.play.sampler import SamplingConfig, row_keys
@@ -93,7 +95,8 @@ def test_what_the_chunks_work_on(params: llama.Params, monkeypatch: pytest.Monke
     assert host.reads() - reads == min(len(seen), COLUMNS // 4 - 1)
     number = 16
     for until, rows, cache in seen:
-        number = rows_left(int((lengths > until - 4).sum()) if until > 4 else 16, number)
+        alive = int((lengths > until - 4).sum()) if until > 4 else 16
+        number = min(count for count in row_counts(16) if count >= min(alive, number))
         assert rows == number
         assert cache == next(size for size in (6, 12, 24) if size >= until)
     assert seen[-1][1] < 16
@@ -116,7 +119,9 @@ def test_precompiled_chunks_compile_nothing(params: llama.Params, monkeypatch: p
 
 
 def test_sizes() -> None:
-    assert [rows_left(alive, 64) for alive in (64, 33, 32, 17, 16, 1)] == [64, 64, 32, 32, 16, 1]
-    assert rows_left(3, 12) == 3 and rows_left(1, 12) == 3 and rows_left(1, 7) == 7
+    assert row_counts(64) == (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+    assert row_counts(12) == (12, 9, 6, 4, 3, 2, 1) and row_counts(7) == (7, 5, 3, 2, 1) and row_counts(1) == (1,)
+    with use_abstract_mesh(AbstractMesh((1, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3)):
+        assert row_counts(64) == (64, 48, 32, 24, 16, 12, 8, 4) and row_counts(6) == (6,)
     assert cache_lengths(20) == (20,) and cache_lengths(128) == (128,)
     assert cache_lengths(129) == (65, 129) and cache_lengths(512) == (128, 256, 512)

@@ -1,6 +1,6 @@
 """Decoding chunk by chunk, from the host: the cost follows the tokens that are really generated.
 
-Between two chunks the host reads how many rows still run, drops the others when half are done and lets the cache grow.
+Between two chunks the host reads how many rows still run, drops the others once a quarter is done and grows the cache.
 Every row draws what it would draw in `decode.rollout`. The numbers of rows and the cache's lengths are few and fixed,
 so the programs are too.
 """
@@ -126,12 +126,11 @@ def cache_lengths(columns: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def rows_left(alive: int, number: int) -> int:
-    """With how many of `number` rows decoding goes on when `alive` still run: halved as often as they fit, in rows that
-    every device has as many of."""
-    while number % (2 * row_shards()) == 0 and alive <= number // 2:
-        number //= 2
-    return number
+def row_counts(batch: int) -> tuple[int, ...]:
+    """With how many of `batch` rows decoding may go on: all, three quarters, half, three eighths, a quarter, ...; every
+    device has as many of them."""
+    counts = {whole >> halvings for whole in (batch, 3 * batch // 4) for halvings in range(batch.bit_length())} - {0}
+    return tuple(sorted((count for count in counts if count % row_shards() == 0), reverse=True)) or (batch,)
 
 
 class Chunks(NamedTuple):
@@ -167,7 +166,7 @@ class Chunks(NamedTuple):
         Not to be traced: between chunks it reads one number from the device.
         """
         prefix, rows = self.begin(params, tokens, lengths, keys)
-        layers, number, finished = _unstack(params, self.config), keys.shape[0], None
+        layers, counts, finished = _unstack(params, self.config), row_counts(keys.shape[0]), None
         for start in range(0, self.columns, self.chunk):
             until = min(start + self.chunk, self.columns)
             rows = self._grown(rows, until)
@@ -175,9 +174,9 @@ class Chunks(NamedTuple):
             running = int(host.to_host(alive)) if until < self.columns else 0
             if running == 0:
                 break
-            while rows_left(running, number) < number:
-                number //= 2
-                prefix, rows, finished = _drop(prefix, rows, finished or _none_finished(rows), number=number)
+            while len(counts) > 1 and running <= counts[1]:
+                counts = counts[1:]
+                prefix, rows, finished = _drop(prefix, rows, finished or _none_finished(rows), number=counts[0])
         return rows.done if finished is None else _put(finished, rows.done)
 
     def _grown(self, rows: Rows, until: int) -> Rows:
@@ -191,18 +190,15 @@ class Chunks(NamedTuple):
         """Compiles every program that `run` can need for arguments of these shapes, whatever the rows' lengths."""
         layers, caches = _unstack(params, self.config), cache_lengths(self.columns)
         prefix, rows = self.begin(params, tokens, lengths, keys)
-        number, finished = keys.shape[0], None
-        while True:
+        counts, finished = row_counts(keys.shape[0]), None
+        for number, fewer in enumerate((*counts[1:], 0)):
             wider = rows
             for size in caches:
                 wider = self._grown(wider, size)
-                # nothing to do up to column 0, and donated: a copy
-                self.advance(params, layers, prefix, _copy(wider), 0)
-                if rows_left(0, number) < number:
-                    _drop(prefix, wider, finished or _none_finished(wider), number=number // 2)
-            if finished is not None:
+                self.advance(params, layers, prefix, _copy(wider), 0)  # donated; there is nothing to do up to column 0
+                if fewer:
+                    _drop(prefix, wider, finished or _none_finished(wider), number=fewer)
+            if number:
                 _put(finished, rows.done)
-            if rows_left(0, number) == number:
-                return
-            number //= 2
-            prefix, rows, finished = _drop(prefix, rows, finished or _none_finished(rows), number=number)
+            if fewer:
+                prefix, rows, finished = _drop(prefix, rows, finished or _none_finished(rows), number=fewer)
