@@ -85,7 +85,7 @@ def test_what_the_chunks_work_on(params: llama.Params, monkeypatch: pytest.Monke
     advance = chunking._advance
 
     def watched(params: Any, layers: Any, prefix: Any, rows: Any, until: Any, **static: Any) -> Any:
-        seen.append((int(until), rows.token.shape[0], rows.cache.keys[0].shape[1]))
+        seen.append((int(until), rows.token.shape[0], rows.cache.keys[0].shape[2]))
         return advance(params, layers, prefix, rows, until, **static)
 
     monkeypatch.setattr(chunking, "_advance", watched)

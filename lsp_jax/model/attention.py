@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -19,14 +20,22 @@ from lsp_jax.model.sharding import TENSOR, P, context, row_axes
 
 
 class Segment(NamedTuple):
-    """Keys and values with the mask of what may be seen."""
+    """Keys and values with the mask of what may be seen.
+
+    Heads come before positions: each head's are then one matrix in memory, and a cache is multiplied as it lies.
+    """
 
     keys: jax.Array
-    """[N, P, K, h], rotated."""
+    """[N, K, P, h], rotated."""
     values: jax.Array
-    """[N, P, K, h]."""
+    """[N, K, P, h]."""
     mask: jax.Array
     """bool, broadcastable to [N, 1, S, P]: True where query position s may attend to key p."""
+
+
+def heads_first(x: jax.Array) -> jax.Array:
+    """[B, S, K, h], as projections give it, -> [B, K, S, h], as segments and caches hold it."""
+    return x.swapaxes(1, 2)
 
 
 def causal_mask(length: int) -> jax.Array:
@@ -52,12 +61,12 @@ def attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
         return _attend(queries, segments)
     rows = row_axes(queries.shape[0]) or None
     shards = math.prod(sizes[axis] for axis in rows or ())
-    heads = TENSOR if segments[0].keys.shape[2] % sizes[TENSOR] == 0 else None
+    heads = TENSOR if segments[0].keys.shape[1] % sizes[TENSOR] == 0 else None
     mine = P(rows, None, heads, None)
     spread = [segment.keys.shape[0] % shards == 0 for segment in segments]
     specs = []
     for segment, split in zip(segments, spread, strict=True):
-        keys: Any = mine if split else P(None, None, heads, None)
+        keys: Any = P(rows if split else None, heads, None, None)
         mask: Any = P(rows if split and len(segment.mask) > 1 else None)
         specs.append(Segment(keys, keys, mask))
 
@@ -88,36 +97,35 @@ def _rows_of(segment: Segment, first: jax.Array, number: int, batch: int) -> Seg
 
 
 def _attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+    """Each segment's scores are one product for a row of it and a kv head, [G*R*S, h] x [h, P]; their softmax is put
+    together from parts, since joining scores or moving keys would cost a decode step more than its products."""
     batch, length, heads, width = queries.shape
-    kv_heads = segments[0].keys.shape[2]
+    kv_heads = segments[0].keys.shape[1]
     repeats = heads // kv_heads
     scale = width**-0.5
+    mine = queries.reshape(batch, length, kv_heads, repeats, width).transpose(0, 2, 3, 1, 4)  # [B, K, R, S, h]
 
-    def grouped(rows: int) -> jax.Array:
-        return queries.reshape(rows, batch // rows, length, kv_heads, repeats, width)
+    def by_group(x: jax.Array, rows: int) -> jax.Array:
+        """[B, K, ...] -> [N, K, G, ...]: the rows that continue one row of a segment together."""
+        return x.reshape(rows, batch // rows, *x.shape[1:]).swapaxes(1, 2)
+
+    def by_row(x: jax.Array) -> jax.Array:
+        return x.swapaxes(1, 2).reshape(batch, kv_heads, *x.shape[3:])
 
     scores = []
     for segment in segments:
-        rows, keys = segment.keys.shape[:2]
-        score = jnp.einsum(
-            "ngskrh,npkh->nkgrsp", grouped(rows), segment.keys, preferred_element_type=jnp.float32
-        )  # one [G*R*S, h] x [h, P] product per row and kv head
-        score = jnp.where(segment.mask[:, :, None, None], score * scale, jnp.finfo(jnp.float32).min)
-        scores.append(_rows_first(score).reshape(batch, kv_heads, repeats, length, keys))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-
-    out = jnp.zeros(queries.shape, jnp.float32)
-    start = 0
-    for segment in segments:
-        rows, keys = segment.keys.shape[:2]
-        part = weights[..., start : start + keys].astype(segment.values.dtype)
-        start += keys
-        part = part.reshape(rows, batch // rows, kv_heads, repeats, length, keys)
-        value = jnp.einsum("ngkrsp,npkh->ngskrh", part, segment.values, preferred_element_type=jnp.float32)
-        out = out + value.reshape(queries.shape)
-    return out.astype(queries.dtype)
-
-
-def _rows_first(score: jax.Array) -> jax.Array:
-    """[N, K, G, R, S, P] -> [N, G, K, R, S, P], the order in which rows of all segments line up."""
-    return score.transpose(0, 2, 1, 3, 4, 5)
+        asking = by_group(mine, len(segment.keys))
+        score = jnp.einsum("nkgrsh,nkph->nkgrsp", asking, segment.keys, preferred_element_type=jnp.float32)
+        scores.append(jnp.where(segment.mask[:, :, None, None], score * scale, jnp.finfo(jnp.float32).min))
+    # any shift gives the same weights: the highest score keeps them finite, and carries no gradient
+    highest = [by_row(jnp.max(jax.lax.stop_gradient(score), axis=-1)) for score in scores]
+    shift = reduce(jnp.maximum, highest)
+    out, total = jnp.zeros(mine.shape, jnp.float32), jnp.zeros(mine.shape[:-1], jnp.float32)
+    for segment, score in zip(segments, scores, strict=True):
+        weights = jnp.exp(score - by_group(shift, len(segment.keys))[..., None])
+        total = total + by_row(jnp.sum(weights, axis=-1))
+        weights = weights.astype(segment.values.dtype)
+        value = jnp.einsum("nkgrsp,nkph->nkgrsh", weights, segment.values, preferred_element_type=jnp.float32)
+        out = out + by_row(value)
+    out = (out / total[..., None]).transpose(0, 3, 1, 2, 4)
+    return out.reshape(queries.shape).astype(queries.dtype)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lsp_jax.model.attention import Segment, attend, causal_mask, length_mask
+from lsp_jax.model.attention import Segment, attend, causal_mask, heads_first, length_mask
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.flash import causal_attention
 from lsp_jax.model.modules import Llama, RMSNorm, layer_graph, rotation
@@ -36,9 +36,9 @@ class KVCache(NamedTuple):
     """Keys and values of N prompts, each shared by the rows that continue it."""
 
     keys: jax.Array
-    """[L, N, P, K, h], rotated."""
+    """[L, N, K, P, h], rotated."""
     values: jax.Array
-    """[L, N, P, K, h]."""
+    """[L, N, K, P, h]."""
     lengths: jax.Array
     """int32 [N]: the real ones come first, the rest is padding."""
 
@@ -47,9 +47,9 @@ class DecodeCache(NamedTuple):
     """Generated keys and values, one array a layer so that the decode loop updates each in place."""
 
     keys: tuple[jax.Array, ...]
-    """L arrays [B, T, K, h], rotated."""
+    """L arrays [B, K, T, h], rotated."""
     values: tuple[jax.Array, ...]
-    """L arrays [B, T, K, h]."""
+    """L arrays [B, K, T, h]."""
 
 
 def init_params(config: LlamaConfig, key: jax.Array) -> Params:
@@ -124,7 +124,7 @@ def hidden_states(
         queries, keys, values = layer.project(x, angles)
         if mask is None:
             return layer.finish(x, causal_attention(queries, keys, values)), None
-        return layer.finish(x, attend(queries, (Segment(keys, values, visible),))), None
+        return layer.finish(x, attend(queries, (Segment(heads_first(keys), heads_first(values), visible),))), None
 
     if remat != "none":
         body = jax.checkpoint(body, prevent_cse=False, policy=_KEPT[remat])
@@ -158,7 +158,8 @@ def shared_hidden_states(
         queries, keys, values = layer.project(prompt, prompt_angles)
         prompt = layer.finish(prompt, causal_attention(queries, keys, values))
         queries, own_keys, own_values = layer.project(x, angles)
-        segments = Segment(keys, values, seen), Segment(own_keys, own_values, visible)
+        shared = Segment(heads_first(keys), heads_first(values), seen)
+        segments = shared, Segment(heads_first(own_keys), heads_first(own_values), visible)
         return (prompt, layer.finish(x, attend(queries, segments))), None
 
     if remat != "none":
@@ -183,16 +184,17 @@ def extend(
     """
     batch, length = tokens.shape
     angles = rotation(_total_lengths(prefixes, batch)[:, None] + jnp.arange(length)[None], config)
-    masks = [length_mask(prefix.lengths, prefix.keys.shape[2]) for prefix in prefixes]
+    masks = [length_mask(prefix.lengths, prefix.keys.shape[3]) for prefix in prefixes]
     visible, graph = causal_mask(length), layer_graph(config)
 
     def body(x: jax.Array, xs: tuple[Params, list[Any]]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         layer = nnx.merge(graph, xs[0])
         queries, keys, values = layer.project(x, angles)
+        own = heads_first(keys), heads_first(values)
         if not prefixes:
-            return layer.finish(x, causal_attention(queries, keys, values)), (keys, values)
+            return layer.finish(x, causal_attention(queries, keys, values)), own
         shared = [Segment(k, v, m) for (k, v), m in zip(xs[1], masks, strict=True)]
-        return layer.finish(x, attend(queries, (*shared, Segment(keys, values, visible)))), (keys, values)
+        return layer.finish(x, attend(queries, (*shared, Segment(*own, visible)))), own
 
     layered = [(prefix.keys, prefix.values) for prefix in prefixes]
     x, (keys, values) = jax.lax.scan(body, _embed(params, tokens), (params["model"]["layers"], layered))
@@ -218,8 +220,8 @@ def unstack_layers(tree: Any, layers: int) -> tuple[Any, ...]:
 
 
 def empty_decode_cache(config: LlamaConfig, batch: int, columns: int, dtype: jnp.dtype) -> DecodeCache:
-    shape = (batch, columns, config.num_key_value_heads, config.head_dim)
-    zeros = tuple(shard_heads(jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers))
+    shape = (batch, config.num_key_value_heads, columns, config.head_dim)
+    zeros = tuple(shard_heads(jnp.zeros(shape, dtype), 1) for _ in range(config.num_hidden_layers))
     return DecodeCache(zeros, zeros)
 
 
@@ -235,23 +237,23 @@ def decode_step(
     """One token a row: `tokens` [B] at generated position `column` (a scalar, the same for all rows).
 
     `layers` is `unstack_layers` of the stacked layers; `prompts` holds for each layer the prefixes that the rows
-    continue, in their order, as in `extend`: one layer's keys and values [N, P, K, h] of each, with all its lengths
+    continue, in their order, as in `extend`: one layer's keys and values [N, K, P, h] of each, with all its lengths
     [N]. The token's keys and values are written at `column`, and columns up to it are attended. Returns normed hidden
     states [B, D] and the cache.
     """
     batch = tokens.shape[0]
     positions = _total_lengths(prompts[0], batch) + column
     angles = rotation(positions[:, None], config)
-    masks = [length_mask(prefix.lengths, prefix.keys.shape[1]) for prefix in prompts[0]]
-    own_mask = (jnp.arange(cache.keys[0].shape[1]) <= column)[None, None, None, :]
+    masks = [length_mask(prefix.lengths, prefix.keys.shape[2]) for prefix in prompts[0]]
+    own_mask = (jnp.arange(cache.keys[0].shape[2]) <= column)[None, None, None, :]
     graph = layer_graph(config)
     x = _embed(params, tokens)[:, None]
     all_keys, all_values = [], []
     for layer_params, shared, old_keys, old_values in zip(layers, prompts, cache.keys, cache.values, strict=True):
         layer = nnx.merge(graph, layer_params)
         queries, key, value = layer.project(x, angles)
-        keys = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_keys, key, column, axis=1))
-        values = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_values, value, column, axis=1))
+        keys = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_keys, heads_first(key), column, axis=2), 1)
+        values = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_values, heads_first(value), column, axis=2), 1)
         segments = [Segment(prefix.keys, prefix.values, m) for prefix, m in zip(shared, masks, strict=True)]
         x = layer.finish(x, attend(queries, (*segments, Segment(keys, values, own_mask))))
         all_keys.append(keys)

@@ -293,10 +293,11 @@ def shard_rows(tree: Any, axis: int = 0) -> Any:
     return jax.tree.map(lambda x: shard(x, *(None,) * axis, row_axes(x.shape[axis]) or None), tree)
 
 
-def shard_heads(x: jax.Array) -> jax.Array:
-    """`x` [B, S, heads, h] with rows and heads spread, heads where they divide."""
+def shard_heads(x: jax.Array, axis: int = 2) -> jax.Array:
+    """`x` [B, S, heads, h], or with its heads at another `axis`: rows and heads spread, heads where they divide."""
     sizes = context()
     if sizes is None:
         return x
-    heads = TENSOR if x.shape[2] % sizes[TENSOR] == 0 else None
-    return shard(x, row_axes(x.shape[0]) or None, None, heads)
+    axes: list[Any] = [row_axes(x.shape[0]) or None, None, None, None]
+    axes[axis] = TENSOR if x.shape[axis] % sizes[TENSOR] == 0 else None
+    return shard(x, *axes)

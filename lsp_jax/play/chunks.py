@@ -90,7 +90,7 @@ def _drop(
         prompts = order // (batch // shared)
         prefix = llama.KVCache(prefix.keys[:, prompts], prefix.values[:, prompts], prefix.lengths[prompts])
     token, keys, done = shard_rows(jax.tree.map(lambda x: x[order], (rows.token, rows.keys, rows.done)))
-    cache = jax.tree.map(lambda x: shard_heads(x[order]), rows.cache)
+    cache = jax.tree.map(lambda x: shard_heads(x[order], 1), rows.cache)
     dropped = Finished(_placed(finished, rows.done), places[order])
     return prefix, Rows(rows.column, token, keys, done, cache), dropped
 
@@ -100,7 +100,7 @@ def _grow(rows: Rows, *, columns: int) -> Rows:
     """The rows with a cache of `columns` columns."""
 
     def longer(x: jax.Array) -> jax.Array:
-        return shard_heads(jnp.pad(x, ((0, 0), (0, columns - x.shape[1]), (0, 0), (0, 0))))
+        return shard_heads(jnp.pad(x, ((0, 0), (0, 0), (0, columns - x.shape[2]), (0, 0))), 1)
 
     return rows._replace(cache=jax.tree.map(longer, rows.cache))
 
@@ -181,7 +181,7 @@ class Chunks(NamedTuple):
 
     def _grown(self, rows: Rows, until: int) -> Rows:
         for size in cache_lengths(self.columns):
-            here = rows.cache.keys[0].shape[1]
+            here = rows.cache.keys[0].shape[2]
             if here < until and size > here:
                 rows = _grow(rows, columns=size)
         return rows

@@ -8,9 +8,10 @@ lengths count, not padding; each prompt counts once. Attention's own products, r
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def least_seconds(game: Game, metrics: Mapping[str, float], best: Rates, devices
     return found
 
 
-def shares(game: Game, metrics: Mapping[str, float], devices: list[jax.Device]) -> dict[str, float]:
+def shares(game: Game, metrics: Mapping[str, float], devices: Sequence[Any]) -> dict[str, float]:
     """`limit/<phase>`: the least time over the time taken, 1 at the limit."""
     least = least_seconds(game, metrics, rates(devices[0].device_kind), len(devices))
     return {f"limit/{phase}": seconds / metrics[f"time/{phase}"] for phase, seconds in least.items()}
