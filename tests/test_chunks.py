@@ -122,6 +122,6 @@ def test_sizes() -> None:
     assert row_counts(64) == (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
     assert row_counts(12) == (12, 9, 6, 4, 3, 2, 1) and row_counts(7) == (7, 5, 3, 2, 1) and row_counts(1) == (1,)
     with use_abstract_mesh(AbstractMesh((1, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3)):
-        assert row_counts(64) == (64, 48, 32, 24, 16, 12, 8, 4) and row_counts(6) == (6,)
+        assert row_counts(64) == (64, 48, 32, 24, 16, 12, 8, 4) and row_counts(6) == (6, 4)
     assert cache_lengths(20) == (20,) and cache_lengths(128) == (128,)
     assert cache_lengths(129) == (65, 129) and cache_lengths(512) == (128, 256, 512)

@@ -130,7 +130,7 @@ def row_counts(batch: int) -> tuple[int, ...]:
     """With how many of `batch` rows decoding may go on: all, three quarters, half, three eighths, a quarter, ...; every
     device has as many of them."""
     counts = {whole >> halvings for whole in (batch, 3 * batch // 4) for halvings in range(batch.bit_length())} - {0}
-    return tuple(sorted((count for count in counts if count % row_shards() == 0), reverse=True)) or (batch,)
+    return tuple(sorted({batch} | {count for count in counts if count % row_shards() == 0}, reverse=True))
 
 
 class Chunks(NamedTuple):
