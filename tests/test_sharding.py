@@ -221,7 +221,8 @@ def test_everything_is_really_spread(name: str, meshes: dict[str, Any]):
         assert rows in found[key], (key, found[key])
     if "tensor" in name:
         assert "tensor" in found["keys"] and "tensor" in found["logits"]
-    assert found["temporaries"] < 0.5 * meshes["alone"]["temporaries"]
+    # copies of the parameters have copies of the gradient, and a device's few rows share a prompt less
+    assert found["temporaries"] < (0.7 if name == "8 data" else 0.5) * meshes["alone"]["temporaries"]
 
 
 @pytest.mark.full

@@ -20,9 +20,9 @@ def keep_programs(directory: str) -> None:
     if not directory:
         return
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        path = Path(directory).expanduser()
-        if jax.default_backend() == "cpu":  # a program for this processor may end with an illegal instruction elsewhere
-            path = path / f"cpu-{_processor()}"
+        # a program for this processor may end with an illegal instruction on another; which devices there are is not
+        # asked, for that starts them
+        path = Path(directory).expanduser() / _processor()
         jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
