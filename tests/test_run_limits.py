@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,4 +82,4 @@ def test_shares_are_least_over_taken() -> None:
     found = shares(game(), METRICS | times, jax.devices()[:1])
     least = least_seconds(game(), METRICS, rates(jax.devices()[0].device_kind), 1)
     assert found == pytest.approx({f"limit/{phase}": seconds / 2 for phase, seconds in least.items()})
-    assert replace(rates(jax.devices()[0].device_kind), flops=1.0).bandwidth > 1e8
+    assert rates(jax.devices()[0].device_kind).bandwidth > 1e8  # measured: any memory does 0.1 GB/s

@@ -147,7 +147,8 @@ def shared_hidden_states(
     """
     width, length = prompts.shape[1], tokens.shape[1]
     if length == 0:
-        return hidden_states(params, config, prompts, remat=remat), jnp.zeros((*tokens.shape, config.hidden_size))
+        before = hidden_states(params, config, prompts, remat=remat)
+        return before, jnp.zeros((*tokens.shape, config.hidden_size), before.dtype)
     after = jnp.repeat(lengths, tokens.shape[0] // prompts.shape[0])
     prompt_angles = rotation(jnp.broadcast_to(jnp.arange(width)[None], prompts.shape), config)
     angles = rotation(after[:, None] + jnp.arange(length)[None], config)
