@@ -31,6 +31,7 @@ from lsp_jax.config import RewardConfig, TrainConfig  # noqa: E402
 from lsp_jax.errors import InputError, ProcessError  # noqa: E402
 from lsp_jax.learn.update import OptimizerConfig  # noqa: E402
 from lsp_jax.model.sharding import MeshConfig, use_mesh  # noqa: E402
+from lsp_jax.play.selfplay import PlayConfig  # noqa: E402
 from lsp_jax.reward.verify import callable_reward  # noqa: E402
 from lsp_jax.run.checkpoint import Checkpoints  # noqa: E402
 from lsp_jax.run.setup import prepare, start_state  # noqa: E402
@@ -109,6 +110,7 @@ def settings(model: str, directory: str, steps: int, **changes: Any) -> TrainCon
         save_steps=1,
         save_total_limit=3,
         processes=CONFIG,
+        play=PlayConfig(4, 4, max_query_length=8, max_completion_length=8, decode_chunk=3),
         reward=RewardConfig(quality_weight=0.5, judge_rows=4),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=3, max_grad_norm=1e9, micro_batch_size=2),
         **changes,
