@@ -62,6 +62,29 @@ def gemm_rates(shapes: tuple[tuple[int, int, int], ...] = GEMM_SHAPES) -> dict[s
     return rates
 
 
+def decode_products(config: LlamaConfig, rows: int) -> Callable[[], float]:
+    """A function that measures GFLOP/s of the matrix products of one decode step by themselves: those of every layer
+    and the head, `rows` rows, each layer's weights its own as in the model."""
+    width, inner = config.hidden_size, config.intermediate_size
+    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    sizes = (width, heads), (width, kv), (width, kv), (heads, width), (width, inner), (width, inner), (inner, width)
+    layers = [[jnp.full(size, size[0] ** -0.5) for size in sizes] for _ in range(config.num_hidden_layers)]
+    head = jnp.full((config.vocab_size, width), width**-0.5)
+
+    @jax.jit
+    def products(x: jax.Array, layers: list[list[jax.Array]], head: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        kept = []
+        for q, k, v, o, gate, up, down in layers:
+            kept += [x @ k, x @ v]
+            x = x @ q @ o
+            x = ((x @ gate) * (x @ up)) @ down
+        return kept, jnp.einsum("bd,vd->bv", x, head)
+
+    x = jnp.full((rows, width), 1e-3)
+    operations = 2 * rows * (config.num_hidden_layers * layer_weights(config) + head_weights(config))
+    return lambda: 1e-9 * operations / seconds(lambda: products(x, layers, head)[1], at_least=0.2)
+
+
 def bandwidths(size: int = BANDWIDTH_BYTES) -> dict[str, float]:
     """GB/s of three jitted programs: a matrix times a vector and a sum (reading), a scaling (reading and writing)."""
     columns = 1024
@@ -141,8 +164,12 @@ def rollout_roofline(
     new_tokens: int,
     gemm: float,
     bandwidth: float,
+    decode_gemm: float | None = None,
 ) -> RolloutLimit:
-    """At `gemm` GFLOP/s and `bandwidth` GB/s; a program that prefills every row is asked with `prompts=rows`."""
+    """At `gemm` GFLOP/s and `bandwidth` GB/s; a program that prefills every row is asked with `prompts=rows`.
+
+    `decode_gemm` is the rate of a decode step's products, whose rows are few; without one it is `gemm` too.
+    """
     head, pair = 2 * head_weights(config), pair_operations(config)
     weights, cache = weight_bytes(config), cache_bytes(config)
     tokens, pairs = prompts * prompt_length, prompts * prompt_length * (prompt_length + 1) // 2
@@ -151,7 +178,7 @@ def rollout_roofline(
     decode = 0.0
     for step in range(1, new_tokens):
         operations = rows * (token_operations(config) + head + (prompt_length + step) * pair)
-        decode += pass_seconds(operations, weights + (tokens + rows * step) * cache, gemm, bandwidth)
+        decode += pass_seconds(operations, weights + (tokens + rows * step) * cache, decode_gemm or gemm, bandwidth)
     return RolloutLimit(prefill, decode, rows * new_tokens / (prefill + decode))
 
 

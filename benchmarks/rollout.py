@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
-from limits import rollout_roofline
+from limits import decode_products, rollout_roofline
 from peers.client import Peer
 
 import lsp_jax as lsp
@@ -103,18 +103,29 @@ def agreement(ours: Ours, peers: list[Peer]) -> dict[str, Any]:
 
 
 def of_size(ours: Ours, peers: list[Peer], name: str, rounds: int, limits: dict[str, float]) -> dict[str, Any]:
-    """All engines at one size, with the ratio to each peer and the share of what the machine could do."""
+    """All engines at one size, with the ratio to each peer and the share of what the machine could do.
+
+    The limit takes its turn too: the products of a decode step by themselves, timed between the engines.
+    """
     number, repeats, engines = SIZES[name]
     prompts = prompts_of(number, ours.policy.config.vocab_size)
     contestants = {"lsp_jax": partial(ours.rate, prompts, repeats)}
     contestants |= {peer.name: partial(peer_rate, peer, prompts, repeats) for peer in peers if peer.name in engines}
-    results = measure.in_turn(contestants, rounds, name)
+    products, config = decode_products(ours.policy.config, number * repeats), ours.policy.config
+
+    def limit() -> float:
+        decode_gemm = products()
+        return rollout_roofline(
+            config, number * repeats, number, PROMPT, NEW, **limits, decode_gemm=decode_gemm
+        ).tokens_per_second
+
+    results = measure.in_turn(contestants | {"limit": limit}, rounds, name)
     rates = {peer: measure.spread(values) for peer, values in results.items() if isinstance(values[0], float)}
     failed = {peer: values[0] for peer, values in results.items() if peer not in rates}
-    limit = rollout_roofline(ours.policy.config, number * repeats, number, PROMPT, NEW, **limits).tokens_per_second
-    best = rates["lsp_jax"]["median"]
+    best, roofline = rates["lsp_jax"]["median"], rates.pop("limit")
     ratios = {peer: best / value["median"] for peer, value in rates.items() if peer != "lsp_jax"}
-    return {"tokens_per_second": rates, "failed": failed, "ratio": ratios, "roofline": limit, "share": best / limit}
+    found = {"tokens_per_second": rates, "failed": failed, "ratio": ratios, "roofline": roofline}
+    return found | {"share": best / roofline["median"]}
 
 
 def dropping(ours: Ours, rounds: int) -> dict[str, Any]:
@@ -172,7 +183,7 @@ def table(found: dict[str, Any]) -> str:
             rate = entry["tokens_per_second"].get(name)
             ratio = f", ratio {entry['ratio'][name]:.2f}" if name in entry["ratio"] else ""
             cells.append(measure.shown(rate) + ratio if rate else entry["failed"].get(name, ""))
-        lines.append(f"| {size} | {' | '.join(cells)} | {entry['roofline']:.0f} | {100 * entry['share']:.0f} % |")
+        lines.append(f"| {size} | {' | '.join(cells)} | {measure.shown(entry['roofline'], 0)} | {100 * entry['share']:.0f} % |")
     limits = ", ".join(f"{name} {value:.0f}" for name, value in found["limits"].items())
     drop = found["dropping"]
     rates = {name: measure.shown(value) for name, value in drop["useful_tokens_per_second"].items()}
@@ -180,7 +191,8 @@ def table(found: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Limits measured in this run (GFLOP/s, GB/s): {limits}.",
+            f"Limits measured in this run (GFLOP/s of the best product of any shape, GB/s): {limits}. The column `limit` "
+            "is at the rate of a decode step's own products, measured between the engines.",
             f"Largest difference of log-probabilities from ours: {found['agreement']}.",
             f"Half of the rows ending in the first quarter, useful tokens/s: dropped {rates['dropped']}, kept "
             f"{rates['kept']}, ratio {drop['ratio']:.2f}.",

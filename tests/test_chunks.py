@@ -85,7 +85,7 @@ def test_what_the_chunks_work_on(params: llama.Params, monkeypatch: pytest.Monke
     advance = chunking._advance
 
     def watched(params: Any, layers: Any, prefix: Any, rows: Any, until: Any, **static: Any) -> Any:
-        seen.append((int(until), rows.token.shape[0], rows.cache.keys[0].shape[2]))
+        seen.append((int(until), rows.token.shape[0], rows.cache.values[0].shape[2]))
         return advance(params, layers, prefix, rows, until, **static)
 
     monkeypatch.setattr(chunking, "_advance", watched)
@@ -123,5 +123,5 @@ def test_sizes() -> None:
     assert row_counts(12) == (12, 9, 6, 4, 3, 2, 1) and row_counts(7) == (7, 5, 3, 2, 1) and row_counts(1) == (1,)
     with use_abstract_mesh(AbstractMesh((1, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3)):
         assert row_counts(64) == (64, 48, 32, 24, 16, 12, 8, 4) and row_counts(6) == (6, 4)
-    assert cache_lengths(20) == (20,) and cache_lengths(128) == (128,)
-    assert cache_lengths(129) == (65, 129) and cache_lengths(512) == (128, 256, 512)
+    assert cache_lengths(20) == (20,) and cache_lengths(64) == (64,)
+    assert cache_lengths(65) == (33, 65) and cache_lengths(512) == (64, 128, 256, 512)

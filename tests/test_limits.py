@@ -53,6 +53,19 @@ def test_rollout_by_operations(limits: Any) -> None:
     assert limit.tokens_per_second == pytest.approx(12 / (2560 + 4480))
 
 
+def test_decode_at_a_rate_of_its_own(limits: Any) -> None:
+    same = limits.rollout_roofline(CONFIG, 4, 2, 3, 3, SLOW, ENDLESS)
+    half = limits.rollout_roofline(CONFIG, 4, 2, 3, 3, SLOW, ENDLESS, SLOW / 2)
+    assert half.prefill_seconds == same.prefill_seconds
+    assert half.decode_seconds == pytest.approx(2 * same.decode_seconds)
+
+
+def test_products_of_a_decode_step(limits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = limits.decode_products(CONFIG, 3)
+    monkeypatch.setattr(limits, "seconds", lambda call, at_least: call().shape[0] and 1e-9)
+    assert taken() == pytest.approx(2 * 3 * 208)  # 208 weights, and a nanosecond for one step of three rows
+
+
 def test_rollout_by_bytes(limits: Any) -> None:
     limit = limits.rollout_roofline(CONFIG, 4, 2, 3, 3, ENDLESS, SLOW)
     assert limit.prefill_seconds == pytest.approx(832 + 6 * 32)

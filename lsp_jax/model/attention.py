@@ -22,20 +22,20 @@ from lsp_jax.model.sharding import TENSOR, P, context, row_axes
 class Segment(NamedTuple):
     """Keys and values with the mask of what may be seen.
 
-    Heads come before positions: each head's are then one matrix in memory, and a cache is multiplied as it lies.
+    Each head's are one matrix in memory, lying as the product with it reads it: a decode step does little else.
     """
 
     keys: jax.Array
-    """[N, K, P, h], rotated."""
+    """[N, K, h, P], rotated."""
     values: jax.Array
     """[N, K, P, h]."""
     mask: jax.Array
     """bool, broadcastable to [N, 1, S, P]: True where query position s may attend to key p."""
 
 
-def heads_first(x: jax.Array) -> jax.Array:
-    """[B, S, K, h], as projections give it, -> [B, K, S, h], as segments and caches hold it."""
-    return x.swapaxes(1, 2)
+def as_held(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, S, K, h], as projections give them, -> [B, K, h, S] and [B, K, S, h], as segments and caches hold them."""
+    return keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2)
 
 
 def causal_mask(length: int) -> jax.Array:
@@ -115,7 +115,7 @@ def _attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     scores = []
     for segment in segments:
         asking = by_group(mine, len(segment.keys))
-        score = jnp.einsum("nkgrsh,nkph->nkgrsp", asking, segment.keys, preferred_element_type=jnp.float32)
+        score = jnp.einsum("nkgrsh,nkhp->nkgrsp", asking, segment.keys, preferred_element_type=jnp.float32)
         scores.append(jnp.where(segment.mask[:, :, None, None], score * scale, jnp.finfo(jnp.float32).min))
     # any shift gives the same weights: the highest score keeps them finite, and carries no gradient
     highest = [by_row(jnp.max(jax.lax.stop_gradient(score), axis=-1)) for score in scores]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.model.attention import Segment, attend, causal_mask, heads_first
+from lsp_jax.model.attention import Segment, as_held, attend, causal_mask
 from lsp_jax.model.sharding import TENSOR, P, context, row_axes
 
 _LANES = 128  # splash attention works on blocks of a multiple of this many positions
@@ -36,7 +36,7 @@ def causal_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> 
     """
     kernel = fused_kernel(queries.dtype, queries.shape[-1])
     if kernel is None:
-        return attend(queries, (Segment(heads_first(keys), heads_first(values), causal_mask(queries.shape[1])),))
+        return attend(queries, (Segment(*as_held(keys, values), causal_mask(queries.shape[1])),))
     return _on_shards(kernel, queries, keys, values)
 
 

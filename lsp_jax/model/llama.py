@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lsp_jax.model.attention import Segment, attend, causal_mask, heads_first, length_mask
+from lsp_jax.model.attention import Segment, as_held, attend, causal_mask, length_mask
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.flash import causal_attention
 from lsp_jax.model.modules import Llama, RMSNorm, layer_graph, rotation
@@ -36,7 +36,7 @@ class KVCache(NamedTuple):
     """Keys and values of N prompts, each shared by the rows that continue it."""
 
     keys: jax.Array
-    """[L, N, K, P, h], rotated."""
+    """[L, N, K, h, P], rotated."""
     values: jax.Array
     """[L, N, K, P, h]."""
     lengths: jax.Array
@@ -47,7 +47,7 @@ class DecodeCache(NamedTuple):
     """Generated keys and values, one array a layer so that the decode loop updates each in place."""
 
     keys: tuple[jax.Array, ...]
-    """L arrays [B, K, T, h], rotated."""
+    """L arrays [B, K, h, T], rotated."""
     values: tuple[jax.Array, ...]
     """L arrays [B, K, T, h]."""
 
@@ -124,7 +124,7 @@ def hidden_states(
         queries, keys, values = layer.project(x, angles)
         if mask is None:
             return layer.finish(x, causal_attention(queries, keys, values)), None
-        return layer.finish(x, attend(queries, (Segment(heads_first(keys), heads_first(values), visible),))), None
+        return layer.finish(x, attend(queries, (Segment(*as_held(keys, values), visible),))), None
 
     if remat != "none":
         body = jax.checkpoint(body, prevent_cse=False, policy=_KEPT[remat])
@@ -159,8 +159,8 @@ def shared_hidden_states(
         queries, keys, values = layer.project(prompt, prompt_angles)
         prompt = layer.finish(prompt, causal_attention(queries, keys, values))
         queries, own_keys, own_values = layer.project(x, angles)
-        shared = Segment(heads_first(keys), heads_first(values), seen)
-        segments = shared, Segment(heads_first(own_keys), heads_first(own_values), visible)
+        shared = Segment(*as_held(keys, values), seen)
+        segments = shared, Segment(*as_held(own_keys, own_values), visible)
         return (prompt, layer.finish(x, attend(queries, segments))), None
 
     if remat != "none":
@@ -185,13 +185,13 @@ def extend(
     """
     batch, length = tokens.shape
     angles = rotation(_total_lengths(prefixes, batch)[:, None] + jnp.arange(length)[None], config)
-    masks = [length_mask(prefix.lengths, prefix.keys.shape[3]) for prefix in prefixes]
+    masks = [length_mask(prefix.lengths, prefix.values.shape[3]) for prefix in prefixes]
     visible, graph = causal_mask(length), layer_graph(config)
 
     def body(x: jax.Array, xs: tuple[Params, list[Any]]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         layer = nnx.merge(graph, xs[0])
         queries, keys, values = layer.project(x, angles)
-        own = heads_first(keys), heads_first(values)
+        own = as_held(keys, values)
         if not prefixes:
             return layer.finish(x, causal_attention(queries, keys, values)), own
         shared = [Segment(k, v, m) for (k, v), m in zip(xs[1], masks, strict=True)]
@@ -221,9 +221,12 @@ def unstack_layers(tree: Any, layers: int) -> tuple[Any, ...]:
 
 
 def empty_decode_cache(config: LlamaConfig, batch: int, columns: int, dtype: jnp.dtype) -> DecodeCache:
-    shape = (batch, config.num_key_value_heads, columns, config.head_dim)
-    zeros = tuple(shard_heads(jnp.zeros(shape, dtype), 1) for _ in range(config.num_hidden_layers))
-    return DecodeCache(zeros, zeros)
+    heads, width = config.num_key_value_heads, config.head_dim
+
+    def zeros(*shape: int) -> tuple[jax.Array, ...]:
+        return tuple(shard_heads(jnp.zeros((batch, *shape), dtype), 1) for _ in range(config.num_hidden_layers))
+
+    return DecodeCache(zeros(heads, width, columns), zeros(heads, columns, width))
 
 
 def decode_step(
@@ -238,23 +241,24 @@ def decode_step(
     """One token a row: `tokens` [B] at generated position `column` (a scalar, the same for all rows).
 
     `layers` is `unstack_layers` of the stacked layers; `prompts` holds for each layer the prefixes that the rows
-    continue, in their order, as in `extend`: one layer's keys and values [N, K, P, h] of each, with all its lengths
+    continue, in their order, as in `extend`: one layer's keys [N, K, h, P] and values [N, K, P, h] of each, with all its lengths
     [N]. The token's keys and values are written at `column`, and columns up to it are attended. Returns normed hidden
     states [B, D] and the cache.
     """
     batch = tokens.shape[0]
     positions = _total_lengths(prompts[0], batch) + column
     angles = rotation(positions[:, None], config)
-    masks = [length_mask(prefix.lengths, prefix.keys.shape[2]) for prefix in prompts[0]]
-    own_mask = (jnp.arange(cache.keys[0].shape[2]) <= column)[None, None, None, :]
+    masks = [length_mask(prefix.lengths, prefix.values.shape[2]) for prefix in prompts[0]]
+    own_mask = (jnp.arange(cache.values[0].shape[2]) <= column)[None, None, None, :]
     graph = layer_graph(config)
     x = _embed(params, tokens)[:, None]
     all_keys, all_values = [], []
     for layer_params, shared, old_keys, old_values in zip(layers, prompts, cache.keys, cache.values, strict=True):
         layer = nnx.merge(graph, layer_params)
         queries, key, value = layer.project(x, angles)
-        keys = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_keys, heads_first(key), column, axis=2), 1)
-        values = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_values, heads_first(value), column, axis=2), 1)
+        key, value = as_held(key, value)
+        keys = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_keys, key, column, axis=3), 1)
+        values = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_values, value, column, axis=2), 1)
         segments = [Segment(prefix.keys, prefix.values, m) for prefix, m in zip(shared, masks, strict=True)]
         x = layer.finish(x, attend(queries, (*segments, Segment(keys, values, own_mask))))
         all_keys.append(keys)

@@ -21,7 +21,7 @@ from lsp_jax.model.sharding import place, row_shards, shard_heads, shard_rows
 from lsp_jax.play.decode import Completions, Layers, Rows, advance, begin
 from lsp_jax.play.sampler import SamplingConfig
 
-SHORTEST_CACHE = 128
+SHORTEST_CACHE = 64
 """Columns with which a growing cache begins: each length is one more program, and short caches cost little."""
 
 
@@ -99,10 +99,10 @@ def _drop(
 def _grow(rows: Rows, *, columns: int) -> Rows:
     """The rows with a cache of `columns` columns."""
 
-    def longer(x: jax.Array) -> jax.Array:
-        return shard_heads(jnp.pad(x, ((0, 0), (0, 0), (0, columns - x.shape[2]), (0, 0))), 1)
-
-    return rows._replace(cache=jax.tree.map(longer, rows.cache))
+    more = columns - rows.cache.values[0].shape[2]
+    keys = tuple(shard_heads(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))), 1) for x in rows.cache.keys)
+    values = tuple(shard_heads(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), 1) for x in rows.cache.values)
+    return rows._replace(cache=llama.DecodeCache(keys, values))
 
 
 def _placed(finished: Finished, done: Completions) -> Completions:
@@ -181,7 +181,7 @@ class Chunks(NamedTuple):
 
     def _grown(self, rows: Rows, until: int) -> Rows:
         for size in cache_lengths(self.columns):
-            here = rows.cache.keys[0].shape[2]
+            here = rows.cache.values[0].shape[2]
             if here < until and size > here:
                 rows = _grow(rows, columns=size)
         return rows
