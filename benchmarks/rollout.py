@@ -183,7 +183,9 @@ def table(found: dict[str, Any]) -> str:
             rate = entry["tokens_per_second"].get(name)
             ratio = f", ratio {entry['ratio'][name]:.2f}" if name in entry["ratio"] else ""
             cells.append(measure.shown(rate) + ratio if rate else entry["failed"].get(name, ""))
-        lines.append(f"| {size} | {' | '.join(cells)} | {measure.shown(entry['roofline'], 0)} | {100 * entry['share']:.0f} % |")
+        lines.append(
+            f"| {size} | {' | '.join(cells)} | {measure.shown(entry['roofline'], 0)} | {100 * entry['share']:.0f} % |"
+        )
     limits = ", ".join(f"{name} {value:.0f}" for name, value in found["limits"].items())
     drop = found["dropping"]
     rates = {name: measure.shown(value) for name, value in drop["useful_tokens_per_second"].items()}
@@ -191,8 +193,8 @@ def table(found: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Limits measured in this run (GFLOP/s of the best product of any shape, GB/s): {limits}. The column `limit` "
-            "is at the rate of a decode step's own products, measured between the engines.",
+            f"Limits measured in this run (GFLOP/s of the best product of any shape, GB/s): {limits}. The column "
+            "`limit` is at the rate of a decode step's own products, measured between the engines.",
             f"Largest difference of log-probabilities from ours: {found['agreement']}.",
             f"Half of the rows ending in the first quarter, useful tokens/s: dropped {rates['dropped']}, kept "
             f"{rates['kept']}, ratio {drop['ratio']:.2f}.",

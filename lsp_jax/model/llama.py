@@ -241,9 +241,9 @@ def decode_step(
     """One token a row: `tokens` [B] at generated position `column` (a scalar, the same for all rows).
 
     `layers` is `unstack_layers` of the stacked layers; `prompts` holds for each layer the prefixes that the rows
-    continue, in their order, as in `extend`: one layer's keys [N, K, h, P] and values [N, K, P, h] of each, with all its lengths
-    [N]. The token's keys and values are written at `column`, and columns up to it are attended. Returns normed hidden
-    states [B, D] and the cache.
+    continue, in their order, as in `extend`: one layer's keys [N, K, h, P] and values [N, K, P, h] of each, with all
+    its lengths [N]. The token's keys and values are written at `column`, and columns up to it are attended. Returns
+    normed hidden states [B, D] and the cache.
     """
     batch = tokens.shape[0]
     positions = _total_lengths(prompts[0], batch) + column
