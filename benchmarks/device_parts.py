@@ -24,7 +24,7 @@ from lsp_jax.reward.preference import preference_scores
 from lsp_jax.reward.quality import logits_scores
 from lsp_jax.run import iteration as stages
 from lsp_jax.run import placeholders
-from lsp_jax.run.iteration import Game
+from lsp_jax.run.game import Game
 from lsp_jax.text.prompts import ids_row
 
 # Twice what bfloat16 on the CPU itself differs by at 8 layers: 0.021 and 0.025 of the logits, 0.015 and 0.024 nats, for

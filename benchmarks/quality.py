@@ -32,7 +32,7 @@ from lsp_jax.play.selfplay import Episode, PlayConfig, Queries, splice_queries
 from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.run import iteration as stages
-from lsp_jax.run.iteration import Game
+from lsp_jax.run.game import Game
 from lsp_jax.run.setup import token_kinds
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
 

@@ -28,7 +28,7 @@ from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec
 from lsp_jax.run import iteration as stages
-from lsp_jax.run.iteration import Game
+from lsp_jax.run.game import Game
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 from lsp_jax.text.tokenizer import BLANK, SPECIAL, TEXT
 from tiny import tiny_config, tiny_params

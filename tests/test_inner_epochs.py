@@ -19,7 +19,7 @@ from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec
 from lsp_jax.run import iteration as stages
-from lsp_jax.run.iteration import Game, policy_in_the_loss
+from lsp_jax.run.game import Game, policy_in_the_loss
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 from lsp_jax.text.tokenizer import TEXT
 from tiny import tiny_config, tiny_params

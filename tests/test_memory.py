@@ -18,7 +18,7 @@ from lsp_jax.model.llama import params_shape
 from lsp_jax.model.shapes import shape_of
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.run import placeholders
-from lsp_jax.run.iteration import Game
+from lsp_jax.run.game import Game
 from lsp_jax.run.memory import fitted, micro_batch, row_bytes
 from tiny import tiny_config
 

@@ -166,7 +166,7 @@ def test_the_narrowest_that_holds_what_counts(longest: int, index: int) -> None:
 
 def test_rows_are_sorted_inside_their_groups_and_groups_among_themselves() -> None:
     rows = group_rows(3)
-    ordered = by_length(rows, GROUP)
+    ordered = by_length(rows, GROUP, rows.weights > 0)
     counted = np.where(ordered.weights > 0, ordered.completion_lengths, 0).reshape(3, GROUP)
     assert (np.diff(counted, axis=1) <= 0).all() and (np.diff(counted[:, 0]) <= 0).all()
     original = [tuple(np.asarray(x)[n].tobytes() for x in rows if x is not None) for n in range(12)]
@@ -182,7 +182,8 @@ def test_width_changes_no_number(
     params: llama.Params, reference_params: llama.Params, sharing: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Micro-batches of two rows of one length or nearly so: each of the three widths is used."""
-    batch = LearnBatch(by_length(group_rows(5), GROUP), by_length(group_rows(1, 6, seed=1), 6))
+    solver, challenger = group_rows(5), group_rows(1, 6, seed=1)
+    batch = LearnBatch(by_length(solver, GROUP, solver.weights > 0), by_length(challenger, 6, challenger.weights > 0))
     opt = replace(OPT, micro_batch_size=2)
     plain = learned(params, reference_params, batch, (1, 1), opt)
     monkeypatch.setattr(batches, "NARROWEST", 2)

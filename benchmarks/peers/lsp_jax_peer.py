@@ -24,7 +24,7 @@ from lsp_jax.play.chunks import Chunks
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.run import iteration as stages
-from lsp_jax.run.iteration import Game
+from lsp_jax.run.game import Game
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 
 SHARED = stages.prompt_sharing

@@ -101,13 +101,13 @@ def make_rows(
     )
 
 
-def by_length(rows: Rows, group: int) -> Rows:
+def by_length(rows: Rows, group: int, counts: jax.Array) -> Rows:
     """The rows sorted by the length of their completions, so that those of a micro-batch are of about one length.
 
     Each `group` consecutive rows, which have one prompt, stay together: they are sorted among themselves, and the
-    groups by their longest row. Rows outside the loss count as empty.
+    groups by their longest row. Rows for which `counts` bool [B] is False are taken for empty.
     """
-    counted = jnp.where(rows.weights > 0, rows.completion_lengths, 0).reshape(-1, group)
+    counted = jnp.where(counts, rows.completion_lengths, 0).reshape(-1, group)
     inside = jnp.argsort(counted, axis=1, descending=True)
     groups = jnp.argsort(jnp.max(counted, axis=1), descending=True)
     order = (groups[:, None] * group + inside[groups]).reshape(-1)

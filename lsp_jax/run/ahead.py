@@ -31,7 +31,7 @@ from lsp_jax.reward.quality import logits_scores
 from lsp_jax.run import hlo, placeholders
 from lsp_jax.run import iteration as stages
 from lsp_jax.run.count import Work, count
-from lsp_jax.run.iteration import Game
+from lsp_jax.run.game import Game
 from lsp_jax.run.topology import GIB, Topology
 
 Say = Callable[[str], None]

@@ -3,8 +3,8 @@
 1. `challenge`: parameters -> Queries.
 2. `solve`: queries spliced into the Solver's template -> Episode.
 3. `score`: one compiled reward component (host components are scored by the trainer).
-4. `learn_batch`: rewards and masks -> advantages -> rows of both roles, with the metrics of play and reward.
-5. `reference`: the frozen reference's log-probabilities of those rows.
+4. `unscored`, `reference`: the episode's rows, and the frozen reference's log-probabilities of them.
+5. `learn_batch`: rewards and masks -> advantages -> the same rows to learn from, with the metrics of play and reward.
 6. `learn`: as many times as there are inner epochs, `update`: the joint gradient and one optimiser step; the state is
    donated.
 
@@ -14,21 +14,17 @@ Everything static is in `Game`, so each stage compiles once. LSP, Algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
 from lsp_jax import processes
-from lsp_jax.learn.advantages import Advantages, advantages
-from lsp_jax.learn.batch import LearnBatch, by_length, make_rows
-from lsp_jax.learn.losses import LossConfig
+from lsp_jax.learn.batch import LearnBatch
 from lsp_jax.learn.update import (
     Metrics,
-    OptimizerConfig,
     Reference,
     TrainState,
     apply_gradients,
@@ -37,78 +33,12 @@ from lsp_jax.learn.update import (
     reference_statistics,
 )
 from lsp_jax.model import llama
-from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.flash import fused_kernel
 from lsp_jax.model.sharding import context, shard_params
 from lsp_jax.play import selfplay
-from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.play.selfplay import Episode, PlayConfig, Queries
-from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec, Scores, combine
-from lsp_jax.run.played import play_metrics
-from lsp_jax.text.prompts import PlayPrompts, ids_row
-
-
-@dataclass(frozen=True)
-class Game:
-    """All that is fixed during a run; hashable, the static argument of every stage."""
-
-    model: LlamaConfig
-    prompts: PlayPrompts
-    play: PlayConfig
-    solver_sampling: SamplingConfig
-    challenger_sampling: SamplingConfig
-    stop_ids: tuple[int, ...]
-    loss: LossConfig
-    optimizer: OptimizerConfig
-    compute_dtype: str
-    """dtype of forward and backward passes; master parameters keep theirs."""
-
-    @property
-    def trains_challenger(self) -> bool:
-        return self.loss.alpha_challenger > 0
-
-    @property
-    def learner_rounds_apart(self) -> bool:
-        """Whether the learner's log-probabilities of what was played are its own: below float32 decoding and the
-        teacher-forced pass round differently, and importance correction compares the two."""
-        return self.compute_dtype != "float32" or self.loss.importance_cap > 0
-
-    @property
-    def temperatures(self) -> tuple[float, float]:
-        """Of the Solver and of the Challenger: the policies in the loss are the tempered ones."""
-        return self.solver_sampling.temperature, self.challenger_sampling.temperature
-
-
-def prompt_sharing(game: Game) -> tuple[int, int]:
-    """How many consecutive rows of the Solver and of the Challenger are learned from with one pass over their prompt.
-
-    1 on platforms with a fused attention kernel: it takes whole rows, and saves more than the prompts cost.
-    """
-    if fused_kernel(game.compute_dtype, game.model.head_dim) is not None:
-        return 1, 1
-    return game.play.num_generations, game.play.num_queries
-
-
-def policy_in_the_loss(game: Game) -> str:
-    """One line: from which distribution each role samples, and which one the loss takes for its policy."""
-    roles = [("Solver", game.solver_sampling)]
-    if game.trains_challenger:
-        roles.append(("Challenger", game.challenger_sampling))
-    return "; ".join(f"{role}: {_policy_of(sampling)}" for role, sampling in roles)
-
-
-def _policy_of(sampling: SamplingConfig) -> str:
-    settings = [f"temperature {sampling.temperature:g}"]
-    if sampling.top_k > 0:
-        settings.append(f"top-k {sampling.top_k}")
-    if sampling.top_p < 1:
-        settings.append(f"top-p {sampling.top_p:g}")
-    if sampling.min_p > 0:
-        settings.append(f"min-p {sampling.min_p:g}")
-    seen = "the same distribution" if sampling.temperature == 1 else "the tempered distribution"
-    if sampling.truncates:
-        seen = f"{'the whole' if sampling.temperature == 1 else 'the whole tempered'} distribution; kept mass stored"
-    return f"{', '.join(settings)} (the loss sees {seen})"
+from lsp_jax.play.selfplay import Episode, Queries
+from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec
+from lsp_jax.run.game import Game, prompt_sharing
+from lsp_jax.run.rows import Learnable, learn_batch, unscored
 
 
 def first_checked(stage: Any, *arguments: Any) -> Any:
@@ -116,15 +46,6 @@ def first_checked(stage: Any, *arguments: Any) -> Any:
     if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
         processes.check_program(stage.__name__, stage, *arguments)
     return stage(*arguments)
-
-
-class Learnable(NamedTuple):
-    """What the stages before the update hand on."""
-
-    batch: LearnBatch
-    advantages: Advantages
-    scores: Scores
-    metrics: Metrics
 
 
 @jax.jit
@@ -165,56 +86,6 @@ def solve(params: llama.Params, queries: Queries, key: jax.Array, game: Game) ->
 def score(score: Callable[[Any, Episode], RewardOutput], params: Any, episode: Episode) -> RewardOutput:
     """One compiled component's output."""
     return score(params, episode)
-
-
-@partial(jax.jit, static_argnames=("specs", "game"))
-def learn_batch(
-    episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], game: Game
-) -> Learnable:
-    """Rewards -> advantages -> the rows of both roles, and the metrics of play and reward."""
-    scores = combine(specs, outputs, episode)
-    loss = game.loss
-    result = advantages(
-        scores.task,
-        scores.quality,
-        scores.valid_query,
-        scores.valid_answer,
-        loss.invalid_query_penalty,
-        loss.use_quality,
-        loss.scale_rewards,
-    )
-    repeats = game.play.num_generations
-    answers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), episode.answers)
-    solver = make_rows(
-        jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), episode.prompts),
-        (answers.tokens, answers.lengths),
-        answers.logprobs,
-        answers.log_mass,
-        result.solver.reshape(-1),
-        result.answer_counts.reshape(-1),
-        1.0,
-        loss.loss_type,
-        game.play.max_completion_length,
-    )
-    challenger = None
-    sampled = episode.queries.sampled
-    if game.trains_challenger and sampled is not None:
-        challenger = make_rows(
-            ids_row(game.prompts.challenger_ids),
-            (sampled.tokens, sampled.lengths),
-            sampled.logprobs,
-            sampled.log_mass,
-            result.challenger,
-            result.query_counts,
-            loss.alpha_challenger,
-            loss.loss_type,
-            game.play.max_query_length,
-        )
-    sharing = prompt_sharing(game)
-    solver = by_length(solver, sharing[0])
-    challenger = None if challenger is None else by_length(challenger, sharing[1])
-    metrics = play_metrics(episode, scores, result)
-    return Learnable(LearnBatch(solver, challenger), result, scores, metrics)
 
 
 @partial(jax.jit, static_argnames="game")
@@ -311,6 +182,6 @@ def iteration(
     outputs = tuple(score(reward.score, p, episode) for reward, p in zip(rewards, reward_params, strict=True))
     specs = tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in rewards)
     learnable = learn_batch(episode, outputs, specs, game)
-    references = reference(reference_params, learnable.batch, game)
+    references = reference(reference_params, unscored(episode, game), game)
     state, metrics = learn(state, reference_params, learnable.batch, references, game)
     return state, learnable, learnable.metrics | metrics

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.run.iteration import Game
+from lsp_jax.run.game import Game
 from lsp_jax.run.topology import CHIPS
 
 _KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e", "v5p": "v5p", "H100": "h100", "H200": "h200"}

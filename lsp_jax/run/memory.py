@@ -17,7 +17,7 @@ from lsp_jax.learn.update import UNKNOWN_MICRO_BATCH, OptimizerConfig
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.llama import params_shape
 from lsp_jax.model.sharding import AXES
-from lsp_jax.run.iteration import Game
+from lsp_jax.run.game import Game
 
 USED = 0.9
 """Share of a device's memory that is planned with: the rest is for what the sums leave out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT
-from lsp_jax.run.iteration import policy_in_the_loss
+from lsp_jax.run.game import policy_in_the_loss
 from lsp_jax.run.metrics import METRICS_FILE, TRANSCRIPTS_FILE, printable
 from lsp_jax.run.setup import Run
 

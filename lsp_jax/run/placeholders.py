@@ -14,7 +14,7 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.reward.judge import Judge
 from lsp_jax.reward.preference import PreferenceTemplate
-from lsp_jax.run.iteration import Game
+from lsp_jax.run.game import Game
 from lsp_jax.text.judge import (
     CRITERIA,
     TEXT_VERDICT,

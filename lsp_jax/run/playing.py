@@ -15,7 +15,8 @@ from lsp_jax.play.chunks import Chunks
 from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.run import iteration as stages
-from lsp_jax.run.iteration import Game, first_checked
+from lsp_jax.run.game import Game
+from lsp_jax.run.iteration import first_checked
 from lsp_jax.text.prompts import Ragged
 
 

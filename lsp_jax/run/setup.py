@@ -26,7 +26,7 @@ from lsp_jax.reward.preference import check_context
 from lsp_jax.reward.workers import Workers
 from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.folder import check_output, load_run_params, open_run, settled
-from lsp_jax.run.iteration import Game
+from lsp_jax.run.game import Game
 from lsp_jax.run.memory import device_memory, fitted
 from lsp_jax.run.metrics import check_trackers
 from lsp_jax.run.rewards import check_data, load_rewards, open_rewards

@@ -1,7 +1,7 @@
 """One iteration's stages in order, timed, with what is scored on the host in between.
 
 All numbers are made by the jitted stages of `run/iteration.py`. With compiled rewards nothing is read from the device
-but, between chunks of long completions, how many rows still run.
+but, between chunks of long completions, how many rows still run. While the host scores, the device runs the reference.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lsp_jax.reward.base import (
     EpisodeReward,
     EpisodeTexts,
     HostReward,
-    Reward,
     RewardOutput,
     episode_texts,
     score_on_host,
 )
 from lsp_jax.run import iteration as stages
 from lsp_jax.run import playing
-from lsp_jax.run.iteration import Learnable, first_checked
+from lsp_jax.run.iteration import first_checked
+from lsp_jax.run.rows import Learnable
 from lsp_jax.run.setup import Run
 
 
@@ -44,6 +44,10 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        self.took(name, start)
+
+    def took(self, name: str, start: float) -> None:
+        """From `start` until now; what is waited for later may have run beside another phase."""
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -78,19 +82,30 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0)
         episode = jax.block_until_ready(playing.solve(params, queries, key, game))
     handed_over = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     del params
-    texts = None
     with phases("reward"):
-        if any(isinstance(reward, HostReward) for reward in run.rewards):
+        outputs = {reward.name: _score(reward, episode) for reward in run.rewards if not isinstance(reward, HostReward)}
+        texts = None
+        if len(outputs) < len(run.rewards):
             mine = processes.share(game.play.num_queries)
             texts = episode_texts(episode, run.policy.tokenizer, queries=mine)
             texts = texts._replace(rows=[rows[n] for n in mine] if rows else rows)
-        outputs = tuple(_score(reward, episode, texts) for reward in run.rewards)
-        learnable = jax.block_until_ready(first_checked(stages.learn_batch, episode, outputs, run.specs, game))
-    with phases("reference"):
-        reference = at_work(run.reference)
-        references = jax.block_until_ready(first_checked(stages.reference, reference, learnable.batch, game))
-        if game.loss.kl_estimator != "full":
-            reference = {}  # its log-probabilities are all that the update needs
+        jax.block_until_ready(outputs)  # a parked reward model has gone before the reference comes
+    begun = time.perf_counter()
+    played = first_checked(stages.unscored, episode, game)
+    reference = at_work(run.reference)
+    references = first_checked(stages.reference, reference, played, game)
+    del played
+    if texts is not None:  # on this machine's processors, beside the reference on the device
+        with phases("reward"):
+            hosts = [reward for reward in run.rewards if isinstance(reward, HostReward)]
+            outputs |= {reward.name: score_on_host(reward, texts) for reward in hosts}
+    references = jax.block_until_ready(references)
+    phases.took("reference", begun)
+    if game.loss.kl_estimator != "full":
+        reference = {}  # its log-probabilities are all that the update needs
+    with phases("reward"):
+        scored = tuple(outputs[reward.name] for reward in run.rewards)
+        learnable = jax.block_until_ready(first_checked(stages.learn_batch, episode, scored, run.specs, game))
     with phases("update"):
         state, metrics = jax.block_until_ready(stages.learn(state, reference, learnable.batch, references, game))
     whole = texts if processes.number() == 1 else None
@@ -108,12 +123,9 @@ def precompile(run: Run, state: TrainState) -> None:
     playing.precompile(params, queries, key, run.game)
 
 
-def _score(reward: Reward, episode: Episode, texts: EpisodeTexts | None) -> RewardOutput:
-    if isinstance(reward, DeviceReward):
-        params = at_work(reward.params)
-        processes.check_program(f"score {reward.name}", stages.score, reward.score, params, episode)
-        return stages.score(reward.score, params, episode)
+def _score(reward: DeviceReward | EpisodeReward, episode: Episode) -> RewardOutput:
     if isinstance(reward, EpisodeReward):
         return reward.score(episode)
-    assert texts is not None
-    return score_on_host(reward, texts)
+    params = at_work(reward.params)
+    processes.check_program(f"score {reward.name}", stages.score, reward.score, params, episode)
+    return stages.score(reward.score, params, episode)

@@ -1,0 +1,76 @@
+"""What is fixed during a run, and what follows from it alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lsp_jax.learn.losses import LossConfig
+from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.flash import fused_kernel
+from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.play.selfplay import PlayConfig
+from lsp_jax.text.prompts import PlayPrompts
+
+
+@dataclass(frozen=True)
+class Game:
+    """All that is fixed during a run; hashable, the static argument of every stage."""
+
+    model: LlamaConfig
+    prompts: PlayPrompts
+    play: PlayConfig
+    solver_sampling: SamplingConfig
+    challenger_sampling: SamplingConfig
+    stop_ids: tuple[int, ...]
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    compute_dtype: str
+    """dtype of forward and backward passes; master parameters keep theirs."""
+
+    @property
+    def trains_challenger(self) -> bool:
+        return self.loss.alpha_challenger > 0
+
+    @property
+    def learner_rounds_apart(self) -> bool:
+        """Whether the learner's log-probabilities of what was played are its own: below float32 decoding and the
+        teacher-forced pass round differently, and importance correction compares the two."""
+        return self.compute_dtype != "float32" or self.loss.importance_cap > 0
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Of the Solver and of the Challenger: the policies in the loss are the tempered ones."""
+        return self.solver_sampling.temperature, self.challenger_sampling.temperature
+
+
+def prompt_sharing(game: Game) -> tuple[int, int]:
+    """How many consecutive rows of the Solver and of the Challenger are learned from with one pass over their prompt.
+
+    1 on platforms with a fused attention kernel: it takes whole rows, and saves more than the prompts cost.
+    """
+    if fused_kernel(game.compute_dtype, game.model.head_dim) is not None:
+        return 1, 1
+    return game.play.num_generations, game.play.num_queries
+
+
+def policy_in_the_loss(game: Game) -> str:
+    """One line: from which distribution each role samples, and which one the loss takes for its policy."""
+    roles = [("Solver", game.solver_sampling)]
+    if game.trains_challenger:
+        roles.append(("Challenger", game.challenger_sampling))
+    return "; ".join(f"{role}: {_policy_of(sampling)}" for role, sampling in roles)
+
+
+def _policy_of(sampling: SamplingConfig) -> str:
+    settings = [f"temperature {sampling.temperature:g}"]
+    if sampling.top_k > 0:
+        settings.append(f"top-k {sampling.top_k}")
+    if sampling.top_p < 1:
+        settings.append(f"top-p {sampling.top_p:g}")
+    if sampling.min_p > 0:
+        settings.append(f"min-p {sampling.min_p:g}")
+    seen = "the same distribution" if sampling.temperature == 1 else "the tempered distribution"
+    if sampling.truncates:
+        seen = f"{'the whole' if sampling.temperature == 1 else 'the whole tempered'} distribution; kept mass stored"
+    return f"{', '.join(settings)} (the loss sees {seen})"

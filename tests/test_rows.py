@@ -1,0 +1,82 @@
+"""The rows of an update before and after they are scored, and the reference's pass beside host rewards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsp_jax.config import RewardConfig
+from lsp_jax.learn.update import init_state
+from lsp_jax.reward.base import RewardOutput, RewardSpec
+from lsp_jax.run import iteration as stages
+from lsp_jax.run.rows import learn_batch, unscored
+from lsp_jax.run.setup import Run, prepare
+from lsp_jax.run.step import Phases, play_and_learn
+from test_trainer import game_config, host_reward
+
+QUICK_COMPILES = True
+SPECS = (RewardSpec("share", "task", 1.0),)
+
+
+@pytest.fixture(scope="module")
+def run(game_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One host reward, nothing scored on the device."""
+    directory = tmp_path_factory.mktemp("run") / "run"
+    return prepare(game_config(game_model, directory, reward=RewardConfig(quality_weight=0.0)), [host_reward()])
+
+
+def test_neither_rewards_nor_their_masks_change_the_order(run: Run) -> None:
+    game, state = run.game, init_state(run.policy.params, run.game.optimizer)
+    key = stages.iteration_key(run.seed_key, state)
+    episode = stages.solve(state.params, stages.challenge(state.params, run.kinds, key, game), key, game)
+    valid = np.asarray([True, False, True, True])
+    episode = episode._replace(queries=episode.queries._replace(valid=jnp.asarray(valid)))
+    before = unscored(episode, game)
+    references = stages.reference(run.reference, before, game)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        masks = rng.random((4, 4)) < 0.6, rng.random(4) < 0.8
+        output = RewardOutput(*jax.tree.map(jnp.asarray, (rng.normal(size=(4, 4)).astype(np.float32), *masks)))
+        after = learn_batch(episode, (output,), SPECS, game).batch
+        again = stages.reference(run.reference, after, game)
+        for old, new, one, other in zip(before, after, references, again, strict=True):
+            assert old is not None and new is not None and one is not None and other is not None
+            for name in ("tokens", "prompt_lengths", "completion_lengths", "behaviour_logprobs"):
+                np.testing.assert_array_equal(getattr(old, name), getattr(new, name), name)
+            assert (np.asarray(old.weights > 0) >= np.asarray(new.weights > 0)).all(), "only fewer rows may count"
+            counted = np.asarray(new.mask)
+            np.testing.assert_allclose(one.logprobs[counted], other.logprobs[counted], atol=1e-6)
+        solver = before.solver
+        expected = np.where(solver.weights > 0, solver.completion_lengths, 0)
+        assert (np.asarray(solver.weights > 0)).sum() == 4 * valid.sum()
+        if stages.prompt_sharing(game)[0] == 4:
+            assert (np.diff(expected.reshape(4, 4), axis=1) <= 0).all() and (np.diff(expected[::4]) <= 0).all()
+
+
+def test_the_host_scores_while_the_device_runs_the_reference(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started before the host's rewards, waited for after them."""
+    seen: list[str] = []
+    reference, (reward,) = stages.reference, run.rewards
+
+    def score(*arguments: Any) -> Any:
+        seen.append("score")
+        return reward.score(*arguments)
+
+    def started_reference(*arguments: Any) -> Any:
+        seen.append("reference")
+        return reference(*arguments)
+
+    started_reference.__name__ = "reference"
+    monkeypatch.setattr(stages, "reference", started_reference)
+    phases = Phases()
+    state = jax.tree.map(jnp.copy, init_state(run.policy.params, run.game.optimizer))
+    played = play_and_learn(replace(run, rewards=(replace(reward, score=score),)), state, phases)
+    assert seen == ["reference", "score"]
+    assert np.isfinite(float(played.metrics["loss"])) and played.texts is not None
+    assert set(phases.seconds) == {"handover", "challenge", "solve", "reward", "reference", "update"}
