@@ -72,12 +72,15 @@ def compared(peers: list[Peer], length: int, micro_batch: int, rounds: int, conf
     return found
 
 
-def prefixes(ours: Peer, micro_batch: int, rounds: int, vocabulary: int) -> dict[str, Any]:
-    """Seconds of our reference pass and update, plain over shared, by the prompts' length."""
+def prefixes(shared: Peer, plain: Peer, micro_batch: int, rounds: int, vocabulary: int) -> dict[str, Any]:
+    """Seconds of our reference pass and update, plain over shared, by the prompts' length: a process for each form."""
     found = {}
     for length in PREFIXES:
         asked = request(length, micro_batch, vocabulary, generate=False)
-        forms = {share: partial(ours.ask, {**asked, "share": share}, timeout=1800) for share in (True, False)}
+        forms = {
+            share: partial(peer.ask, {**asked, "share": share}, timeout=1800)
+            for peer, share in ((shared, True), (plain, False))
+        }
         replies = measure.in_turn({str(share): run for share, run in forms.items()}, rounds, f"prefix {length}")
         seconds = {name: measure.spread([reply["total"] for reply in each]) for name, each in replies.items()}
         norms = [replies[name][0]["grad_norm"] for name in ("True", "False")]
@@ -129,7 +132,8 @@ def main() -> None:
         found["peers"] = {peer.name: peer.ask({"op": "versions"}) for peer in peers}
         for name, length in LENGTHS.items():
             found["steps"][name] = compared(peers, length, options.micro_batch, options.rounds, config, found["limits"])
-        found["prefix"] = prefixes(peers[0], options.micro_batch, options.rounds, config.vocab_size)
+        plain = stack.enter_context(Peer("lsp_jax", options.model))
+        found["prefix"] = prefixes(peers[0], plain, options.micro_batch, options.rounds, config.vocab_size)
     measure.write(options.name, found, table(found))
 
 
