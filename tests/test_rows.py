@@ -55,8 +55,8 @@ def test_neither_rewards_nor_their_masks_change_the_order(run: Run) -> None:
         solver = before.solver
         expected = np.where(solver.weights > 0, solver.completion_lengths, 0)
         assert (np.asarray(solver.weights > 0)).sum() == 4 * valid.sum()
-        if stages.prompt_sharing(game)[0] == 4:
-            assert (np.diff(expected.reshape(4, 4), axis=1) <= 0).all() and (np.diff(expected[::4]) <= 0).all()
+        assert stages.prompt_sharing(game)[0] == 4, "groups stay together, sorted inside and among themselves"
+        assert (np.diff(expected.reshape(4, 4), axis=1) <= 0).all() and (np.diff(expected[::4]) <= 0).all()
 
 
 def test_the_host_scores_while_the_device_runs_the_reference(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
