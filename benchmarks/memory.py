@@ -42,7 +42,7 @@ def asked(name: str, model: str, fields: dict[str, Any], vocabulary: int) -> dic
         if "total" in reply:
             reply = peer.ask(message, timeout=1800)
     print(f"{name} {fields}: {measure.brief(reply)}", file=sys.stderr, flush=True)
-    return {"library": name, "settings": fields, **reply}
+    return {**reply, "library": name, "settings": fields}
 
 
 def table(entries: list[dict[str, Any]]) -> str:
