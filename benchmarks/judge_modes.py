@@ -26,6 +26,7 @@ import numpy as np
 
 import lsp_jax as lsp
 from lsp_jax.model import llama
+from lsp_jax.model.cache import KVCache, empty_decode_cache
 from lsp_jax.model.gguf import demo_model
 from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
@@ -96,12 +97,12 @@ def forced_items(params: Any, episode: Episode, *, judge: Judge, digits: tuple[i
     reference, config = params["reference"], judge.config
     layers = llama.unstack_layers(reference["model"]["layers"], config.num_hidden_layers)
 
-    def write(prefixes: Sequence[llama.KVCache], last: jax.Array) -> jax.Array:
+    def write(prefixes: Sequence[KVCache], last: jax.Array) -> jax.Array:
         shared = [
-            [llama.KVCache(prefix.keys[layer], prefix.values[layer], prefix.lengths) for prefix in prefixes]
+            [KVCache(prefix.keys[layer], prefix.values[layer], prefix.lengths) for prefix in prefixes]
             for layer in range(config.num_hidden_layers)
         ]
-        cache = llama.empty_decode_cache(config, last.shape[0], 2 * CRITERIA, last.dtype)
+        cache = empty_decode_cache(config, last.shape[0], 2 * CRITERIA, last.dtype)
 
         def item(state: tuple[jax.Array, Any], number: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
             hidden, cache = state

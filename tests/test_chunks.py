@@ -85,7 +85,7 @@ def test_what_the_chunks_work_on(params: llama.Params, monkeypatch: pytest.Monke
     advance = chunking._advance
 
     def watched(params: Any, layers: Any, prefix: Any, rows: Any, until: Any, **static: Any) -> Any:
-        seen.append((int(until), rows.token.shape[0], rows.cache.values[0].shape[2]))
+        seen.append((int(until), rows.token.shape[0], rows.cache.columns))
         return advance(params, layers, prefix, rows, until, **static)
 
     monkeypatch.setattr(chunking, "_advance", watched)
@@ -116,6 +116,28 @@ def test_precompiled_chunks_compile_nothing(params: llama.Params, monkeypatch: p
         done = chunks.run(params, other[seed], lengths, keys[seed])
         shapes.add(tuple(sorted(np.asarray(done.lengths).tolist())))
     assert len(shapes) == 20 and host.compiles()[0] == compiled
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_chunk_writes_its_cache_in_place(kv_heads: int) -> None:
+    """No second cache is made, whatever the heads (with one of them XLA for CPUs once copied it every step), and the
+    tokens are those of log-probabilities that a whole forward pass gives too."""
+    config = tiny_config(num_key_value_heads=kv_heads)
+    params, chunks = tiny_params(config), Chunks(config, SAMPLING, 512, (), 8)
+    keys = row_keys(jax.random.key(1), 8)
+    prefix, rows = chunks.begin(params, *prompts(4), keys)
+    rows = chunks._grown(rows, 512)
+    layers = chunking._unstack(params, config)
+    program = chunking._advance.lower(params, layers, prefix, rows, jnp.int32(9), **chunks._static).compile()
+    cache = sum(leaf.nbytes for leaf in jax.tree.leaves(rows.cache))
+    assert program.memory_analysis().temp_size_in_bytes < cache / 2
+    done = chunks.advance(params, layers, prefix, rows, 9)[0].done
+    tokens, lengths = (np.repeat(x, 2, axis=0) for x in prompts(4))
+    for row in range(8):
+        whole = np.concatenate([tokens[row, : lengths[row]], done.tokens[row, :9]])
+        logits = llama.forward(params, config, jnp.asarray(whole)[None])[0] / SAMPLING.temperature
+        taken = jax.nn.log_softmax(logits)[np.arange(lengths[row] - 1, len(whole) - 1), whole[lengths[row] :]]
+        np.testing.assert_allclose(done.logprobs[row, :9], taken, rtol=1e-4, atol=1e-4)
 
 
 def test_sizes() -> None:

@@ -18,6 +18,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from lsp_jax.model import llama, modules
+from lsp_jax.model.cache import empty_decode_cache
 from lsp_jax.model.shapes import SHAPES
 from lsp_jax.play.selfplay import PlayConfig
 from tiny import tiny_config, tiny_params
@@ -72,7 +73,7 @@ def test_decode_bytes_are_those_of_the_arrays(tied: bool, check: Any):
         read -= params["model"]["embed_tokens"]["weight"].nbytes
     tokens = jnp.zeros((2, prompt), jnp.int32)
     _, prompts = jax.eval_shape(lambda p: llama.extend(p, config, tokens, jnp.full(2, prompt)), params)
-    generated = llama.empty_decode_cache(config, 6, play.max_completion_length, jnp.dtype("bfloat16"))
+    generated = empty_decode_cache(config, 6, play.max_completion_length, jnp.dtype("bfloat16"))
     read += 2 * (prompts.keys.size + prompts.values.size)
     read += sum(leaf.nbytes for leaf in jax.tree.leaves(generated)) / 2  # filled from empty to full
     assert check.parts.decode_bytes(config, play, prompt) == read

@@ -16,6 +16,7 @@ from lsp_jax.errors import InputError
 from lsp_jax.learn.batch import make_rows
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.model import llama
+from lsp_jax.model.cache import KVCache
 from lsp_jax.play.decode import Completions, rollout
 from lsp_jax.play.generate import complete
 from lsp_jax.play.sampler import SamplingConfig, row_keys
@@ -150,7 +151,7 @@ def test_padding_and_batch_change_no_row(params: llama.Params) -> None:
 def test_several_prefixes_continue_as_the_whole_prompt(params: llama.Params) -> None:
     """One beginning for all, two middles, four ends with two rows each: as eight prompts in one piece."""
     parts = [ragged_prompts(rows, width, seed) for seed, (rows, width) in enumerate(((1, 5), (2, 7), (4, 6)))]
-    prefixes: tuple[llama.KVCache, ...] = ()
+    prefixes: tuple[KVCache, ...] = ()
     for tokens, lengths in parts:
         hidden, cache = jax.jit(llama.extend, static_argnums=1)(params, CONFIG, tokens, lengths, prefixes)
         prefixes = (*prefixes, cache)

@@ -15,6 +15,7 @@ import pytest
 
 from everyday import everyday
 from lsp_jax.model import llama
+from lsp_jax.model.cache import KVCache, empty_decode_cache
 from lsp_jax.model.config import LlamaConfig, RopeScaling
 from lsp_jax.model.weights import load_params, read_config, save_params
 from tiny import hf_tiny, tiny_config, tiny_params
@@ -289,7 +290,7 @@ def test_extend_equals_forward(params: llama.Params, rows: tuple[int, ...]) -> N
         (random_tokens(CONFIG.vocab_size, count, 9 - index, seed=index), random.integers(1, 9 - index, count))
         for index, count in enumerate(rows)
     ]
-    caches: list[llama.KVCache] = []
+    caches: list[KVCache] = []
     hidden = jnp.zeros(0)
     for tokens, lengths in parts:
         hidden, cache = extend(params, CONFIG, jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32), tuple(caches))
@@ -310,9 +311,9 @@ def test_decode_equals_forward(params: llama.Params, group: int) -> None:
     answers = random_tokens(CONFIG.vocab_size, 2 * group, 5, seed=1)
     _, cache = extend(params, CONFIG, jnp.asarray(prompts), jnp.asarray(lengths, jnp.int32))
     layers = llama.unstack_layers(params["model"]["layers"], CONFIG.num_hidden_layers)
-    shared = tuple((llama.KVCache(k, v, cache.lengths),) for k, v in zip(cache.keys, cache.values, strict=True))
+    shared = tuple((KVCache(k, v, cache.lengths),) for k, v in zip(cache.keys, cache.values, strict=True))
     step = jax.jit(llama.decode_step, static_argnums=2)
-    own = llama.empty_decode_cache(CONFIG, 2 * group, 6, jnp.dtype(jnp.float32))
+    own = empty_decode_cache(CONFIG, 2 * group, 6, jnp.dtype(jnp.float32))
     outputs = []
     for column in range(answers.shape[1]):
         hidden, own = step(params, layers, CONFIG, answers[:, column], shared, own, jnp.int32(column))

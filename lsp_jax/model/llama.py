@@ -15,41 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lsp_jax.model.attention import Segment, as_held, attend, causal_mask, length_mask
+from lsp_jax.model.cache import DecodeCache, KVCache, written
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.flash import causal_attention
-from lsp_jax.model.modules import Llama, RMSNorm, layer_graph, rotation
-from lsp_jax.model.sharding import TENSOR, row_axes, shard, shard_heads, shard_rows
+from lsp_jax.model.modules import Llama, RMSNorm, Rotation, layer_graph, rotation
+from lsp_jax.model.sharding import TENSOR, row_axes, shard, shard_rows
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
 _KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-
-
-class KVCache(NamedTuple):
-    """Keys and values of N prompts, each shared by the rows that continue it."""
-
-    keys: jax.Array
-    """[L, N, K, h, P], rotated."""
-    values: jax.Array
-    """[L, N, K, P, h]."""
-    lengths: jax.Array
-    """int32 [N]: the real ones come first, the rest is padding."""
-
-
-class DecodeCache(NamedTuple):
-    """Generated keys and values, one array a layer so that the decode loop updates each in place."""
-
-    keys: tuple[jax.Array, ...]
-    """L arrays [B, K, h, T], rotated."""
-    values: tuple[jax.Array, ...]
-    """L arrays [B, K, T, h]."""
 
 
 def init_params(config: LlamaConfig, key: jax.Array) -> Params:
@@ -220,15 +201,6 @@ def unstack_layers(tree: Any, layers: int) -> tuple[Any, ...]:
     return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(layers))
 
 
-def empty_decode_cache(config: LlamaConfig, batch: int, columns: int, dtype: jnp.dtype) -> DecodeCache:
-    heads, width = config.num_key_value_heads, config.head_dim
-
-    def zeros(*shape: int) -> tuple[jax.Array, ...]:
-        return tuple(shard_heads(jnp.zeros((batch, *shape), dtype), 1) for _ in range(config.num_hidden_layers))
-
-    return DecodeCache(zeros(heads, width, columns), zeros(heads, columns, width))
-
-
 def decode_step(
     params: Params,
     layers: tuple[Params, ...],
@@ -249,18 +221,33 @@ def decode_step(
     positions = _total_lengths(prompts[0], batch) + column
     angles = rotation(positions[:, None], config)
     masks = [length_mask(prefix.lengths, prefix.values.shape[2]) for prefix in prompts[0]]
-    own_mask = (jnp.arange(cache.values[0].shape[2]) <= column)[None, None, None, :]
-    graph = layer_graph(config)
+    masks.append((jnp.arange(cache.columns) <= column)[None, None, None, :])
     x = _embed(params, tokens)[:, None]
-    all_keys, all_values = [], []
-    for layer_params, shared, old_keys, old_values in zip(layers, prompts, cache.keys, cache.values, strict=True):
-        layer = nnx.merge(graph, layer_params)
-        queries, key, value = layer.project(x, angles)
-        key, value = as_held(key, value)
-        keys = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_keys, key, column, axis=3), 1)
-        values = shard_heads(jax.lax.dynamic_update_slice_in_dim(old_values, value, column, axis=2), 1)
-        segments = [Segment(prefix.keys, prefix.values, m) for prefix, m in zip(shared, masks, strict=True)]
-        x = layer.finish(x, attend(queries, (*segments, Segment(keys, values, own_mask))))
-        all_keys.append(keys)
-        all_values.append(values)
-    return _norm(params, config, x)[:, 0], DecodeCache(tuple(all_keys), tuple(all_values))
+    every = []
+    for layer_params, shared, held in zip(layers, prompts, zip(cache.keys, cache.values, strict=True), strict=True):
+        pairs = [(prefix.keys, prefix.values) for prefix in shared]
+        x, held = _decode_layer(layer_params, config, x, angles, pairs, held, masks, column)
+        every.append(held)
+    keys, values = zip(*every, strict=True)
+    return _norm(params, config, x)[:, 0], DecodeCache(keys, values)
+
+
+@partial(
+    jax.jit, static_argnames="config"
+)  # so that unrolled layers are traced once, which starts a run seconds sooner
+def _decode_layer(
+    layer_params: Params,
+    config: LlamaConfig,
+    x: jax.Array,
+    angles: Rotation,
+    shared: list[tuple[jax.Array, jax.Array]],
+    held: tuple[jax.Array, jax.Array],
+    masks: list[jax.Array],
+    column: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """One layer of `decode_step`: keys and values of the prefixes and of the cache, the cache's mask last."""
+    layer = nnx.merge(layer_graph(config), layer_params)
+    queries, key, value = layer.project(x, angles)
+    held, own = written(held, *as_held(key, value), column)
+    segments = [Segment(*pair, mask) for pair, mask in zip([*shared, own], masks, strict=True)]
+    return layer.finish(x, attend(queries, segments)), held

@@ -16,8 +16,9 @@ import numpy as np
 
 from lsp_jax import host, processes
 from lsp_jax.model import llama
+from lsp_jax.model.cache import KVCache
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.sharding import place, row_shards, shard_heads, shard_rows
+from lsp_jax.model.sharding import place, row_shards, shard_rows
 from lsp_jax.play.decode import Completions, Layers, Rows, advance, begin
 from lsp_jax.play.sampler import SamplingConfig
 
@@ -42,7 +43,7 @@ def _begin(
     columns: int,
     stop_ids: tuple[int, ...],
     cache_columns: int,
-) -> tuple[llama.KVCache, Rows]:
+) -> tuple[KVCache, Rows]:
     hidden, prefix = llama.extend(params, config, tokens, lengths)
     last = llama.last_hidden(hidden, lengths)
     return prefix, begin(params, config, last, keys, sampling, columns, stop_ids, cache_columns)
@@ -52,7 +53,7 @@ def _begin(
 def _advance(
     params: llama.Params,
     layers: Layers,
-    prefix: llama.KVCache,
+    prefix: KVCache,
     rows: Rows,
     until: jax.Array,
     *,
@@ -79,30 +80,23 @@ def _none_finished(rows: Rows) -> Finished:
 
 
 @partial(jax.jit, static_argnames="number")
-def _drop(
-    prefix: llama.KVCache, rows: Rows, finished: Finished, *, number: int
-) -> tuple[llama.KVCache, Rows, Finished]:
+def _drop(prefix: KVCache, rows: Rows, finished: Finished, *, number: int) -> tuple[KVCache, Rows, Finished]:
     """The `number` rows that run longest; all others are put to their places."""
     batch, places = rows.token.shape[0], finished.places
     order = jnp.argsort(rows.done.stopped, stable=True)[:number]
     shared = prefix.lengths.shape[0]
     if shared > 1:  # groups are no longer whole: every row gets its prompt for itself
         prompts = order // (batch // shared)
-        prefix = llama.KVCache(prefix.keys[:, prompts], prefix.values[:, prompts], prefix.lengths[prompts])
+        prefix = KVCache(prefix.keys[:, prompts], prefix.values[:, prompts], prefix.lengths[prompts])
     token, keys, done = shard_rows(jax.tree.map(lambda x: x[order], (rows.token, rows.keys, rows.done)))
-    cache = jax.tree.map(lambda x: shard_heads(x[order], 1), rows.cache)
     dropped = Finished(_placed(finished, rows.done), places[order])
-    return prefix, Rows(rows.column, token, keys, done, cache), dropped
+    return prefix, Rows(rows.column, token, keys, done, rows.cache.of(order)), dropped
 
 
 @partial(jax.jit, static_argnames="columns")
 def _grow(rows: Rows, *, columns: int) -> Rows:
     """The rows with a cache of `columns` columns."""
-
-    more = columns - rows.cache.values[0].shape[2]
-    keys = tuple(shard_heads(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))), 1) for x in rows.cache.keys)
-    values = tuple(shard_heads(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), 1) for x in rows.cache.values)
-    return rows._replace(cache=llama.DecodeCache(keys, values))
+    return rows._replace(cache=rows.cache.grown(columns))
 
 
 def _placed(finished: Finished, done: Completions) -> Completions:
@@ -148,14 +142,14 @@ class Chunks(NamedTuple):
     def _static(self) -> dict[str, Any]:
         return {"config": self.config, "sampling": self.sampling, "stop_ids": self.stop_ids}
 
-    def begin(self, params: llama.Params, *prompts: jax.Array) -> tuple[llama.KVCache, Rows]:
+    def begin(self, params: llama.Params, *prompts: jax.Array) -> tuple[KVCache, Rows]:
         """Prefill and first token; `prompts` are tokens, lengths and the rows' keys."""
         static = {**self._static, "columns": self.columns, "cache_columns": cache_lengths(self.columns)[0]}
         processes.check_program(f"decode {self.columns}", _begin, params, *prompts, **static)
         return _begin(params, *prompts, **static)
 
     def advance(
-        self, params: llama.Params, layers: Layers, prefix: llama.KVCache, rows: Rows, until: int
+        self, params: llama.Params, layers: Layers, prefix: KVCache, rows: Rows, until: int
     ) -> tuple[Rows, jax.Array]:
         """The rows after column `until - 1`, and how many have not stopped."""
         return _advance(params, layers, prefix, rows, place(np.int32(until)), **self._static)
@@ -181,7 +175,7 @@ class Chunks(NamedTuple):
 
     def _grown(self, rows: Rows, until: int) -> Rows:
         for size in cache_lengths(self.columns):
-            here = rows.cache.values[0].shape[2]
+            here = rows.cache.columns
             if here < until and size > here:
                 rows = _grow(rows, columns=size)
         return rows

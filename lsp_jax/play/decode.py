@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lsp_jax.model import llama
+from lsp_jax.model.cache import DecodeCache, KVCache, empty_decode_cache
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.sharding import shard_rows
 from lsp_jax.play.sampler import Draw, SamplingConfig, row_uniforms, sample
@@ -47,7 +48,7 @@ class Rows(NamedTuple):
     """[B]: each row's own."""
     done: Completions
     """What they have so far."""
-    cache: llama.DecodeCache
+    cache: DecodeCache
     """Keys and values of what was fed."""
 
 
@@ -97,7 +98,7 @@ def begin(
     logits = jnp.repeat(llama.logits(params, config, last_hidden), rows // last_hidden.shape[0], axis=0)
     # a draw looks at the whole vocabulary of its row
     first = sample(shard_rows(logits), row_uniforms(keys, start), sampling)
-    cache = llama.empty_decode_cache(config, rows, cache_columns, last_hidden.dtype)
+    cache = empty_decode_cache(config, rows, cache_columns, last_hidden.dtype)
     return Rows(start, first.token, keys, _record(shard_rows(empty), first, start, stop_ids), cache)
 
 
@@ -105,7 +106,7 @@ def advance(
     params: llama.Params,
     layers: Layers,
     config: LlamaConfig,
-    prefixes: Sequence[llama.KVCache],
+    prefixes: Sequence[KVCache],
     rows: Rows,
     until: jax.Array | int,
     sampling: SamplingConfig,
@@ -113,7 +114,7 @@ def advance(
 ) -> Rows:
     """Draws tokens up to column `until - 1`, or until every row has stopped; `layers` are `llama.unstack_layers`'."""
     shared = tuple(
-        tuple(llama.KVCache(prefix.keys[layer], prefix.values[layer], prefix.lengths) for prefix in prefixes)
+        tuple(KVCache(prefix.keys[layer], prefix.values[layer], prefix.lengths) for prefix in prefixes)
         for layer in range(config.num_hidden_layers)
     )
 
@@ -133,7 +134,7 @@ def advance(
 def rollout(
     params: llama.Params,
     config: LlamaConfig,
-    prefixes: Sequence[llama.KVCache],
+    prefixes: Sequence[KVCache],
     last_hidden: jax.Array,
     keys: jax.Array,
     sampling: SamplingConfig,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lsp_jax.model import llama
+from lsp_jax.model.cache import KVCache
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.sharding import place, shard_rows
 from lsp_jax.play.selfplay import Episode
@@ -48,7 +49,7 @@ def judge_params(reference: llama.Params, judge: Judge, tokenizer: Tokenizer, ki
     return {"reference": reference, "rubric": rubric, "kinds": kinds, "tags": tags}
 
 
-Read = Callable[[Sequence[llama.KVCache], jax.Array], Any]
+Read = Callable[[Sequence[KVCache], jax.Array], Any]
 """(rubric, query and answer caches, last hidden states [n * G, D]) -> a pytree of arrays [n * G, ...]."""
 
 
@@ -77,7 +78,7 @@ def _harmless(text: Ragged, params: Any, judge: Judge) -> Ragged:
 
 def _prefilled(
     params: Any, judge: Judge, query: Ragged, answer: Ragged
-) -> tuple[tuple[llama.KVCache, llama.KVCache, llama.KVCache], jax.Array]:
+) -> tuple[tuple[KVCache, KVCache, KVCache], jax.Array]:
     """Caches of the rubric, n queries [n, .] and their answers [n * G, .]; the last hidden states [n * G, D]."""
     reference, config, rubric = params["reference"], judge.config, params["rubric"]
     query_part = pack((query, ids_row(judge.template.middle_ids)))

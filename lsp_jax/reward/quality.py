@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from lsp_jax.errors import InputError
 from lsp_jax.model import llama
+from lsp_jax.model.cache import KVCache
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import DeviceReward, EpisodeReward, RewardOutput
@@ -81,7 +82,7 @@ def logits_scores(params: Any, episode: Episode, *, judge: Judge) -> RewardOutpu
     return RewardOutput(values, jnp.ones_like(values, bool), jnp.ones(values.shape[0], bool))
 
 
-def _read(reference: llama.Params, judge: Judge, prefixes: Sequence[llama.KVCache], last: jax.Array) -> jax.Array:
+def _read(reference: llama.Params, judge: Judge, prefixes: Sequence[KVCache], last: jax.Array) -> jax.Array:
     """The seven branches' yes / (yes + no), added up: [B]."""
     template = judge.template
     assert isinstance(template, LogitsTemplate)
