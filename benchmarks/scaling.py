@@ -10,13 +10,15 @@
 3. For each axis the slope of log(seconds) over log(size), by least squares, beside the slope of the operations counted
    in `limits.py`. A phase whose slope is more than 0.1 above that of its operations is marked.
 
-Writes `results/scaling.json` and `results/scaling.md`.
+Writes `results/scaling.json` and `results/scaling.md`; axes that are not asked for keep what was measured before.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -187,7 +189,7 @@ def along(axis: str, rounds: int) -> dict[str, Any]:
         measured.append(phases(config, work, rounds))
         print(axis, f"{size:.0f}", measure.brief({name: value[0] for name, value in measured[-1].items()}), flush=True)
         jax.clear_caches()
-    found: dict[str, Any] = {"sizes": sizes}
+    found: dict[str, Any] = {"date": datetime.date.today().isoformat(), "sizes": sizes}
     for phase in PHASES:
         taken, held = ([point[phase][i] for point in measured] for i in (0, 1))
         needed = [count[phase] for count in counted]
@@ -198,7 +200,7 @@ def along(axis: str, rounds: int) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        "| axis | sizes | phase | seconds | MiB | exponent of seconds | of operations | of bytes | steeper |",
+        "| axis, measured | sizes | phase | seconds | MiB | exponent of seconds | of operations | of bytes | steeper |",
         "|---" * 9 + "|",
     ]
     for axis, entry in found.items():
@@ -209,7 +211,7 @@ def table(found: dict[str, Any]) -> str:
             held = ", ".join(f"{value / 2**20:.0f}" for value in values["bytes"])
             steeper = "yes" if exponents["seconds"] > exponents["operations"] + MARGIN else ""
             numbers = " | ".join(f"{exponents[name]:.2f}" for name in ("seconds", "operations", "bytes"))
-            lines.append(f"| {axis} | {sizes} | {phase} | {taken} | {held} | {numbers} | {steeper} |")
+            lines.append(f"| {axis}, {entry['date']} | {sizes} | {phase} | {taken} | {held} | {numbers} | {steeper} |")
     return "\n".join(lines)
 
 
@@ -218,7 +220,9 @@ def main() -> None:
     parser.add_argument("--axes", nargs="*", default=[*AXES, "model"], choices=[*AXES, "model"])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    found = {axis: along(axis, options.rounds) for axis in options.axes}
+    file = measure.RESULTS / "scaling.json"
+    earlier = json.loads(file.read_text(encoding="utf-8"))["axes"] if file.is_file() else {}
+    found = earlier | {axis: along(axis, options.rounds) for axis in options.axes}
     measure.write("scaling", {"axes": found}, table(found))
 
 

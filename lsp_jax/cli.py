@@ -1,4 +1,4 @@
-"""The command line, thin: `lsp-jax train | generate | export | plan | demo-model` read arguments, call the package."""
+"""The command line, thin: `lsp-jax train | generate | export | replay | plan | demo-model` read arguments and call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from lsp_jax.errors import LOST_STATUS, InputError, ProcessError
+from lsp_jax.errors import LOST_STATUS, InputError, ProcessError, RunError, Stopped
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -120,6 +120,31 @@ def export(arguments: Sequence[str]) -> None:
     print(f"{options.directory}: the policy of {options.run} after iteration {step}")
 
 
+@dataclasses.dataclass(frozen=True)
+class ReplayOptions:
+    """Play an iteration of a run once more, from its checkpoint and key, and print its queries and answers as JSON."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run's folder; nothing is written there."""
+    step: int
+    """The iteration, from 1."""
+
+
+def replay(arguments: Sequence[str]) -> None:
+    """Play an iteration of a run once more: `lsp-jax replay RUN --step K`."""
+    import json
+
+    from lsp_jax.run.replay import replay as play
+
+    options = tyro.cli(ReplayOptions, args=list(arguments), prog="lsp-jax replay")
+    again = play(options.run, options.step)
+    for line in again.lines:
+        print(json.dumps(line))  # ASCII: what the model wrote reaches a terminal as escapes
+    said = {None: "the run has no lines of it", True: "the same as the run's", False: "NOT the same as the run's"}
+    source = f"checkpoint {again.start}" if again.start else "the model"
+    print(f"iteration {options.step} from {source}: {said[again.same]}", file=sys.stderr)
+
+
 def plan(arguments: Sequence[str]) -> None:
     """Whether a run fits a machine that is not at hand, and how fast it can be: `lsp-jax plan --topology v5e:4x4`."""
     import jax
@@ -171,6 +196,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "generate": generate,
     "export": export,
+    "replay": replay,
     "plan": plan,
     "demo-model": demo_model,
 }
@@ -179,7 +205,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; a fault in the input is one line on standard error and exit status 2.
 
-    A run of several processes of which another one is late or dead ends with a line that names it, and exit status 3.
+    A run of several processes of which another one is late or dead ends with a line that names it, and exit status 3; a
+    run without progress with 4, one that cannot go on with 5, one that was asked to end and has saved with 75.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -199,6 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ProcessError as error:
         print(f"lsp-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return LOST_STATUS
+    except RunError as error:
+        said = "" if isinstance(error, Stopped) else "error: "
+        print(f"lsp-jax: {said}{' '.join(str(error).split())}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         print("lsp-jax: interrupted", file=sys.stderr)
         return 130

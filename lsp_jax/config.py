@@ -126,6 +126,15 @@ class TrainConfig:
     """Newest checkpoints kept."""
     resume: Literal["never", "auto", "must"] = "never"
     """never: start a new run; auto: go on from the newest checkpoint if there is one; must: fail without one."""
+    save_errors: Literal["stop", "go_on"] = "stop"
+    """When a checkpoint cannot be written (a full disk): stop: end the run; go_on: say so, count it, and try again at
+    the next one. Earlier checkpoints stay."""
+    max_skipped: int = 10
+    """Iterations in a row whose updates may be skipped for what is not finite; then the run ends and names it."""
+    stop_timeout: float = 300.0
+    """Seconds in which a run that is asked to end (SIGTERM, Ctrl-C) must have saved; then it ends as it is."""
+    progress_timeout: float = 7200.0
+    """Seconds without any progress (a phase that begins) after which a run ends and shows where it hangs; 0: never."""
     seed: int = 0
     """Of all noise; the same seed twice gives the same run."""
     date: str = ""
@@ -177,12 +186,17 @@ class TrainConfig:
             raise InputError("init_step", self.init_step, "must be a checkpoint of init_from, or 0 for its newest")
         if not self.output_dir:
             raise InputError("output_dir", self.output_dir, "give a directory to write to")
-        for name in ("max_steps", "save_steps", "save_total_limit"):
+        for name in ("max_steps", "save_steps", "save_total_limit", "max_skipped"):
             if getattr(self, name) < 1:
                 raise InputError(name, getattr(self, name), "must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise InputError("seed", self.seed, "must be in 0 .. 2**32 - 1")
         _one_of("resume", self.resume, RESUMES)
+        _one_of("save_errors", self.save_errors, ("stop", "go_on"))
+        if not 0 < self.stop_timeout < math.inf:
+            raise InputError("stop_timeout", self.stop_timeout, "must be > 0 seconds and finite")
+        if not 0 <= self.progress_timeout < math.inf:
+            raise InputError("progress_timeout", self.progress_timeout, "must be >= 0 seconds and finite; 0: no limit")
         _one_of("param_dtype", self.param_dtype, DTYPES[:2])
         _one_of("compute_dtype", self.compute_dtype, ("auto", *DTYPES[:2]))
         for reporter in self.report_to:
@@ -239,6 +253,7 @@ class TrainConfig:
 
 MAY_CHANGE = (
     *("output_dir", "max_steps", "save_steps", "save_total_limit", "resume", "report_to"),
+    *("save_errors", "max_skipped", "stop_timeout", "progress_timeout"),
     *("park_frozen", "compilation_cache", "precompile", "profile", "mesh.data", "mesh.fsdp", "mesh.tensor"),
     *(f"processes.{field.name}" for field in dataclasses.fields(ProcessConfig)),
     *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat"),

@@ -34,7 +34,9 @@ from lsp_jax.model.sharding import MeshConfig, use_mesh  # noqa: E402
 from lsp_jax.play.selfplay import PlayConfig  # noqa: E402
 from lsp_jax.reward.verify import callable_reward  # noqa: E402
 from lsp_jax.run.checkpoint import Checkpoints  # noqa: E402
-from lsp_jax.run.setup import prepare, start_state  # noqa: E402
+from lsp_jax.run.identity import identity  # noqa: E402
+from lsp_jax.run.setup import prepare  # noqa: E402
+from lsp_jax.run.start import start_state  # noqa: E402
 from test_process_runs import digests  # noqa: E402
 from test_trainer import game_config, host_reward, low_share  # noqa: E402
 
@@ -150,7 +152,7 @@ def resume() -> dict[str, Any]:
     run = prepare(config, [host_reward()])
     checkpoints = Checkpoints(run.directory / "checkpoints")
     with use_mesh(run.mesh):
-        state, saved = start_state(run, checkpoints)
+        state, saved = start_state(run, checkpoints, identity(run.config, run.policy.params))
         assert saved is not None and saved["iteration"] == 2
         restored = digests(host.to_host(state))
     layout = [str(leaf.sharding.spec) for leaf in jax.tree.leaves(state)]

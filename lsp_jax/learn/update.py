@@ -306,11 +306,12 @@ def _means(role: str, sums: Metrics, loss: jax.Array) -> Metrics:
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, loss: jax.Array, opt: OptimizerConfig
+    state: TrainState, grads: Params, loss: jax.Array, opt: OptimizerConfig, sound: jax.Array | bool = True
 ) -> tuple[TrainState, Metrics]:
-    """One clipped AdamW step; when the loss or the gradient's norm is not finite, nothing moves but `skipped`."""
+    """One clipped AdamW step; when the loss or the gradient's norm is not finite, or what they were made from is not
+    `sound`, nothing moves but `skipped`."""
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss) & sound
 
     updates, opt_state = optimizer(opt).update(grads, state.opt_state, state.params)
     moved = optax.apply_updates(state.params, updates), opt_state

@@ -1,8 +1,15 @@
-"""Checkpoints of a run: Orbax holds the train state, a JSON beside it what the host must cut back to on resume."""
+"""Checkpoints of a run: Orbax holds the train state, a JSON beside it the host's part and a checksum of every array.
+
+A checkpoint counts when it is whole: committed by Orbax, its JSON with the digest it was written with, its arrays with
+their checksums (Orbax restores a flipped byte without a word). Any other is `Damaged` and can be set aside.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +17,31 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from lsp_jax.errors import InputError
+from lsp_jax import processes
+from lsp_jax.errors import InputError, RunError
 from lsp_jax.learn.update import TrainState
 from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import shardings
+from lsp_jax.run.checksums import Manifest, differing, manifest, path_name
+
+
+class Damaged(Exception):
+    """What the checkpoint holds is not what was saved."""
+
+
+class SaveError(RunError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them, written in the background.
-
-    An error of a background save is raised by the next call.
-    """
+    """The checkpoints of one run, newest `keep` of them, written in the background."""
 
     def __init__(self, directory: str | Path, keep: int = 2):
         # the directory is made by the first save, so that looking for checkpoints leaves nothing behind
         self.directory = Path(directory).expanduser().resolve()
         self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
+        self._under_way: int | None = None
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
@@ -45,44 +60,130 @@ class Checkpoints:
         """Iterations of all whole checkpoints, oldest first."""
         return sorted(self._open().all_steps()) if self.directory.is_dir() else []
 
-    def save(self, iteration: int, state: TrainState, host_state: dict[str, Any]) -> None:
-        """Saves `state` as of `iteration`; returns once the arrays are copied, the writing goes on."""
+    def save(self, iteration: int, state: TrainState, host_state: dict[str, Any], arrays: Manifest) -> None:
+        """Saves `state`, with its `manifest` in `arrays`, as of `iteration`; returns once the arrays are copied, the
+        writing goes on. Raises SaveError, of an earlier save too; with several processes all must call it together.
+        """
+        self.wait()  # Orbax would too, and tell an error of the one before as if it were this one's
         items = {name: ocp.args.PyTreeSave(part) for name, part in _split(state).items()}
-        self._open().save(iteration, args=ocp.args.Composite(**items, host=ocp.args.JsonSave(host_state)))
+        record = {**host_state, "arrays": arrays}
+        record["digest"] = _digest(record)
+        self._under_way = iteration
+        args = ocp.args.Composite(**items, host=ocp.args.JsonSave(record))
+        self._told(lambda manager: manager.save(iteration, args=args))
+
+    def check(self) -> None:
+        """Raises SaveError when a save in the background has failed; all processes call it together."""
+        if self._under_way is not None:
+            self._told(lambda manager: manager.check_for_errors())
+
+    def wait(self) -> None:
+        """Returns when every save is on disk; raises SaveError."""
+        if self._under_way is not None:
+            self._told(lambda manager: manager.wait_until_finished())
+            self._under_way = None
+
+    def _told(self, call: Callable[[ocp.CheckpointManager], Any]) -> None:
+        """`call`, with what went wrong in any process raised in all."""
+        try:
+            call(self._open())
+            reason = ""
+        except Exception as error:  # what file systems and those that write to them raise is of many kinds
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reasons = [reason for reason in processes.gather("checkpoint written", reason) if reason]
+        if reasons:
+            failed, self._under_way = self._under_way, None
+            self._drop()
+            raise SaveError(f"checkpoint {failed} could not be written to {self.directory}: {reasons[0]}")
+
+    def _drop(self) -> None:
+        """Lets go of a manager whose save has failed: it would fail again, and knows checkpoints that are not there."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with suppress(Exception):
+                manager.close()
 
     def restore(self, iteration: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state in the shapes, dtypes and shardings of `abstract`, and the host's part.
 
-        Raises InputError when the checkpoint cannot be read or belongs to a model of another shape.
+        Raises InputError when the checkpoint belongs to a model of another shape, Damaged when it is not whole.
         """
+        record = self._record(iteration, abstract)
         items = {name: _into(part) for name, part in _split(abstract).items()}
-        restored = self._restore(iteration, ocp.args.Composite(**items, host=ocp.args.JsonRestore()))
-        return TrainState(restored["params"], **restored["training"]), restored["host"]
+        restored = self._read(iteration, **items)
+        state = TrainState(restored["params"], **restored["training"])
+        _check_arrays(record["arrays"], state)
+        return state, record
 
     def restore_params(self, iteration: int, abstract: Params) -> Params:
-        """The policy's parameters alone."""
-        return self._restore(iteration, ocp.args.Composite(params=_into(abstract)))["params"]
+        """The policy's parameters alone; raises as `restore`."""
+        record = self._record(iteration, {"params": abstract})
+        params = self._read(iteration, params=_into(abstract))["params"]
+        _check_arrays(record["arrays"], {"params": params})
+        return params
 
-    def _restore(self, iteration: int, args: ocp.args.Composite) -> Any:
+    def _record(self, iteration: int, abstract: Any) -> dict[str, Any]:
+        """The host's part, as it was written and of arrays like `abstract`."""
+        record = self._read(iteration, host=ocp.args.JsonRestore())["host"]
+        if not isinstance(record, dict) or record.get("digest") != _digest(record):
+            raise Damaged("its host part is not as it was written")
+        for path, leaf in jax.tree.leaves_with_path(abstract):
+            name, here = path_name(path), (list(leaf.shape), leaf.dtype.name)
+            saved = record["arrays"].get(name)
+            if saved is None or (saved["shape"], saved["dtype"]) != here:
+                there = "absent" if saved is None else f"{saved['dtype']}{saved['shape']}"
+                remedy = f"{name} is {there} there and {here[1]}{here[0]} here: it is of another model"
+                raise InputError("checkpoint", f"{self.directory}/{iteration}", remedy)
+        return record
+
+    def _read(self, iteration: int, **items: Any) -> Any:
         try:
-            return self._open().restore(iteration, args=args)
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise InputError(
-                "checkpoint", f"{self.directory}/{iteration}", f"cannot be restored ({reason}); is it of another model?"
-            ) from error
+            found, reason = self._open().restore(iteration, args=ocp.args.Composite(**items)), None
+        except Exception as error:  # whatever Orbax and what it reads with make of damaged files
+            first = " ".join(str(error).split())[:200]
+            found, reason = None, f"{type(error).__name__}: {first}"
+        reasons = [reason for reason in processes.gather("checkpoint read", reason) if reason]
+        if reasons:
+            raise Damaged(f"it cannot be read ({reasons[0]})")
+        return found
 
-    def wait(self) -> None:
-        """Returns when every save is on disk."""
-        if self._manager is not None:
-            self._manager.wait_until_finished()
+    def set_aside(self, iteration: int) -> Path:
+        """Moves that checkpoint to where no run looks for one, and returns its place; all processes together."""
+        self.close()
+        place, number = self.damaged / str(iteration), 1
+        while place.exists():
+            place, number = self.damaged / f"{iteration}.{number}", number + 1
+        place = Path(processes.gather("checkpoint set aside", str(place))[0])  # nobody reads it any more
+        if processes.is_writer():
+            self.damaged.mkdir(exist_ok=True)
+            (self.directory / str(iteration)).rename(place)
+        processes.barrier("checkpoint gone")
+        return place
+
+    @property
+    def damaged(self) -> Path:
+        """Where checkpoints lie that were not whole."""
+        return self.directory.with_name("damaged")
 
     def close(self) -> None:
-        """Waits for saves under way and frees the manager."""
+        """Waits for a save under way, whatever becomes of it (`wait` says), and frees the manager."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
-            self._manager.close()
-            self._manager = None
+            with suppress(Exception):
+                self._manager.wait_until_finished()
+        self._drop()
+
+
+def _check_arrays(saved: Manifest, tree: Any) -> None:
+    here = manifest(tree)
+    wrong = differing(here, {name: saved.get(name) for name in here})
+    if wrong:
+        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise Damaged(f"{wrong[0]}{others} do not have the checksum that they were saved with")
+
+
+def _digest(record: dict[str, Any]) -> str:
+    rest = {name: value for name, value in record.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _split(state: TrainState) -> dict[str, Any]:

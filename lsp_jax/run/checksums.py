@@ -1,8 +1,8 @@
 """Checksums of arrays on device: what was saved is what was restored, or the array that is not is named.
 
-Orbax restores a flipped byte without a word. An array's checksum is the sum of its elements' bit patterns, each times
-an odd weight of its position, modulo 2^32: a sum has no order, so it is the same on every mesh; an odd weight loses no
-bit, so any change of one element changes it, and two exchanged elements do too.
+Orbax restores a flipped byte without a word. An array's checksum is the sum of its elements' bit patterns (the upper
+half folded into the lower), each times an odd weight of its position, modulo 2^32. A sum has no order, so it is the
+same on every mesh; an odd weight loses no bit, so any change of one element changes it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def checksum(x: jax.Array) -> jax.Array:
     weight = (index + 1) * jnp.uint32(0x9E3779B1)
     weight = (weight ^ (weight >> 15)) * jnp.uint32(0x85EBCA77)
     weight = (weight ^ (weight >> 13)) | 1
-    return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
+    bits = bits.astype(jnp.uint32)
+    # every odd weight times the highest bit is the highest bit: two signs that flip would cancel, were they not lower too
+    return jnp.sum((bits ^ (bits >> 16)) * weight, dtype=jnp.uint32)
 
 
 @jax.jit

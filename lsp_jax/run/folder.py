@@ -17,11 +17,12 @@ from lsp_jax.errors import InputError
 from lsp_jax.model.llama import Params, cast, init_params
 from lsp_jax.model.weights import check_dtype, read_config
 from lsp_jax.policy import Policy, check_replaceable, save_pretrained
-from lsp_jax.run.checkpoint import Checkpoints, abstract
+from lsp_jax.run.checkpoint import Checkpoints, Damaged, abstract
+from lsp_jax.run.metrics import FILES
 from lsp_jax.text.tokenizer import Tokenizer
 
 CHECKPOINTS, BASE, EXPORT, PROFILE = "checkpoints", "base", "export", "profile"
-_RUN_FILES = ("config.json", "metrics.jsonl", "transcripts.jsonl", CHECKPOINTS, EXPORT)
+_RUN_FILES = ("config.json", *FILES, CHECKPOINTS, EXPORT)
 
 
 # --- this run's folder -------------------------------------------------------------------------------------------
@@ -108,6 +109,8 @@ def load_run_params(run: str | Path, step: int, dtype: str | None = None, mesh: 
     checkpoints = Checkpoints(run / CHECKPOINTS)
     try:
         params = checkpoints.restore_params(step, shapes)
+    except Damaged as error:
+        raise InputError("checkpoint", f"{checkpoints.directory}/{step}", f"is damaged: {error}") from error
     finally:
         checkpoints.close()
     return params if dtype is None else cast(params, dtype)

@@ -23,6 +23,7 @@ from jax.core import Tracer
 
 from lsp_jax import processes
 from lsp_jax.learn.batch import LearnBatch
+from lsp_jax.learn.finite import first_not_finite
 from lsp_jax.learn.update import (
     Metrics,
     Reference,
@@ -119,7 +120,9 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One joint gradient step; the old state is consumed. The iteration's counter is `learn`'s to advance."""
     grads, metrics = joint_gradient(state.params, reference_params, batch, references, game)
-    state, more = apply_gradients(state, grads, metrics["loss"], game.optimizer)
+    component = first_not_finite(state.params, batch, references, metrics["loss"], grads)
+    state, more = apply_gradients(state, grads, metrics["loss"], game.optimizer, component == 0)
+    metrics["not_finite/component"] = component.astype(jnp.float32)
     errors = [value for name, value in metrics.items() if name.endswith("token_mult_prob_error")]
     metrics["sampling/token_mult_prob_error"] = jnp.max(jnp.stack(errors))
     return state, metrics | more
@@ -143,7 +146,9 @@ def _inner_metrics(each: list[Metrics]) -> Metrics:
     """Of several updates on the same play: their mean; sampler against learner before anything moved; counts so far."""
     merged = {name: jnp.mean(jnp.stack([metrics[name] for metrics in each])) for name in each[0]}
     first = {name: value for name, value in each[0].items() if name.endswith("token_mult_prob_error")}
-    return merged | first | {"skipped_updates": each[-1]["skipped_updates"]}
+    failed = jnp.stack([metrics["not_finite/component"] for metrics in each])
+    component = failed[jnp.argmax(failed > 0)]
+    return merged | first | {"skipped_updates": each[-1]["skipped_updates"], "not_finite/component": component}
 
 
 def learn(

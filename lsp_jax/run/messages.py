@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 
+from lsp_jax import processes
 from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT
 from lsp_jax.run.game import policy_in_the_loss
-from lsp_jax.run.metrics import METRICS_FILE, TRANSCRIPTS_FILE, printable
+from lsp_jax.run.metrics import CHECKSUMS_FILE, METRICS_FILE, TRANSCRIPTS_FILE, printable
 from lsp_jax.run.setup import Run
 
 WRITTEN = {
     "config.json": "every setting of the run",
     METRICS_FILE: "one line an iteration",
     TRANSCRIPTS_FILE: "one line a query: its answers, R, R_Q, advantages, validity",
+    CHECKSUMS_FILE: "one line a checkpoint: the checksum of each array",
     f"{CHECKPOINTS}/": "to resume from (--resume auto)",
     f"{BASE}/": "configuration and tokenizer of the base model",
     f"{EXPORT}/": "the trained policy as a Hugging Face directory",
@@ -50,6 +54,12 @@ def announce(run: Run, done: int) -> None:
         print("no checkpoint yet: starting from the model")
     if done < config.max_steps:
         print("the first iteration also compiles every program", flush=True)
+
+
+def set_aside(iteration: int, reason: str, place: Path) -> None:
+    """That a checkpoint was not whole, and where it is kept."""
+    if processes.is_writer():
+        print(f"checkpoint {iteration} is damaged and kept aside in {place}: {printable(reason, 300)}", flush=True)
 
 
 def finish(run: Run) -> None:

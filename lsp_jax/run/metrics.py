@@ -58,7 +58,8 @@ METRICS: dict[str, str] = {
     "sampling/<role>/token_mult_prob_error": "the same for one role",
     "loss": "joint loss of both roles, minimised",
     "grad_norm": "global norm of the joint gradient before clipping",
-    "skipped_updates": "updates skipped since the start because loss or gradient was not finite",
+    "skipped_updates": "updates skipped since the start because something in them was not finite",
+    "not_finite/component": "0, or the place in `learn.finite.component_names` of the first that was not finite",
     "learning_rate": "step size of this update",
     "completions/tokens": "tokens sampled in this iteration by both roles",
     "tokens_per_second": "tokens sampled over the seconds of challenge and solve, prefill included",
@@ -70,6 +71,7 @@ METRICS: dict[str, str] = {
     "time/iteration": "seconds of the iteration, without writing its lines and checkpoint",
     "handover/bytes": "bytes, on one device, of the parameters that play: cast and laid out anew before each iteration",
     "host_reads": "reads from device to host before the metrics; with compiled rewards one a chunk of decoding",
+    "checkpoint/failed": "checkpoints since the start of this process that could not be written",
     "compile/count": "programs compiled since the start",
     "compile/seconds": "seconds spent compiling since the start",
 }
@@ -77,7 +79,8 @@ METRICS: dict[str, str] = {
 
 _PATTERNS = [(re.compile(re.sub(r"<\w+>", ".+", name)), meaning) for name, meaning in METRICS.items() if "<" in name]
 
-METRICS_FILE, TRANSCRIPTS_FILE = "metrics.jsonl", "transcripts.jsonl"
+METRICS_FILE, TRANSCRIPTS_FILE, CHECKSUMS_FILE = "metrics.jsonl", "transcripts.jsonl", "checksums.jsonl"
+FILES = METRICS_FILE, TRANSCRIPTS_FILE, CHECKSUMS_FILE
 _TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}  # report_to -> package
 
 
@@ -112,14 +115,19 @@ class MetricsWriter:
         """
         for name in metrics:
             describe(name)
-        values = _plain({"iteration": iteration, **metrics})
+        values = plain({"iteration": iteration, **metrics})
         self._append(METRICS_FILE, [values])
         for log, _ in self._trackers:
             log(iteration, {name: value for name, value in values.items() if value is not None})
 
     def write_transcripts(self, records: Iterable[Mapping[str, Any]]) -> None:
         """One line of `transcripts.jsonl` a record, all of them in one write; arrays become lists."""
-        self._append(TRANSCRIPTS_FILE, [_plain(record) for record in records])
+        self._append(TRANSCRIPTS_FILE, [plain(record) for record in records])
+
+    def write_checksums(self, iteration: int, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+        """One line of `checksums.jsonl`: each array's checksum as of `iteration`."""
+        sums = {name: entry["checksum"] for name, entry in arrays.items()}
+        self._append(CHECKSUMS_FILE, [{"iteration": iteration, "arrays": sums}])
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         # ASCII: model text may hold characters that readers take for line ends
@@ -130,7 +138,7 @@ class MetricsWriter:
     def offsets(self) -> dict[str, int]:
         """Bytes in each file, on disk for good: what a checkpoint keeps for `cut_back`."""
         sizes = {}
-        for name in (METRICS_FILE, TRANSCRIPTS_FILE):
+        for name in FILES:
             with (self.directory / name).open("ab") as file:
                 os.fsync(file.fileno())
                 sizes[name] = file.tell()
@@ -138,7 +146,7 @@ class MetricsWriter:
 
     def existing(self) -> list[str]:
         """The names of those files that are there."""
-        return [name for name in (METRICS_FILE, TRANSCRIPTS_FILE) if (self.directory / name).is_file()]
+        return [name for name in FILES if (self.directory / name).is_file()]
 
     def cut_back(self, offsets: Mapping[str, int]) -> None:
         """Truncates both files to `offsets`, so that a resumed run goes on where its checkpoint was taken.
@@ -167,14 +175,14 @@ class MetricsWriter:
         self._trackers = []
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Python's own types, None for a number that is not finite."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +13,6 @@ from jax.sharding import Mesh
 from lsp_jax import processes
 from lsp_jax.config import TrainConfig, flat
 from lsp_jax.errors import InputError
-from lsp_jax.learn.update import TrainState, init_state
 from lsp_jax.model.llama import Params, cast
 from lsp_jax.model.sharding import check_model, make_mesh, park, place, shardings, use_mesh
 from lsp_jax.model.weights import load_params
@@ -24,7 +21,6 @@ from lsp_jax.policy import Policy, open_pretrained
 from lsp_jax.reward.base import DeviceReward, Reward, RewardSpec
 from lsp_jax.reward.preference import check_context
 from lsp_jax.reward.workers import Workers
-from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.folder import check_output, load_run_params, open_run, settled
 from lsp_jax.run.game import Game
 from lsp_jax.run.memory import device_memory, fitted
@@ -181,16 +177,6 @@ def token_kinds(policy: Policy) -> jax.Array:
     known = policy.tokenizer.token_kinds()
     kinds[: len(known)] = known
     return place(kinds)
-
-
-def start_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
-    """The newest checkpoint's state and host part, or a fresh state and None."""
-    make = partial(init_state, config=run.config.optimizer)
-    latest = checkpoints.latest() if run.config.resume != "never" else None
-    processes.check_same("checkpoint", {"newest": latest}, "output_dir must lie on storage that all processes share")
-    if latest is None:
-        return jax.jit(make)(run.policy.params), None
-    return checkpoints.restore(latest, abstract(run.mesh, make, run.policy.params))
 
 
 def longest_query(config: TrainConfig, prompts: PlayPrompts, data: PromptData | None) -> int:

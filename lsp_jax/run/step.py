@@ -7,7 +7,7 @@ but, between chunks of long completions, how many rows still run. While the host
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -37,11 +37,14 @@ from lsp_jax.run.setup import Run
 class Phases:
     """Seconds of each phase of one iteration; a phase ends when its arrays are there."""
 
-    def __init__(self) -> None:
+    def __init__(self, begins: Callable[[str], None] = lambda _: None) -> None:
+        """`begins` is told the name of each phase that begins."""
         self.seconds: dict[str, float] = {}
+        self._begins = begins
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self._begins(name)
         start = time.perf_counter()
         yield
         self.took(name, start)
@@ -64,10 +67,20 @@ class Played(NamedTuple):
     """Bytes, on one device, of the parameters that played."""
 
 
-def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0) -> Played:
-    """One iteration's stages in order; consumes `state`. `cursor`: prompts of the data set taken so far."""
+def play_and_learn(
+    run: Run,
+    state: TrainState,
+    phases: Phases,
+    cursor: int = 0,
+    between: Callable[[str], None] = processes.barrier,
+) -> Played:
+    """One iteration's stages in order; `cursor`: prompts of the data set taken so far.
+
+    `between` is called with a name by all processes together at some places between phases, the last one before the
+    update, which consumes `state`: what it raises leaves `state` as it was.
+    """
     game = run.game
-    processes.barrier("iteration")  # one that is late is named here, not waited for in a collective
+    between("iteration")  # a process that is late is named here, not waited for in a collective
     key = stages.iteration_key(run.seed_key, state)
     with phases("handover"):
         params = jax.block_until_ready(stages.rollout_params(state.params, game))
@@ -80,6 +93,7 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0)
             queries, rows = data_queries(run.data, picked), [run.data.rows[index] for index in picked]
     with phases("solve"):
         episode = jax.block_until_ready(playing.solve(params, queries, key, game))
+    between("reward")
     handed_over = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     del params
     with phases("reward"):
@@ -106,6 +120,7 @@ def play_and_learn(run: Run, state: TrainState, phases: Phases, cursor: int = 0)
     with phases("reward"):
         scored = tuple(outputs[reward.name] for reward in run.rewards)
         learnable = jax.block_until_ready(first_checked(stages.learn_batch, episode, scored, run.specs, game))
+    between("update")
     with phases("update"):
         state, metrics = jax.block_until_ready(stages.learn(state, reference, learnable.batch, references, game))
     whole = texts if processes.number() == 1 else None

@@ -15,18 +15,25 @@ import jax
 
 from lsp_jax import host, processes
 from lsp_jax.config import TrainConfig
+from lsp_jax.errors import Stopped
 from lsp_jax.learn.update import TrainState
 from lsp_jax.model.sharding import use_mesh
 from lsp_jax.policy import Policy, save_pretrained
-from lsp_jax.reward.base import Reward, episode_texts
+from lsp_jax.reward.base import Reward
 from lsp_jax.run import limits, messages
+from lsp_jax.run.alarms import Alarms
 from lsp_jax.run.checkpoint import Checkpoints
 from lsp_jax.run.compiled import keep_programs
 from lsp_jax.run.folder import CHECKPOINTS, EXPORT, PROFILE, claim
+from lsp_jax.run.identity import identity
 from lsp_jax.run.metrics import Console, MetricsWriter
-from lsp_jax.run.setup import Run, prepare, start_state
-from lsp_jax.run.step import Phases, play_and_learn, precompile
-from lsp_jax.run.transcripts import records
+from lsp_jax.run.saving import Saving
+from lsp_jax.run.setup import Run, prepare
+from lsp_jax.run.start import start_state
+from lsp_jax.run.step import Phases, Played, play_and_learn, precompile
+from lsp_jax.run.stopping import Stopping
+from lsp_jax.run.transcripts import numbers_and_lines
+from lsp_jax.run.watchdog import Watchdog
 
 
 class IterationEvent(NamedTuple):
@@ -58,6 +65,9 @@ def train(
 
     With several processes (`config.processes`) each calls this with the same arguments; process 0 writes, callbacks are
     called in all. Raises ProcessError naming a process that is late; when one dies the others end with status 3.
+
+    SIGTERM and SIGINT end the run between two phases: Stopped is raised once it is saved. Raises RunError when it
+    cannot go on; without progress for `progress_timeout` seconds the process ends with status 4 and all stacks.
     """
     processes.start(config.processes)
     keep_programs(config.compilation_cache)
@@ -71,32 +81,31 @@ def _train(
     config: TrainConfig, rewards: Sequence[Reward], callbacks: Sequence[Callback], policy: Policy | None
 ) -> TrainState:
     run = prepare(config, rewards, policy)
-    with use_mesh(run.mesh):
-        checkpoints = Checkpoints(run.directory / CHECKPOINTS, run.config.save_total_limit)
+    config = run.config
+    with use_mesh(run.mesh), Stopping(config.stop_timeout) as stopping, Watchdog(config.progress_timeout) as watchdog:
+        checkpoints = Checkpoints(run.directory / CHECKPOINTS, config.save_total_limit)
         writer = console = None
         try:
-            state, saved = start_state(run, checkpoints)
+            known = identity(config, run.policy.params)
+            state, saved = start_state(run, checkpoints, known)
             if processes.is_writer():
-                claim(run.directory, run.config, run.policy)
+                claim(run.directory, config, run.policy)
             # from here on only the reference and the state: the loaded parameters, which nothing but `run` holds, would
             # be one more copy on an accelerator
             run = replace(run, policy=replace(run.policy, params={}))
             done, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
             if processes.is_writer():
-                writer = MetricsWriter(run.directory, run.config.report_to)
+                writer = MetricsWriter(run.directory, config.report_to)
                 # a run that died before its first checkpoint begins again: its lines go
                 writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
                 messages.announce(run, done)
-                console = Console(run.config.max_steps, done)
-            outputs = Outputs(writer, checkpoints, console, callbacks)
-            if run.config.precompile:
+                console = Console(config.max_steps, done)
+            saving = Saving(checkpoints, writer, known, config.save_errors == "go_on", done)
+            if config.precompile:
                 precompile(run, state)
-            for number in range(done + 1, run.config.max_steps + 1):
-                traced = run.config.profile and number == done + 2  # the first one compiles
-                with jax.profiler.trace(str(run.directory / PROFILE)) if traced else nullcontext():
-                    state = _one(run, state, number, cursor, outputs)
-                cursor += run.config.play.num_queries
-            checkpoints.wait()
+            state = _iterations(run, state, cursor, Outputs(writer, saving, console, callbacks), stopping, watchdog)
+            watchdog.beat("export")
+            saving.wait()
             save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
             if processes.is_writer():
                 messages.finish(run)
@@ -111,25 +120,59 @@ class Outputs(NamedTuple):
     """Where an iteration's results go; files and console are process 0's."""
 
     writer: MetricsWriter | None
-    checkpoints: Checkpoints
+    saving: Saving
     console: Console | None
     callbacks: Sequence[Callback]
 
 
-def _one(run: Run, state: TrainState, number: int, cursor: int, outputs: Outputs) -> TrainState:
-    """Iteration `number`, logged and, when due, saved; with data its queries begin at `cursor`."""
-    phases, reads = Phases(), host.reads()
-    start = time.perf_counter()
-    played = play_and_learn(run, state, phases, cursor)
+def _iterations(
+    run: Run, state: TrainState, cursor: int, outputs: Outputs, stopping: Stopping, watchdog: Watchdog
+) -> TrainState:
+    """All iterations that are left; saves and raises Stopped when the run is asked to end."""
+    done, saving, alarms = outputs.saving.newest, outputs.saving, Alarms(run.config.max_skipped)
+    for number in range(done + 1, run.config.max_steps + 1):
+        traced = run.config.profile and number == done + 2  # the first one compiles
+        try:
+            with jax.profiler.trace(str(run.directory / PROFILE)) if traced else nullcontext():
+                played, metrics, lines = _one(run, state, number, cursor, saving, Phases(watchdog.beat), stopping.check)
+        except Stopped as asked:  # before the update: the state is the last iteration's
+            if saving.newest < number - 1:
+                saving.save(number - 1, state, cursor)
+                saving.wait()
+            kept = f"iteration {saving.newest} is saved" if saving.newest else "nothing was there to save"
+            raise Stopped(f"{asked}; {kept}; --resume auto goes on") from asked
+        state = played.state
+        cursor += run.config.play.num_queries
+        watchdog.beat("writing")
+        if outputs.writer is not None:
+            outputs.writer.write(number, metrics)
+            outputs.writer.write_transcripts(lines)
+        alarms.look(number, metrics, state.params, played.learnable.batch)
+        if number % run.config.save_steps == 0 or number == run.config.max_steps:
+            saving.save(number, state, cursor)
+        if outputs.console is not None:
+            outputs.console.step(number, metrics, (lines[0]["query"], lines[0]["answers"][0]["text"]))
+        for callback in outputs.callbacks:
+            callback(IterationEvent(number, metrics, lines, state))
+    return state
+
+
+def _one(
+    run: Run,
+    state: TrainState,
+    number: int,
+    cursor: int,
+    saving: Saving,
+    phases: Phases,
+    between: Callable[[str], None],
+) -> tuple[Played, dict[str, float], list[dict[str, Any]]]:
+    """Iteration `number` with its metrics and transcripts; with data its queries begin at `cursor`."""
+    reads, start = host.reads(), time.perf_counter()
+    saving.check()
+    played = play_and_learn(run, state, phases, cursor, between)
     playing_reads = host.reads() - reads
     with phases("log"):
-        shown = None if processes.is_writer() else range(0)
-        texts = played.texts or episode_texts(played.episode, run.policy.tokenizer, queries=shown)
-        values, learned = host.to_host(
-            (played.metrics, (played.learnable.advantages, played.learnable.scores, played.episode.answers.stopped))
-        )
-        metrics = {name: float(value) for name, value in values.items()}
-        lines = records(number, texts, *learned)
+        metrics, lines = numbers_and_lines(run, number, played)
     metrics |= {f"time/{name}": seconds for name, seconds in phases.seconds.items()}
     metrics["time/iteration"] = time.perf_counter() - start
     metrics["tokens_per_second"] = metrics["completions/tokens"] / (
@@ -139,20 +182,9 @@ def _one(run: Run, state: TrainState, number: int, cursor: int, outputs: Outputs
     metrics["learning_rate"] = _learning_rate(run.config, number, metrics)
     metrics["host_reads"] = playing_reads
     metrics["handover/bytes"] = played.handed_over
+    metrics["checkpoint/failed"] = saving.failed
     metrics["compile/count"], metrics["compile/seconds"] = host.compiles()
-    if outputs.writer is not None:
-        outputs.writer.write(number, metrics)
-        outputs.writer.write_transcripts(lines)
-    if number % run.config.save_steps == 0 or number == run.config.max_steps:
-        following = {"iteration": number, "cursor": cursor + run.config.play.num_queries}
-        processes.barrier("saving")  # named and bounded, which Orbax's own waiting is not
-        offsets = {} if outputs.writer is None else outputs.writer.offsets()
-        outputs.checkpoints.save(number, played.state, {**following, "offsets": offsets})
-    if outputs.console is not None:
-        outputs.console.step(number, metrics, (lines[0]["query"], lines[0]["answers"][0]["text"]))
-    for callback in outputs.callbacks:
-        callback(IterationEvent(number, metrics, lines, played.state))
-    return played.state
+    return played, metrics, lines
 
 
 def _learning_rate(config: TrainConfig, number: int, metrics: dict[str, float]) -> float:

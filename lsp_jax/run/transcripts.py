@@ -6,8 +6,23 @@ from typing import Any
 
 import numpy as np
 
+from lsp_jax import host, processes
 from lsp_jax.learn.advantages import Advantages
-from lsp_jax.reward.base import EpisodeTexts, Scores
+from lsp_jax.reward.base import EpisodeTexts, Scores, episode_texts
+from lsp_jax.run.setup import Run
+from lsp_jax.run.step import Played
+
+
+def numbers_and_lines(run: Run, number: int, played: Played) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The metrics of iteration `number` and its records, with one read from the device (texts may take another).
+
+    With several processes only process 0 gets records.
+    """
+    shown = None if processes.is_writer() else range(0)
+    texts = played.texts or episode_texts(played.episode, run.policy.tokenizer, queries=shown)
+    learned = played.learnable.advantages, played.learnable.scores, played.episode.answers.stopped
+    values, learned = host.to_host((played.metrics, learned))
+    return {name: float(value) for name, value in values.items()}, records(number, texts, *learned)
 
 
 def records(

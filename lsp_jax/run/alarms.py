@@ -1,0 +1,47 @@
+"""Numbers of an iteration that should not be: said at once, and the end of a run when they do not go away."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from lsp_jax import processes
+from lsp_jax.errors import RunError
+from lsp_jax.learn.batch import LearnBatch
+from lsp_jax.learn.finite import component_names
+from lsp_jax.model.llama import Params
+
+MOST_PROB_ERROR = 1.05
+"""`sampling/token_mult_prob_error` above which sampler and learner do not agree."""
+
+
+class NumbersError(RunError):
+    """Updates have not been finite for too long: names the first component that was not."""
+
+
+class Alarms:
+    """Looks at each iteration's metrics."""
+
+    def __init__(self, max_skipped: int):
+        """`max_skipped` iterations in a row may be skipped."""
+        self._max_skipped, self._in_a_row = max_skipped, 0
+
+    def look(self, number: int, metrics: Mapping[str, float], params: Params, batch: LearnBatch) -> None:
+        """At the metrics of iteration `number`. Raises NumbersError."""
+        component = int(metrics["not_finite/component"])
+        self._in_a_row = self._in_a_row + 1 if component else 0
+        if component:
+            name = component_names(params, batch)[component - 1]
+            said = f"iteration {number} changed nothing: the first that was not finite: {name}"
+            if self._in_a_row >= self._max_skipped:
+                raise NumbersError(f"{said}; so for {self._in_a_row} iterations in a row (max_skipped)")
+            _warn(said)
+        error = metrics["sampling/token_mult_prob_error"]
+        if not error <= MOST_PROB_ERROR:
+            said = f"sampling/token_mult_prob_error {error:.3f} is above {MOST_PROB_ERROR}"
+            _warn(f"iteration {number}: sampler and learner disagree: {said}")
+
+
+def _warn(text: str) -> None:
+    if processes.is_writer():
+        print(f"lsp-jax: warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,46 @@
+"""What a run's numbers come from, beside its configuration: the parameters it started with, and the packages."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import jax
+
+from lsp_jax.config import TrainConfig, flat
+from lsp_jax.model.llama import Params
+from lsp_jax.run.checksums import manifest
+
+PACKAGES = ("lsp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the packages that decide what is computed, and the kind of device."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {"device": jax.devices()[0].device_kind}
+
+
+def parameters_digest(params: Params) -> str:
+    """SHA-256 of all arrays' names, shapes, dtypes and checksums: the same on every mesh."""
+    return hashlib.sha256(json.dumps(manifest(params), sort_keys=True).encode()).hexdigest()
+
+
+def identity(config: TrainConfig, params: Params) -> dict[str, Any]:
+    """What every checkpoint of a run records; `params` are those that it started from, its reference."""
+    settings = flat(config)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    source = f"{config.init_from} checkpoint {config.init_step}" if config.init_from else config.model
+    return {
+        "config": settings,
+        "config_digest": digest,
+        "versions": versions(),
+        "reference": {"source": source, "revision": config.revision, "digest": parameters_digest(params)},
+    }

@@ -1,0 +1,79 @@
+"""An iteration of a run once more: from the newest whole checkpoint before it, with the keys it was played with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lsp_jax.config import TrainConfig
+from lsp_jax.errors import InputError
+from lsp_jax.model.sharding import MeshConfig, use_mesh
+from lsp_jax.policy import Policy
+from lsp_jax.processes import ProcessConfig
+from lsp_jax.reward.base import Reward
+from lsp_jax.run.checkpoint import Checkpoints
+from lsp_jax.run.compiled import keep_programs
+from lsp_jax.run.folder import CHECKPOINTS
+from lsp_jax.run.identity import identity
+from lsp_jax.run.metrics import TRANSCRIPTS_FILE, plain
+from lsp_jax.run.setup import prepare
+from lsp_jax.run.start import start_state
+from lsp_jax.run.step import Phases, play_and_learn
+from lsp_jax.run.transcripts import numbers_and_lines
+
+
+class Replayed(NamedTuple):
+    """One iteration played again."""
+
+    lines: list[dict[str, Any]]
+    """A record a query, as in `transcripts.jsonl`."""
+    metrics: dict[str, float]
+    """Of play, reward and update; nothing that depends on clocks."""
+    start: int
+    """Iteration of the checkpoint that it was played from; 0: the model."""
+    same: bool | None
+    """Whether the run's own lines of that iteration are these; None where it has none."""
+
+
+def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: Policy | None = None) -> Replayed:
+    """Iteration `step` (from 1) of the run in that folder, where nothing is written.
+
+    `rewards` and `policy` as they were given to `train`. Iterations between the checkpoint and `step` are run too.
+    Raises InputError when there is no such run, or it is of another model.
+    """
+    if step < 1:
+        raise InputError("step", step, "must be an iteration, from 1")
+    folder = Path(run).expanduser()
+    config = TrainConfig.load(folder / "config.json")
+    # here and alone, whatever the machine was that the run is played on
+    config = replace(config, output_dir=str(folder), resume="auto", mesh=MeshConfig(), processes=ProcessConfig())
+    keep_programs(config.compilation_cache)
+    prepared = prepare(config, rewards, policy)
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    try:
+        with use_mesh(prepared.mesh):
+            known = identity(prepared.config, prepared.policy.params)
+            state, saved = start_state(prepared, checkpoints, known, before=step)
+            start, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
+            for _ in range(start, step - 1):
+                state = play_and_learn(prepared, state, Phases(), cursor).state
+                cursor += config.play.num_queries
+            played = play_and_learn(prepared, state, Phases(), cursor)
+            metrics, lines = numbers_and_lines(prepared, step, played)
+    finally:
+        checkpoints.close()
+        prepared.workers.close()
+    lines, there = [plain(line) for line in lines], _written(folder, step)
+    return Replayed(lines, metrics, start, lines == there if there else None)
+
+
+def _written(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The run's own lines of that iteration."""
+    file = folder / TRANSCRIPTS_FILE
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.startswith(f'{{"iteration": {step},')]

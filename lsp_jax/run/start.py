@@ -1,0 +1,54 @@
+"""Where a run goes on from: its newest whole checkpoint, or the model."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+
+from lsp_jax import processes
+from lsp_jax.config import TrainConfig
+from lsp_jax.errors import InputError
+from lsp_jax.learn.update import TrainState, init_state
+from lsp_jax.run import messages
+from lsp_jax.run.checkpoint import Checkpoints, Damaged, abstract
+from lsp_jax.run.setup import Run
+
+
+def start_state(
+    run: Run, checkpoints: Checkpoints, identity: dict[str, Any], before: int | None = None
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The newest whole checkpoint's state and host part, or a fresh state and None.
+
+    A checkpoint that is not whole is named and set aside; to look `before` an iteration moves nothing. Raises
+    InputError where none of those that there were is whole (a run never starts from scratch without saying so), or the
+    model is not the one the run started from.
+    """
+    make = partial(init_state, config=run.config.optimizer)
+    steps = checkpoints.steps() if run.config.resume != "never" else []
+    steps = [step for step in steps if before is None or step < before]
+    remedy = "output_dir must lie on storage that all processes share"
+    processes.check_same("checkpoint", {"newest": steps[-1] if steps else None}, remedy)
+    wanted = abstract(run.mesh, make, run.policy.params)
+    for step in reversed(steps):
+        try:
+            state, saved = checkpoints.restore(step, wanted)
+        except Damaged as error:
+            if before is not None:
+                continue
+            messages.set_aside(step, str(error), checkpoints.set_aside(step))
+            continue
+        _check_reference(run.config, saved["reference"], identity["reference"])
+        return state, saved
+    if before is None and run.config.resume != "never" and checkpoints.damaged.is_dir():
+        remedy = "none of the run's checkpoints is whole: put one back, or start in a new output_dir"
+        raise InputError("checkpoint", str(checkpoints.damaged), remedy)
+    return jax.jit(make)(run.policy.params), None
+
+
+def _check_reference(config: TrainConfig, saved: dict[str, Any], here: dict[str, Any]) -> None:
+    if saved["digest"] != here["digest"]:
+        field = "init_from" if config.init_from else "model"
+        remedy = f"its parameters are not those that the run started from ({saved['source']}): the reference must stay"
+        raise InputError(field, here["source"], remedy)

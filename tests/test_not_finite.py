@@ -1,0 +1,167 @@
+"""What is not finite is found where it began, changes nothing, is counted, and ends a run that does not get over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lsp_jax as lsp
+from lsp_jax.errors import FAILED_STATUS
+from lsp_jax.learn.finite import component_names, first_not_finite
+from lsp_jax.learn.update import Reference
+from lsp_jax.policy import Policy
+from lsp_jax.reward.verify import callable_reward
+from lsp_jax.run import iteration as stages
+from lsp_jax.run.alarms import Alarms, NumbersError
+from test_resume import config_of, train
+from test_trainer import game_dir, host_reward, low_share, read_lines
+
+QUICK_COMPILES = True
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return game_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def planted(stage: Any, change: Callable[[Any], Any]) -> Any:
+    """The stage with what it returns changed."""
+
+    def call(*arguments: Any) -> Any:
+        return change(stage(*arguments))
+
+    call.__name__ = stage.__name__
+    return call
+
+
+def nan_in_one_row(x: jax.Array) -> jax.Array:
+    return x.at[1, 0].set(jnp.nan)
+
+
+def in_sampled(learnable: Any) -> Any:
+    batch = learnable.batch
+    solver = batch.solver._replace(
+        behaviour_logprobs=nan_in_one_row(batch.solver.behaviour_logprobs), weights=jnp.ones_like(batch.solver.weights)
+    )
+    return learnable._replace(batch=batch._replace(solver=solver))
+
+
+def in_reference(found: Any) -> Any:
+    solver, challenger = found
+    return solver, challenger._replace(logprobs=nan_in_one_row(challenger.logprobs))
+
+
+PLANTED = {
+    "log-probabilities with which the Solver sampled": ("learn_batch", in_sampled),
+    "the reference's log-probabilities of what the Challenger sampled": ("reference", in_reference),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_diagnosis_names_the_place(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    stage, change = PLANTED[name]
+    monkeypatch.setattr("lsp_jax.run.step.first_checked", lambda call, *arguments: call(*arguments))
+    monkeypatch.setattr(stages, stage, planted(getattr(stages, stage), change))
+    config = config_of(model, tmp_path / "run", max_skipped=2)
+    with pytest.raises(NumbersError, match=rf"iteration 2.*{name}; so for 2 iterations in a row") as error:
+        train(config)
+    assert error.value.status == FAILED_STATUS
+    assert f"iteration 1 changed nothing: the first that was not finite: {name}" in capfd.readouterr().err
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["skipped_updates"] for line in lines] == [1, 2] and lines[0]["not_finite/component"] > 0
+
+
+def test_a_parameter_that_is_not_finite_is_named(model: Path, tmp_path: Path):
+    policy = lsp.load_pretrained(model)
+    layers = policy.params["model"]["layers"]["mlp"]["up_proj"]
+    layers["weight"] = layers["weight"].at[0, 3, 5].set(jnp.nan)
+    config = config_of(model, tmp_path / "run", max_skipped=1)
+    with pytest.raises(NumbersError, match=r"parameter model/layers/mlp/up_proj/weight"):
+        lsp.train(config, rewards=[host_reward()], policy=Policy(policy.config, policy.params, policy.tokenizer, "x"))
+
+
+def test_a_reward_that_is_not_finite_masks_its_answer_alone(model: Path, tmp_path: Path):
+    """NaN for one answer of the first query: not learned from, counted, and the run goes on to its end."""
+
+    def score(queries: list[str], answers: list[list[str]]) -> list[list[float]]:
+        values = low_share(queries, answers)
+        return [[math.nan if (n, g) == (0, 1) else x for g, x in enumerate(row)] for n, row in enumerate(values)]
+
+    config = config_of(model, tmp_path / "run", max_steps=2)
+    lsp.train(config, rewards=[callable_reward(score, "share", weight=2.0)])
+    for line in read_lines(tmp_path / "run" / "metrics.jsonl"):
+        assert line["skipped_updates"] == 0 and line["not_finite/component"] == 0
+        assert line["answers/valid_fraction"] == 15 / 16
+
+
+def test_every_component_by_itself(model: Path, tmp_path: Path):
+    """A NaN or an infinity in each part in turn: its own name; in a masked place: nothing."""
+    seen: dict[str, Any] = {}
+
+    def keep(call: Any, *arguments: Any) -> Any:
+        if call.__name__ == "update":
+            seen["update"] = jax.tree.map(jnp.copy, arguments[:4])
+        return call(*arguments)
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(stages, "first_checked", keep)
+        train(config_of(model, tmp_path / "run", max_steps=1))
+    state, _, batch, references = seen["update"]
+    names, check = component_names(state.params, batch), jax.jit(first_not_finite)
+    sound = (state.params, batch, references, jnp.float32(1.0), state.params)
+    assert len(set(names)) == len(names) and int(check(*sound)) == 0
+
+    def spoiled(x: jax.Array, place: int, value: float) -> jax.Array:
+        return x.reshape(-1).at[place].set(value).reshape(x.shape)
+
+    leaves, structure = jax.tree.flatten(state.params)
+    for index in range(len(leaves)):
+        worse = structure.unflatten([spoiled(x, -1, jnp.inf) if i == index else x for i, x in enumerate(leaves)])
+        assert names[int(check(worse, *sound[1:])) - 1] == names[index]
+        found = names[int(check(*sound[:4], worse)) - 1]
+        assert found == names[index].replace("parameter", "gradient of")
+    assert names[int(check(*sound[:3], jnp.float32(jnp.nan), sound[4])) - 1] == "loss"
+    mask = np.asarray(batch.solver.mask).ravel()
+    for place, name in ((int(np.argmax(mask)), "log-probabilities with which the Solver sampled"), (-1, None)):
+        if name is None and mask[-1]:
+            continue
+        rows = batch.solver._replace(behaviour_logprobs=spoiled(batch.solver.behaviour_logprobs, place, jnp.nan))
+        found = int(check(state.params, batch._replace(solver=rows), *sound[2:]))
+        assert (names[found - 1] if found else None) == name
+        bad = Reference(spoiled(references[0].logprobs, place, -jnp.inf), None)
+        found = int(check(*sound[:2], (bad, references[1]), *sound[3:]))
+        assert bool(found) == (name is not None)
+    rows = batch.challenger._replace(advantages=spoiled(batch.challenger.advantages, 0, jnp.nan))
+    assert names[int(check(state.params, batch._replace(challenger=rows), *sound[2:])) - 1] == (
+        "advantages of the Challenger"
+    )
+
+
+def test_a_single_iteration_that_is_skipped_is_got_over(capfd: pytest.CaptureFixture[str]):
+    """The count in a row begins anew; a sampler that disagrees is said, a NaN of it too."""
+    alarms = Alarms(max_skipped=2)
+    batch: Any = type("Batch", (), {})
+    import lsp_jax.run.alarms as module
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(module, "component_names", lambda *_: ["a", "b"])
+        for component in (2, 0, 1, 0):
+            numbers = {"not_finite/component": float(component), "sampling/token_mult_prob_error": 1.0}
+            alarms.look(1, numbers, {}, batch)
+        said = capfd.readouterr().err
+        assert said.count("warning") == 2 and "not finite: b" in said
+        for error in (1.06, math.nan):
+            alarms.look(3, {"not_finite/component": 0.0, "sampling/token_mult_prob_error": error}, {}, batch)
+        assert capfd.readouterr().err.count("sampler and learner disagree") == 2

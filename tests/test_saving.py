@@ -1,0 +1,98 @@
+"""A checkpoint that cannot be written: the error is seen, those before it stay, the run ends or goes on as told."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lsp_jax as lsp
+from lsp_jax.learn.update import TrainState
+from lsp_jax.run.checkpoint import Checkpoints, SaveError
+from test_resume import assert_same_run, config_of, train, without_clocks
+from test_trainer import game_dir, host_reward, read_lines, same_bits
+
+QUICK_COMPILES = True
+pytestmark = pytest.mark.full
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return game_dir(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    return directory, train(config_of(model, directory, save_steps=1))
+
+
+@contextmanager
+def small_disk(size: int = 20_000) -> Iterator[Callable[[bool], None]]:
+    """Switches a quota on and off: no file of this process may grow beyond `size` bytes. Parameters' files would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(on: bool) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size if on else soft, hard))
+
+    try:
+        yield full
+    finally:
+        full(False)
+
+
+def run(config: Any, full: Callable[[bool], None], when: Callable[[int], bool]) -> TrainState:
+    """With the disk full during the saves of the iterations after those for which `when`."""
+    return lsp.train(config, rewards=[host_reward()], callbacks=[lambda event: full(when(event.iteration))])
+
+
+def test_a_full_disk_ends_the_run(model: Path, whole: tuple[Path, TrainState], tmp_path: Path):
+    """Iteration 1 is saved, 2 cannot be: the run ends with the reason; with room again it goes on exactly."""
+    config = config_of(model, tmp_path / "run", save_steps=1)
+    with small_disk() as full, pytest.raises(SaveError, match=r"checkpoint 2 could not be written.*newest one is 1"):
+        run(config, full, lambda _: True)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.steps() == [1]
+    checkpoints.close()
+    assert same_bits(train(replace(config, resume="must")), whole[1])
+    assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_a_full_disk_and_going_on(
+    model: Path, whole: tuple[Path, TrainState], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    config = config_of(model, tmp_path / "run", save_steps=1, save_errors="go_on")
+    with small_disk() as full:
+        state = run(config, full, lambda number: number in (1, 2))
+    assert same_bits(state, whole[1])
+    said = capfd.readouterr().err
+    assert said.count("could not be written") == 2 and "the newest one is 1, going on" in said
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert lines[0]["checkpoint/failed"] == 0
+    kept = without_clocks(tmp_path / "run")
+    assert [line.pop("checkpoint/failed") for line in kept][-1] == 2
+    assert kept == [
+        {name: value for name, value in line.items() if name != "checkpoint/failed"}
+        for line in without_clocks(whole[0])
+    ]
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.steps()[-1] == STEPS
+    checkpoints.close()
+
+
+def test_a_place_that_cannot_be_written_to(model: Path, tmp_path: Path):
+    """Something that is no directory in the way of the first checkpoint."""
+    config = config_of(model, tmp_path / "run", save_steps=1)
+
+    def block(event: lsp.run.trainer.IterationEvent) -> None:
+        if event.iteration == 1:
+            (tmp_path / "run" / "checkpoints").write_text("a file")
+
+    with pytest.raises(SaveError, match=r"checkpoint 2 could not be written.*there is none yet"):
+        lsp.train(replace(config, save_steps=2), rewards=[host_reward()], callbacks=[block])
