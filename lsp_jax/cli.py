@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -215,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {name:12} {(command.__doc__ or '').splitlines()[0]}")
         return 0 if arguments else 2
     command = COMMANDS.get(arguments[0])
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs stacks of what is raised and told anyway
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises PyTorch, which nothing here needs
     try:
         if command is None:

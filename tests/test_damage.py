@@ -164,7 +164,11 @@ def test_no_export_of_damaged_parameters(run: Path, tmp_path: Path):
 
 def test_what_a_checkpoint_records(run: Path):
     record = json.loads((run / "checkpoints" / str(NEWEST) / "host" / "metadata").read_text())
-    assert record["iteration"] == NEWEST and record["offsets"].keys() == {"metrics.jsonl", "transcripts.jsonl"}
+    assert record["iteration"] == NEWEST and set(record["offsets"]) == {
+        "metrics.jsonl",
+        "transcripts.jsonl",
+        "checksums.jsonl",
+    }
     assert record["config"]["play.num_queries"] == 4 and record["versions"]["jax"] == jax.__version__
     assert len(record["reference"]["digest"]) == len(record["config_digest"]) == 64
     assert "params/model/norm/weight" in record["arrays"]

@@ -95,13 +95,18 @@ def test_a_reward_that_is_not_finite_masks_its_answer_alone(model: Path, tmp_pat
 
     def score(queries: list[str], answers: list[list[str]]) -> list[list[float]]:
         values = low_share(queries, answers)
-        return [[math.nan if (n, g) == (0, 1) else x for g, x in enumerate(row)] for n, row in enumerate(values)]
+        spoiled = [[math.nan if (n, g) == (0, 1) else x for g, x in enumerate(row)] for n, row in enumerate(values)]
+        return spoiled if len(queries) == 4 else values  # a reward is tried on fewer before anything is played
 
     config = config_of(model, tmp_path / "run", max_steps=2)
     lsp.train(config, rewards=[callable_reward(score, "share", weight=2.0)])
-    for line in read_lines(tmp_path / "run" / "metrics.jsonl"):
-        assert line["skipped_updates"] == 0 and line["not_finite/component"] == 0
-        assert line["answers/valid_fraction"] == 15 / 16
+    train(config_of(model, tmp_path / "sound", max_steps=1))
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [(line["skipped_updates"], line["not_finite/component"]) for line in lines] == [(0, 0), (0, 0)]
+    (sound,) = read_lines(tmp_path / "sound" / "metrics.jsonl")
+    assert lines[0]["answers/valid_fraction"] == sound["answers/valid_fraction"] - 1 / 16
+    answers = read_lines(tmp_path / "run" / "transcripts.jsonl")[0]["answers"]
+    assert [answer["valid"] for answer in answers][:2] == [True, False] and answers[1]["advantage"] == 0
 
 
 def test_every_component_by_itself(model: Path, tmp_path: Path):

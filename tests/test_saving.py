@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,8 +49,20 @@ def small_disk(size: int = 20_000) -> Iterator[Callable[[bool], None]]:
 
 
 def run(config: Any, full: Callable[[bool], None], when: Callable[[int], bool]) -> TrainState:
-    """With the disk full during the saves of the iterations after those for which `when`."""
-    return lsp.train(config, rewards=[host_reward()], callbacks=[lambda event: full(when(event.iteration))])
+    """With the disk full during the saves that come after the iterations for which `when`."""
+    checkpoints = Path(config.output_dir) / "checkpoints"
+
+    def switch(event: Any) -> None:
+        deadline = time.monotonic() + 30
+        while not full_before and not (checkpoints / str(event.iteration)).is_dir() and time.monotonic() < deadline:
+            time.sleep(0.01)  # what is being written must be whole before the disk is full
+        if full_before:
+            time.sleep(2)  # and what cannot be written has failed before there is room again
+        full_before[:] = [1] * when(event.iteration)
+        full(when(event.iteration))
+
+    full_before: list[int] = []
+    return lsp.train(config, rewards=[host_reward()], callbacks=[switch])
 
 
 def test_a_full_disk_ends_the_run(model: Path, whole: tuple[Path, TrainState], tmp_path: Path):

@@ -57,7 +57,7 @@ def signalled(call: Callable[..., Any], at: int) -> Callable[..., Any]:
 PHASES = {
     # where the signal comes, in which iteration: what is saved then
     "play": (playing, "solve", 4, 3),
-    "reward": (None, "the reward itself", 4, 3),
+    "reward": (None, "the reward itself", 5, 3),  # it is tried once before anything is played
     "update": (stages, "learn", 3, 3),
     "save": (Checkpoints, "save", 1, 2),
 }
@@ -119,7 +119,12 @@ import test_resume
 from lsp_jax.errors import RunError
 from lsp_jax.reward.verify import callable_reward
 
+tried = []
+
 def hangs(queries, answers):
+    if not tried:  # on examples, before anything is played
+        tried.append(1)
+        return [[0.0 for _ in group] for group in answers]
     print("scoring", flush=True)
     time.sleep(60)
 

@@ -62,9 +62,8 @@ class Checkpoints:
 
     def save(self, iteration: int, state: TrainState, host_state: dict[str, Any], arrays: Manifest) -> None:
         """Saves `state`, with its `manifest` in `arrays`, as of `iteration`; returns once the arrays are copied, the
-        writing goes on. Raises SaveError, of an earlier save too; with several processes all must call it together.
+        writing goes on. Raises SaveError; with several processes all must call it together, after `wait`.
         """
-        self.wait()  # Orbax would too, and tell an error of the one before as if it were this one's
         items = {name: ocp.args.PyTreeSave(part) for name, part in _split(state).items()}
         record = {**host_state, "arrays": arrays}
         record["digest"] = _digest(record)

@@ -31,7 +31,7 @@ def checksum(x: jax.Array) -> jax.Array:
     weight = (weight ^ (weight >> 15)) * jnp.uint32(0x85EBCA77)
     weight = (weight ^ (weight >> 13)) | 1
     bits = bits.astype(jnp.uint32)
-    # every odd weight times the highest bit is the highest bit: two signs that flip would cancel, were they not lower too
+    # any odd weight times the highest bit is that bit again: the flips of two signs would cancel
     return jnp.sum((bits ^ (bits >> 16)) * weight, dtype=jnp.uint32)
 
 

@@ -26,6 +26,7 @@ class Saving:
 
     def save(self, number: int, state: TrainState, cursor: int) -> None:
         """The state as of iteration `number`; `cursor` is where the next one's queries begin in the data set."""
+        self.wait()  # an earlier one's failure is its own
         processes.barrier("saving")  # named and bounded, which Orbax's own waiting is not
         arrays, offsets = manifest(state), {}
         if self._writer is not None:
