@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 DEVICES = 8
-CLOCKS = ("time/", "limit/", "compile/")
+CLOCKS = ("time/", "limit/", "compile/", "checkpoint/")
 SILENCE = 6.0
 
 scene, port, number, index = sys.argv[1], *map(int, sys.argv[2:5])

@@ -104,9 +104,11 @@ def test_an_unlisted_or_unwritable_metric_writes_nothing(tmp_path: Path):
 
 def test_cut_back_restores_the_files_of_the_checkpoint(tmp_path: Path):
     writer = MetricsWriter(tmp_path)
-    assert writer.offsets() == {"metrics.jsonl": 0, "transcripts.jsonl": 0}
+    assert writer.offsets() == {"metrics.jsonl": 0, "transcripts.jsonl": 0, "checksums.jsonl": 0}
     writer.write(1, {"loss": 1.0})
     writer.write_transcripts([{"query": "é"}])
+    writer.write_checksums(1, {"a/w": {"shape": [2], "dtype": "float32", "checksum": 7}})
+    assert read(tmp_path / "checksums.jsonl") == [{"iteration": 1, "arrays": {"a/w": 7}}]
     offsets = writer.offsets()
     before = {name: (tmp_path / name).read_bytes() for name in offsets}
     assert offsets == {name: len(data) for name, data in before.items()}
@@ -120,7 +122,7 @@ def test_cut_back_restores_the_files_of_the_checkpoint(tmp_path: Path):
     resumed.cut_back(offsets)
     resumed.write(2, {"loss": 2.5})
     assert [line["loss"] for line in read(tmp_path / "metrics.jsonl")] == [1.0, 2.5]
-    resumed.cut_back({"metrics.jsonl": 0, "transcripts.jsonl": 0})
+    resumed.cut_back(dict.fromkeys(offsets, 0))
     assert all((tmp_path / name).stat().st_size == 0 for name in offsets)
 
 

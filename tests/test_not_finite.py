@@ -91,11 +91,11 @@ def test_a_parameter_that_is_not_finite_is_named(model: Path, tmp_path: Path):
 
 
 def test_a_reward_that_is_not_finite_masks_its_answer_alone(model: Path, tmp_path: Path):
-    """NaN for one answer of the first query: not learned from, counted, and the run goes on to its end."""
+    """NaN for one answer of the second query: not learned from, counted, and the run goes on to its end."""
 
     def score(queries: list[str], answers: list[list[str]]) -> list[list[float]]:
         values = low_share(queries, answers)
-        spoiled = [[math.nan if (n, g) == (0, 1) else x for g, x in enumerate(row)] for n, row in enumerate(values)]
+        spoiled = [[math.nan if (n, g) == (1, 1) else x for g, x in enumerate(row)] for n, row in enumerate(values)]
         return spoiled if len(queries) == 4 else values  # a reward is tried on fewer before anything is played
 
     config = config_of(model, tmp_path / "run", max_steps=2)
@@ -105,7 +105,7 @@ def test_a_reward_that_is_not_finite_masks_its_answer_alone(model: Path, tmp_pat
     assert [(line["skipped_updates"], line["not_finite/component"]) for line in lines] == [(0, 0), (0, 0)]
     (sound,) = read_lines(tmp_path / "sound" / "metrics.jsonl")
     assert lines[0]["answers/valid_fraction"] == sound["answers/valid_fraction"] - 1 / 16
-    answers = read_lines(tmp_path / "run" / "transcripts.jsonl")[0]["answers"]
+    answers = read_lines(tmp_path / "run" / "transcripts.jsonl")[1]["answers"]
     assert [answer["valid"] for answer in answers][:2] == [True, False] and answers[1]["advantage"] == 0
 
 

@@ -27,7 +27,7 @@ from lsp_jax.run.setup import prepare
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits, tree_hash
 
 K = 2
-CLOCKS = ("time/", "limit/", "compile/", "tokens_per_second")
+CLOCKS = ("time/", "limit/", "compile/", "checkpoint/", "tokens_per_second")
 FILES = ("metrics.jsonl", "transcripts.jsonl")
 
 

@@ -12,6 +12,7 @@ import lsp_jax
 from test_resume import config_of, train
 from test_trainer import game_dir
 
+QUICK_COMPILES = True  # shares programs with the other modules that play this game
 PACKAGE = Path(lsp_jax.__file__).parent
 SANDBOXED = PACKAGE / "reward" / "inside.py"
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -53,7 +53,7 @@ def lines(path: Path) -> list[dict]:
 
 def timeless(record: dict) -> dict:
     """A metrics line without what depends on the clock or on the process."""
-    drop = ("time/", "limit/", "compile/", "tokens_per_second")
+    drop = ("time/", "limit/", "compile/", "checkpoint/", "tokens_per_second")
     return {name: value for name, value in record.items() if not name.startswith(drop)}
 
 
