@@ -28,7 +28,7 @@ jax.config.update("jax_disable_most_optimizations", True)  # compiling is what t
 import lsp_jax as lsp  # noqa: E402
 from lsp_jax import cli, host, processes  # noqa: E402
 from lsp_jax.config import RewardConfig, TrainConfig  # noqa: E402
-from lsp_jax.errors import InputError, ProcessError  # noqa: E402
+from lsp_jax.errors import InputError, ProcessError, Stopped  # noqa: E402
 from lsp_jax.learn.update import OptimizerConfig  # noqa: E402
 from lsp_jax.model.sharding import MeshConfig, use_mesh  # noqa: E402
 from lsp_jax.play.selfplay import PlayConfig  # noqa: E402
@@ -142,6 +142,21 @@ def played(config: TrainConfig, killed: int = -1) -> dict[str, Any]:
 def play() -> dict[str, Any]:
     """Two iterations from the start, with a host and a compiled reward: MODEL DIRECTORY [KILLED]."""
     return played(settings(*sys.argv[5:7], 2), *map(int, sys.argv[7:8]))
+
+
+def asked() -> dict[str, Any]:
+    """Process 1 alone is asked to end after the first of three iterations: MODEL DIRECTORY."""
+
+    def callback(event: Any) -> None:
+        if index == 1 and event.iteration == 1:
+            os.kill(os.getpid(), 15)
+
+    config = settings(*sys.argv[5:7], 3)
+    try:
+        lsp.train(config, rewards=[host_reward()], callbacks=[callback])
+    except Stopped as error:
+        return {"stopped": str(error)}
+    return {}
 
 
 def resume() -> dict[str, Any]:
