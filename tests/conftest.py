@@ -83,6 +83,15 @@ def game_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return game_dir(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def whole_run(game_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder and the last state of a run of 2k steps that nothing interrupted, with checkpoints at k and 2k."""
+    from test_resume import config_of, train
+
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    return directory, train(config_of(game_model, directory))
+
+
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading weights raises `WeightsRead`."""

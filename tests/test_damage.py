@@ -17,7 +17,7 @@ from lsp_jax.model.llama import init_params
 from lsp_jax.run.checkpoint import Checkpoints, abstract
 from lsp_jax.run.folder import export_run
 from test_resume import K, assert_same_run, config_of, train
-from test_trainer import game_dir, same_bits, tree_hash
+from test_trainer import same_bits, tree_hash
 from tiny import tiny_config
 
 QUICK_COMPILES = True  # the resumed run is compared bit by bit with the whole one
@@ -25,21 +25,9 @@ pytestmark = pytest.mark.full
 NEWEST = 2 * K
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return game_dir(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
-    """A run of 2k steps with checkpoints at k and 2k."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    return directory, train(config_of(model, directory))
-
-
 @pytest.fixture
-def run(whole: tuple[Path, TrainState], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole[0], tmp_path / "copy"))
+def run(whole_run: tuple[Path, TrainState], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole_run[0], tmp_path / "copy"))
 
 
 def array_file(step: Path) -> Path:
@@ -93,54 +81,54 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_the_one_before_is_taken(
-    damage: str, run: Path, whole: tuple[Path, TrainState], model: Path, capsys: pytest.CaptureFixture[str]
+    damage: str, run: Path, whole_run: tuple[Path, TrainState], game_model: Path, capsys: pytest.CaptureFixture[str]
 ):
     DAMAGE[damage](run / "checkpoints" / str(NEWEST))
     left = tree_hash(run / "checkpoints" / str(NEWEST))
-    resumed = train(config_of(model, run, resume="must"))
+    resumed = train(config_of(game_model, run, resume="must"))
     out = capsys.readouterr().out
     assert f"checkpoint {NEWEST} is damaged and kept aside in {run}/damaged/{NEWEST}" in out
     assert f"going on after iteration {K}" in out
     assert tree_hash(run / "damaged" / str(NEWEST)) == left
-    assert same_bits(resumed, whole[1])
-    assert_same_run(run, whole[0])
+    assert same_bits(resumed, whole_run[1])
+    assert_same_run(run, whole_run[0])
 
 
-def test_a_newer_directory_of_someone_else(run: Path, model: Path, whole: tuple[Path, TrainState]):
+def test_a_newer_directory_of_someone_else(run: Path, game_model: Path, whole_run: tuple[Path, TrainState]):
     """One with a number for a name is set aside, one without is left alone; the run was done."""
     for name in ("7", "notes"):
         (run / "checkpoints" / name).mkdir()
         (run / "checkpoints" / name / "read me").write_text("mine")
-    assert same_bits(train(config_of(model, run, resume="auto")), whole[1])
+    assert same_bits(train(config_of(game_model, run, resume="auto")), whole_run[1])
     assert (run / "damaged" / "7" / "read me").read_text() == "mine"
     assert (run / "checkpoints" / "notes" / "read me").read_text() == "mine"
 
 
-def test_no_whole_one_is_an_error_and_stays_one(run: Path, model: Path):
+def test_no_whole_one_is_an_error_and_stays_one(run: Path, game_model: Path):
     for step in (K, NEWEST):
         flip(array_file(run / "checkpoints" / str(step)), 0.5)
     lines = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "transcripts.jsonl")}
     for _ in range(2):
         with pytest.raises(InputError, match="none of the run's checkpoints is whole"):
-            train(config_of(model, run, resume="auto"))
+            train(config_of(game_model, run, resume="auto"))
     assert {name: (run / name).read_bytes() for name in lines} == lines
     assert {path.name for path in (run / "damaged").iterdir()} == {str(K), str(NEWEST)}
 
 
-def test_the_reference_must_be_the_same(run: Path, model: Path, tmp_path: Path):
+def test_the_reference_must_be_the_same(run: Path, game_model: Path, tmp_path: Path):
     """Other weights under the same path would be another reference, and another run."""
-    elsewhere = model.with_name("kept")
-    model.rename(elsewhere)
+    elsewhere = game_model.with_name("kept")
+    game_model.rename(elsewhere)
     try:
         changed = lsp.load_pretrained(elsewhere)
         norm = changed.params["model"]["norm"]
         norm["weight"] = norm["weight"] + 1e-6
-        lsp.save_pretrained(changed, model)
+        lsp.save_pretrained(changed, game_model)
         with pytest.raises(InputError, match="are not those that the run started from"):
-            train(config_of(model, run, resume="must", max_steps=NEWEST + 1))
+            train(config_of(game_model, run, resume="must", max_steps=NEWEST + 1))
     finally:
-        shutil.rmtree(model)
-        elsewhere.rename(model)
+        shutil.rmtree(game_model)
+        elsewhere.rename(game_model)
     assert not (run / "damaged").exists()
 
 

@@ -21,15 +21,10 @@ from lsp_jax.reward.verify import callable_reward
 from lsp_jax.run import iteration as stages
 from lsp_jax.run.alarms import Alarms, NumbersError
 from test_resume import config_of, train
-from test_trainer import game_dir, host_reward, low_share, read_lines
+from test_trainer import host_reward, low_share, read_lines
 
 QUICK_COMPILES = True
 pytestmark = pytest.mark.full
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return game_dir(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def planted(stage: Any, change: Callable[[Any], Any]) -> Any:
@@ -67,12 +62,12 @@ PLANTED = {
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_the_diagnosis_names_the_place(
-    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    name: str, game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     stage, change = PLANTED[name]
     monkeypatch.setattr("lsp_jax.run.step.first_checked", lambda call, *arguments: call(*arguments))
     monkeypatch.setattr(stages, stage, planted(getattr(stages, stage), change))
-    config = config_of(model, tmp_path / "run", max_skipped=2)
+    config = config_of(game_model, tmp_path / "run", max_skipped=2)
     with pytest.raises(NumbersError, match=rf"iteration 2.*{name}; so for 2 iterations in a row") as error:
         train(config)
     assert error.value.status == FAILED_STATUS
@@ -81,16 +76,16 @@ def test_the_diagnosis_names_the_place(
     assert [line["skipped_updates"] for line in lines] == [1, 2] and lines[0]["not_finite/component"] > 0
 
 
-def test_a_parameter_that_is_not_finite_is_named(model: Path, tmp_path: Path):
-    policy = lsp.load_pretrained(model)
+def test_a_parameter_that_is_not_finite_is_named(game_model: Path, tmp_path: Path):
+    policy = lsp.load_pretrained(game_model)
     layers = policy.params["model"]["layers"]["mlp"]["up_proj"]
     layers["weight"] = layers["weight"].at[0, 3, 5].set(jnp.nan)
-    config = config_of(model, tmp_path / "run", max_skipped=1)
+    config = config_of(game_model, tmp_path / "run", max_skipped=1)
     with pytest.raises(NumbersError, match=r"parameter model/layers/mlp/up_proj/weight"):
         lsp.train(config, rewards=[host_reward()], policy=Policy(policy.config, policy.params, policy.tokenizer, "x"))
 
 
-def test_a_reward_that_is_not_finite_masks_its_answer_alone(model: Path, tmp_path: Path):
+def test_a_reward_that_is_not_finite_masks_its_answer_alone(game_model: Path, tmp_path: Path):
     """NaN for one answer of the second query: not learned from, counted, and the run goes on to its end."""
 
     def score(queries: list[str], answers: list[list[str]]) -> list[list[float]]:
@@ -98,9 +93,9 @@ def test_a_reward_that_is_not_finite_masks_its_answer_alone(model: Path, tmp_pat
         spoiled = [[math.nan if (n, g) == (1, 1) else x for g, x in enumerate(row)] for n, row in enumerate(values)]
         return spoiled if len(queries) == 4 else values  # a reward is tried on fewer before anything is played
 
-    config = config_of(model, tmp_path / "run", max_steps=2)
+    config = config_of(game_model, tmp_path / "run", max_steps=2)
     lsp.train(config, rewards=[callable_reward(score, "share", weight=2.0)])
-    train(config_of(model, tmp_path / "sound", max_steps=1))
+    train(config_of(game_model, tmp_path / "sound", max_steps=1))
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [(line["skipped_updates"], line["not_finite/component"]) for line in lines] == [(0, 0), (0, 0)]
     (sound,) = read_lines(tmp_path / "sound" / "metrics.jsonl")
@@ -109,7 +104,7 @@ def test_a_reward_that_is_not_finite_masks_its_answer_alone(model: Path, tmp_pat
     assert [answer["valid"] for answer in answers][:2] == [True, False] and answers[1]["advantage"] == 0
 
 
-def test_every_component_by_itself(model: Path, tmp_path: Path):
+def test_every_component_by_itself(game_model: Path, tmp_path: Path):
     """A NaN or an infinity in each part in turn: its own name; in a masked place: nothing."""
     seen: dict[str, Any] = {}
 
@@ -121,7 +116,7 @@ def test_every_component_by_itself(model: Path, tmp_path: Path):
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(stages, "first_checked", keep)
-        train(config_of(model, tmp_path / "run", max_steps=1))
+        train(config_of(game_model, tmp_path / "run", max_steps=1))
     state, _, batch, references = seen["update"]
     names, check = component_names(state.params, batch), jax.jit(first_not_finite)
     sound = (state.params, batch, references, jnp.float32(1.0), state.params)

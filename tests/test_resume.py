@@ -57,22 +57,10 @@ pytestmark = pytest.mark.full  # every test here starts from a run
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return game_dir(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
-    """The uninterrupted run of 2k steps."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    return directory, train(config_of(model, directory))
-
-
-@pytest.fixture(scope="module")
-def first_half(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first_half(game_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of k steps; tests work on copies of it."""
     directory = tmp_path_factory.mktemp("half") / "run"
-    train(config_of(model, directory, max_steps=K))
+    train(config_of(game_model, directory, max_steps=K))
     return directory
 
 
@@ -92,10 +80,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.full
 def test_resume_after_k_of_2k_steps(
-    whole: tuple[Path, TrainState], half: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    whole_run: tuple[Path, TrainState], half: Path, game_model: Path, capsys: pytest.CaptureFixture[str]
 ):
-    directory, state = whole
-    resumed = train(config_of(model, half, resume="must"))
+    directory, state = whole_run
+    resumed = train(config_of(game_model, half, resume="must"))
     assert f"going on after iteration {K}" in capsys.readouterr().out
     assert same_bits(resumed.params, state.params)
     assert same_bits(resumed.opt_state, state.opt_state)  # both moments and the count of the warm-up
@@ -108,51 +96,57 @@ def test_resume_after_k_of_2k_steps(
 @pytest.mark.full
 @pytest.mark.parametrize("tail", [b"", b'{"iteration": 3, "half a li'], ids=["whole lines", "a torn line"])
 def test_what_was_written_after_the_checkpoint_is_cut_off(
-    tail: bytes, whole: tuple[Path, TrainState], half: Path, model: Path
+    tail: bytes, whole_run: tuple[Path, TrainState], half: Path, game_model: Path
 ):
     for name in FILES:
         with (half / name).open("ab") as file:
             file.write(b'{"iteration": 3, "query": "never saved"}\n' * 3 + tail)
-    resumed = train(config_of(model, half, resume="auto"))
-    assert same_bits(resumed, whole[1])
-    assert_same_run(half, whole[0])
+    resumed = train(config_of(game_model, half, resume="auto"))
+    assert same_bits(resumed, whole_run[1])
+    assert_same_run(half, whole_run[0])
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(
-    whole: tuple[Path, TrainState], half: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    whole_run: tuple[Path, TrainState], half: Path, game_model: Path, capsys: pytest.CaptureFixture[str]
 ):
     shutil.rmtree(half / "checkpoints")
-    resumed = train(config_of(model, half, resume="auto"))
+    resumed = train(config_of(game_model, half, resume="auto"))
     assert "no checkpoint yet: starting from the model" in capsys.readouterr().out
-    assert same_bits(resumed, whole[1])
-    assert_same_run(half, whole[0])
+    assert same_bits(resumed, whole_run[1])
+    assert_same_run(half, whole_run[0])
 
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_auto_in_an_empty_directory_starts_and_says_so(
-    exists: bool, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: tuple[Path, TrainState]
+    exists: bool,
+    game_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    whole_run: tuple[Path, TrainState],
 ):
     directory = tmp_path / "new" / "run"
     if exists:
         directory.mkdir(parents=True)
-    train(config_of(model, directory, resume="auto", max_steps=1))
+    train(config_of(game_model, directory, resume="auto", max_steps=1))
     out = capsys.readouterr().out
     assert "no checkpoint yet: starting from the model" in out and "going on" not in out
-    assert without_clocks(directory) == without_clocks(whole[0])[:1]
+    assert without_clocks(directory) == without_clocks(whole_run[0])[:1]
 
 
 def test_never_says_nothing_of_checkpoints(
-    first_half: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    first_half: Path, game_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    train(config_of(model, tmp_path / "run", max_steps=1))
+    train(config_of(game_model, tmp_path / "run", max_steps=1))
     out = capsys.readouterr().out
     assert "checkpoint yet" not in out and "going on" not in out
 
 
-def test_a_finished_run_says_so_and_keeps_what_it_wrote(half: Path, model: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_finished_run_says_so_and_keeps_what_it_wrote(
+    half: Path, game_model: Path, capsys: pytest.CaptureFixture[str]
+):
     before, calls = tree_hash(half, ["config.json"]), []
     state = lsp.train(
-        config_of(model, half, resume="auto", max_steps=K), rewards=[host_reward()], callbacks=[calls.append]
+        config_of(game_model, half, resume="auto", max_steps=K), rewards=[host_reward()], callbacks=[calls.append]
     )
     assert int(state.iteration) == K and calls == []
     assert f"all {K} iterations are done" in capsys.readouterr().out
@@ -160,13 +154,13 @@ def test_a_finished_run_says_so_and_keeps_what_it_wrote(half: Path, model: Path,
 
 
 @pytest.mark.parametrize("export", ["missing", "of an earlier policy"])
-def test_export_is_that_of_the_newest_checkpoint(half: Path, model: Path, export: str):
+def test_export_is_that_of_the_newest_checkpoint(half: Path, game_model: Path, export: str):
     """A run killed after its last checkpoint and before its export."""
     before = tree_hash(half, ["config.json"])
     shutil.rmtree(half / "export")
     if export != "missing":
-        shutil.copytree(model, half / "export")
-    train(config_of(model, half, resume="must", max_steps=K))
+        shutil.copytree(game_model, half / "export")
+    train(config_of(game_model, half, resume="must", max_steps=K))
     assert tree_hash(half, ["config.json"]) == before
 
 
@@ -203,7 +197,7 @@ def refused(config: TrainConfig, *words: str) -> None:
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("damage", ["missing", "empty", "no checkpoint", "no whole checkpoint"])
-def test_must_needs_a_checkpoint(damage: str, half: Path, model: Path):
+def test_must_needs_a_checkpoint(damage: str, half: Path, game_model: Path):
     if damage in ("missing", "empty"):
         shutil.rmtree(half)
     if damage == "empty":
@@ -213,7 +207,7 @@ def test_must_needs_a_checkpoint(damage: str, half: Path, model: Path):
     if damage == "no whole checkpoint":
         for step in (half / "checkpoints").iterdir():
             shutil.rmtree(step)
-    refused(config_of(model, half, resume="must"), "resume", "must", "auto")
+    refused(config_of(game_model, half, resume="must"), "resume", "must", "auto")
     assert half.exists() == (damage != "missing")
 
 
@@ -231,42 +225,42 @@ CHANGES: dict[str, Callable[[TrainConfig], TrainConfig]] = {
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("resume", ["auto", "must"])
-def test_a_changed_field_is_named(name: str, resume: str, half: Path, model: Path):
-    refused(CHANGES[name](config_of(model, half, resume=resume)), name, str(half), "same value", "new output_dir")
+def test_a_changed_field_is_named(name: str, resume: str, half: Path, game_model: Path):
+    refused(CHANGES[name](config_of(game_model, half, resume=resume)), name, str(half), "same value", "new output_dir")
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_never_refuses_the_folder_of_a_run(half: Path, model: Path):
-    refused(config_of(model, half), "output_dir", str(half), "holds another run", "--resume auto")
+def test_never_refuses_the_folder_of_a_run(half: Path, game_model: Path):
+    refused(config_of(game_model, half), "output_dir", str(half), "holds another run", "--resume auto")
 
 
 def test_what_does_not_decide_the_numbers_may_change(
-    whole: tuple[Path, TrainState], half: Path, model: Path, tmp_path: Path
+    whole_run: tuple[Path, TrainState], half: Path, game_model: Path, tmp_path: Path
 ):
     moved = half.rename(tmp_path / "moved elsewhere")
-    config = config_of(model, moved, resume="auto", max_steps=K + 1, save_steps=1, save_total_limit=1)
+    config = config_of(game_model, moved, resume="auto", max_steps=K + 1, save_steps=1, save_total_limit=1)
     assert int(train(config).iteration) == K + 1
-    assert without_clocks(moved) == without_clocks(whole[0])[: K + 1]
+    assert without_clocks(moved) == without_clocks(whole_run[0])[: K + 1]
     assert [path.name for path in (moved / "checkpoints").iterdir() if path.name.isdigit()] == [str(K + 1)]
-    assert same_bits(train(replace(config, max_steps=2 * K)), whole[1])
+    assert same_bits(train(replace(config, max_steps=2 * K)), whole_run[1])
 
 
-def test_a_lost_or_shortened_file_is_not_resumed_over(half: Path, model: Path):
+def test_a_lost_or_shortened_file_is_not_resumed_over(half: Path, game_model: Path):
     path = half / "transcripts.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
     kept = {name: (half / name).read_bytes() for name in FILES}
     with pytest.raises(InputError, match=r"transcripts\.jsonl.*checkpoint saw"):
-        train(config_of(model, half, resume="must"))
+        train(config_of(game_model, half, resume="must"))
     assert {name: (half / name).read_bytes() for name in FILES} == kept
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_auto_does_not_empty_files_of_someone_else(model: Path, tmp_path: Path):
+def test_auto_does_not_empty_files_of_someone_else(game_model: Path, tmp_path: Path):
     """No config.json: whatever wrote metrics.jsonl, it was not a run that could be resumed."""
     directory = tmp_path / "results"
     directory.mkdir()
     (directory / "metrics.jsonl").write_text('{"precious": 1}\n')
-    refused(config_of(model, directory, resume="auto"), "output_dir", "metrics.jsonl")
+    refused(config_of(game_model, directory, resume="auto"), "output_dir", "metrics.jsonl")
 
 
 # --- another process, killed ----------------------------------------------------------------------------------------
@@ -289,7 +283,7 @@ QUALITY = RewardConfig(quality_weight=0.5)
 
 
 @pytest.mark.full
-def test_kill_9_in_the_middle_and_resume(model: Path, tmp_path: Path):
+def test_kill_9_in_the_middle_and_resume(game_model: Path, tmp_path: Path):
     """Killed in iteration 5 of 6, with the save of iteration 4 just begun: goes on from 4 or from 2."""
     tests = Path(__file__).parent
     script = tmp_path / "child.py"
@@ -298,7 +292,7 @@ def test_kill_9_in_the_middle_and_resume(model: Path, tmp_path: Path):
 
     def child(name: str, kill_at: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, script, model, tmp_path / name, str(kill_at), tests, tests.parent],
+            [sys.executable, script, game_model, tmp_path / name, str(kill_at), tests, tests.parent],
             capture_output=True,
             text=True,
             env={**os.environ, **cache, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},

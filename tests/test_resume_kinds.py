@@ -17,15 +17,10 @@ from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.play.data import DataConfig
 from lsp_jax.text.prompts import PromptConfig
 from test_resume import K, assert_same_run, config_of
-from test_trainer import game_dir, host_reward, same_bits
+from test_trainer import host_reward, same_bits
 
 QUICK_COMPILES = True  # the resumed run is compared bit by bit with the whole one
 pytestmark = pytest.mark.full
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return game_dir(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def grpo(folder: Path) -> dict[str, Any]:
@@ -47,9 +42,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_k_steps_and_k_more_are_2k_steps(kind: str, model: Path, tmp_path: Path):
+def test_k_steps_and_k_more_are_2k_steps(kind: str, game_model: Path, tmp_path: Path):
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=3, micro_batch_size=8)  # 16 rows: accumulation of 2
-    whole = config_of(model, tmp_path / "whole", optimizer=optimizer, **KINDS[kind](tmp_path))
+    whole = config_of(game_model, tmp_path / "whole", optimizer=optimizer, **KINDS[kind](tmp_path))
     state = lsp.train(whole, rewards=[host_reward()])
     half = replace(whole, output_dir=str(tmp_path / "half"), max_steps=K)
     lsp.train(half, rewards=[host_reward()])

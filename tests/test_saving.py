@@ -16,22 +16,11 @@ import lsp_jax as lsp
 from lsp_jax.learn.update import TrainState
 from lsp_jax.run.checkpoint import Checkpoints, SaveError
 from test_resume import assert_same_run, config_of, train, without_clocks
-from test_trainer import game_dir, host_reward, read_lines, same_bits
+from test_trainer import host_reward, read_lines, same_bits
 
 QUICK_COMPILES = True
 pytestmark = pytest.mark.full
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return game_dir(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    return directory, train(config_of(model, directory, save_steps=1))
 
 
 @contextmanager
@@ -65,39 +54,39 @@ def run(config: Any, full: Callable[[bool], None], when: Callable[[int], bool]) 
     return lsp.train(config, rewards=[host_reward()], callbacks=[switch])
 
 
-def test_a_full_disk_ends_the_run(model: Path, whole: tuple[Path, TrainState], tmp_path: Path):
+def test_a_full_disk_ends_the_run(game_model: Path, whole_run: tuple[Path, TrainState], tmp_path: Path):
     """Iteration 1 is saved, 2 cannot be: the run ends with the reason; with room again it goes on exactly."""
-    config = config_of(model, tmp_path / "run", save_steps=1)
+    config = config_of(game_model, tmp_path / "run", save_steps=1)
     with small_disk() as full, pytest.raises(SaveError, match=r"checkpoint 2 could not be written.*newest one is 1"):
         run(config, full, lambda _: True)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     assert checkpoints.steps() == [1]
     checkpoints.close()
-    assert same_bits(train(replace(config, resume="must")), whole[1])
-    assert_same_run(tmp_path / "run", whole[0])
+    assert same_bits(train(replace(config, resume="must")), whole_run[1])
+    assert_same_run(tmp_path / "run", whole_run[0])
 
 
 def test_a_full_disk_and_going_on(
-    model: Path, whole: tuple[Path, TrainState], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    game_model: Path, whole_run: tuple[Path, TrainState], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    config = config_of(model, tmp_path / "run", save_steps=1, save_errors="go_on")
+    config = config_of(game_model, tmp_path / "run", save_steps=1, save_errors="go_on")
     with small_disk() as full:
         state = run(config, full, lambda number: number in (1, 2))
-    assert same_bits(state, whole[1])
+    assert same_bits(state, whole_run[1])
     said = capfd.readouterr().err
     assert said.count("could not be written") == 2 and "the newest one is 1, going on" in said
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[0]["checkpoint/failed"] == 0
     assert lines[-1]["checkpoint/failed"] >= 1  # what is found only while the last one is saved is not in its line
-    assert without_clocks(tmp_path / "run") == without_clocks(whole[0])
+    assert without_clocks(tmp_path / "run") == without_clocks(whole_run[0])
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     assert checkpoints.steps()[-1] == STEPS
     checkpoints.close()
 
 
-def test_a_place_that_cannot_be_written_to(model: Path, tmp_path: Path):
+def test_a_place_that_cannot_be_written_to(game_model: Path, tmp_path: Path):
     """Something that is no directory in the way of the first checkpoint."""
-    config = config_of(model, tmp_path / "run", save_steps=1)
+    config = config_of(game_model, tmp_path / "run", save_steps=1)
 
     def block(event: lsp.run.trainer.IterationEvent) -> None:
         if event.iteration == 1:

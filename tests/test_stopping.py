@@ -22,22 +22,10 @@ from lsp_jax.run import iteration as stages
 from lsp_jax.run import playing
 from lsp_jax.run.checkpoint import Checkpoints
 from test_resume import config_of, train, without_clocks
-from test_trainer import game_dir, low_share, same_bits
+from test_trainer import low_share, same_bits
 
 QUICK_COMPILES = True  # the resumed run is compared bit by bit with the whole one
 pytestmark = pytest.mark.full
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return game_dir(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
-    """The uninterrupted run of 2k steps."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    return directory, train(config_of(model, directory))
 
 
 def signalled(call: Callable[..., Any], at: int) -> Callable[..., Any]:
@@ -65,11 +53,11 @@ PHASES = {
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_in_any_phase(
-    phase: str, model: Path, whole: tuple[Path, TrainState], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phase: str, game_model: Path, whole_run: tuple[Path, TrainState], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Play and reward are abandoned, an update and a save are finished; either way the run goes on exactly."""
     owner, name, at, saved = PHASES[phase]
-    config = config_of(model, tmp_path / "run", save_steps=2 if phase == "save" else 100)
+    config = config_of(game_model, tmp_path / "run", save_steps=2 if phase == "save" else 100)
     score = low_share if owner else signalled(low_share, at)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -79,16 +67,16 @@ def test_a_signal_in_any_phase(
             lsp.train(config, rewards=[callable_reward(score, "share", weight=2.0)])
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert len(without_clocks(tmp_path / "run")) == saved and not (tmp_path / "run" / "export").exists()
-    resumed = train(config_of(model, tmp_path / "run", resume="auto"))
-    assert same_bits(resumed, whole[1])
-    assert without_clocks(tmp_path / "run") == without_clocks(whole[0])
-    assert (tmp_path / "run" / "transcripts.jsonl").read_bytes() == (whole[0] / "transcripts.jsonl").read_bytes()
+    resumed = train(config_of(game_model, tmp_path / "run", resume="auto"))
+    assert same_bits(resumed, whole_run[1])
+    assert without_clocks(tmp_path / "run") == without_clocks(whole_run[0])
+    assert (tmp_path / "run" / "transcripts.jsonl").read_bytes() == (whole_run[0] / "transcripts.jsonl").read_bytes()
 
 
-def test_a_signal_before_anything_was_learned(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_signal_before_anything_was_learned(game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(playing, "solve", signalled(playing.solve, 1))
     with pytest.raises(Stopped, match="nothing was there to save"):
-        train(config_of(model, tmp_path / "run"))
+        train(config_of(game_model, tmp_path / "run"))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -164,8 +152,8 @@ class Child:
         return self.process.returncode, said
 
 
-def test_a_second_interrupt_ends_at_once(model: Path, tmp_path: Path):
-    child = Child(model, tmp_path, "")
+def test_a_second_interrupt_ends_at_once(game_model: Path, tmp_path: Path):
+    child = Child(game_model, tmp_path, "")
     for _ in range(2):
         child.process.send_signal(signal.SIGINT)
         time.sleep(1)
@@ -173,15 +161,15 @@ def test_a_second_interrupt_ends_at_once(model: Path, tmp_path: Path):
     assert status == 130 and "Ctrl-C to end at once" in said and "interrupted twice" in said
 
 
-def test_what_is_left_has_a_limit(model: Path, tmp_path: Path):
-    child = Child(model, tmp_path, "stop_timeout=1.5")
+def test_what_is_left_has_a_limit(game_model: Path, tmp_path: Path):
+    child = Child(game_model, tmp_path, "stop_timeout=1.5")
     child.process.send_signal(signal.SIGTERM)
     status, said = child.ends()
     assert status == STOPPED_STATUS and "not saved within 1.5 seconds" in said
 
 
-def test_no_progress_ends_with_every_stack(model: Path, tmp_path: Path):
-    status, said = Child(model, tmp_path, "progress_timeout=6").ends()
+def test_no_progress_ends_with_every_stack(game_model: Path, tmp_path: Path):
+    status, said = Child(game_model, tmp_path, "progress_timeout=6").ends()
     assert status == STALLED_STATUS
     assert "no progress for 6 seconds in the phase reward" in said
     assert "in hangs" in said and "in play_and_learn" in said and said.count("Thread 0x") >= 2
