@@ -14,7 +14,7 @@ import pytest
 
 import lsp_jax as lsp
 from lsp_jax.errors import FAILED_STATUS
-from lsp_jax.learn.finite import component_names, first_not_finite
+from lsp_jax.learn.finite import component_names, first_not_finite, parameter_not_finite
 from lsp_jax.learn.update import Reference
 from lsp_jax.policy import Policy
 from lsp_jax.reward.verify import callable_reward
@@ -118,34 +118,34 @@ def test_every_component_by_itself(game_model: Path, tmp_path: Path):
         context.setattr(stages, "first_checked", keep)
         train(config_of(game_model, tmp_path / "run", max_steps=1))
     state, _, batch, references = seen["update"]
-    names, check = component_names(state.params, batch), jax.jit(first_not_finite)
-    sound = (state.params, batch, references, jnp.float32(1.0), state.params)
-    assert len(set(names)) == len(names) and int(check(*sound)) == 0
+    names, check = component_names(batch), jax.jit(first_not_finite)
+    sound = (batch, references, jnp.float32(1.0))
+    assert len(set(names)) == len(names) and int(check(*sound)) == 0 and parameter_not_finite(state.params) is None
 
     def spoiled(x: jax.Array, place: int, value: float) -> jax.Array:
         return x.reshape(-1).at[place].set(value).reshape(x.shape)
 
+    def said(*arguments: Any) -> str | None:
+        found = int(check(*arguments))
+        return names[found - 1] if found else None
+
     leaves, structure = jax.tree.flatten(state.params)
     for index in range(len(leaves)):
         worse = structure.unflatten([spoiled(x, -1, jnp.inf) if i == index else x for i, x in enumerate(leaves)])
-        assert names[int(check(worse, *sound[1:])) - 1] == names[index]
-        found = names[int(check(*sound[:4], worse)) - 1]
-        assert found == names[index].replace("parameter", "gradient of")
-    assert names[int(check(*sound[:3], jnp.float32(jnp.nan), sound[4])) - 1] == "loss"
+        path = jax.tree_util.keystr(jax.tree.leaves_with_path(worse)[index][0], simple=True, separator="/")
+        assert parameter_not_finite(worse) == path
+    assert said(*sound[:2], jnp.float32(jnp.nan)) == "loss"
     mask = np.asarray(batch.solver.mask).ravel()
-    for place, name in ((int(np.argmax(mask)), "log-probabilities with which the Solver sampled"), (-1, None)):
-        if name is None and mask[-1]:
-            continue
+    assert mask.any() and not mask.all()
+    for place, counts in ((int(np.argmax(mask)), True), (int(np.argmin(mask)), False)):
         rows = batch.solver._replace(behaviour_logprobs=spoiled(batch.solver.behaviour_logprobs, place, jnp.nan))
-        found = int(check(state.params, batch._replace(solver=rows), *sound[2:]))
-        assert (names[found - 1] if found else None) == name
+        name = "log-probabilities with which the Solver sampled"
+        assert said(batch._replace(solver=rows), *sound[1:]) == (name if counts else None)
         bad = Reference(spoiled(references[0].logprobs, place, -jnp.inf), None)
-        found = int(check(*sound[:2], (bad, references[1]), *sound[3:]))
-        assert bool(found) == (name is not None)
+        name = "the reference's log-probabilities of what the Solver sampled"
+        assert said(batch, (bad, references[1]), *sound[2:]) == (name if counts else None)
     rows = batch.challenger._replace(advantages=spoiled(batch.challenger.advantages, 0, jnp.nan))
-    assert names[int(check(state.params, batch._replace(challenger=rows), *sound[2:])) - 1] == (
-        "advantages of the Challenger"
-    )
+    assert said(batch._replace(challenger=rows), *sound[1:]) == "advantages of the Challenger"
 
 
 def test_a_single_iteration_that_is_skipped_is_got_over(capfd: pytest.CaptureFixture[str]):
@@ -157,11 +157,12 @@ def test_a_single_iteration_that_is_skipped_is_got_over(capfd: pytest.CaptureFix
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(module, "component_names", lambda *_: ["a", "b"])
-        for component in (2, 0, 1, 0):
-            numbers = {"not_finite/component": float(component), "sampling/token_mult_prob_error": 1.0}
-            alarms.look(1, numbers, {}, batch)
+        context.setattr(module, "parameter_not_finite", lambda *_: None)
+        sound = {"not_finite/component": 0.0, "sampling/token_mult_prob_error": 1.0, "grad_norm": 1.0}
+        for numbers in ({"not_finite/component": 2.0}, {}, {"grad_norm": math.inf}, {}):
+            alarms.look(1, sound | numbers, {}, batch)
         said = capfd.readouterr().err
-        assert said.count("warning") == 2 and "not finite: b" in said
+        assert said.count("warning") == 2 and "not finite: b" in said and "not finite: gradient" in said
         for error in (1.06, math.nan):
-            alarms.look(3, {"not_finite/component": 0.0, "sampling/token_mult_prob_error": error}, {}, batch)
+            alarms.look(3, sound | {"sampling/token_mult_prob_error": error}, {}, batch)
         assert capfd.readouterr().err.count("sampler and learner disagree") == 2

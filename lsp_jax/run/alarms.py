@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 
 from lsp_jax import processes
 from lsp_jax.errors import RunError
 from lsp_jax.learn.batch import LearnBatch
-from lsp_jax.learn.finite import component_names
+from lsp_jax.learn.finite import component_names, parameter_not_finite
 from lsp_jax.model.llama import Params
 
 MOST_PROB_ERROR = 1.05
@@ -28,10 +29,13 @@ class Alarms:
 
     def look(self, number: int, metrics: Mapping[str, float], params: Params, batch: LearnBatch) -> None:
         """At the metrics of iteration `number`. Raises NumbersError."""
-        component = int(metrics["not_finite/component"])
-        self._in_a_row = self._in_a_row + 1 if component else 0
-        if component:
-            name = component_names(params, batch)[component - 1]
+        component, gradient = int(metrics["not_finite/component"]), math.isfinite(metrics["grad_norm"])
+        skipped = component > 0 or not gradient
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        if skipped:
+            parameter = parameter_not_finite(params)
+            part = component_names(batch)[component - 1] if component else "gradient"
+            name = f"parameter {parameter}" if parameter else part
             said = f"iteration {number} changed nothing: the first that was not finite: {name}"
             if self._in_a_row >= self._max_skipped:
                 raise NumbersError(f"{said}; so for {self._in_a_row} iterations in a row (max_skipped)")

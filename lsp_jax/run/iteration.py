@@ -120,7 +120,7 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One joint gradient step; the old state is consumed. The iteration's counter is `learn`'s to advance."""
     grads, metrics = joint_gradient(state.params, reference_params, batch, references, game)
-    component = first_not_finite(state.params, batch, references, metrics["loss"], grads)
+    component = first_not_finite(batch, references, metrics["loss"])
     state, more = apply_gradients(state, grads, metrics["loss"], game.optimizer, component == 0)
     metrics["not_finite/component"] = component.astype(jnp.float32)
     errors = [value for name, value in metrics.items() if name.endswith("token_mult_prob_error")]
