@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from lsp_jax import liveness
-from lsp_jax.errors import LOST_STATUS, InputError, ProcessError
+from lsp_jax.errors import LOST_STATUS, InputError, ProcessError, RunError, Stopped
 
 _ROOT = "lsp_jax"
 
@@ -222,11 +222,14 @@ def together() -> Iterator[None]:
     """
     try:
         yield
+    except Stopped:  # all of them, together
+        raise
     except BaseException as error:
         if _group is not None and _group.failed is None:
             if isinstance(error, jax.errors.JaxRuntimeError):
                 time.sleep(_group.config.silence + 2 * liveness.GRACE)
-            _group.failed = {InputError: 2, ProcessError: LOST_STATUS}.get(type(error), 1)
+            known = error.status if isinstance(error, RunError) else 1
+            _group.failed = {InputError: 2, ProcessError: LOST_STATUS}.get(type(error), known)
             if _group.relay is not None:
                 _group.relay.arm(False)
             _group.watch.stop(" ".join(f"{type(error).__name__}: {error}".split())[:300])

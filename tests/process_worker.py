@@ -190,5 +190,5 @@ def command() -> None:
 
 
 if __name__ == "__main__":
-    said = {"talk": talk, "die": die, "play": play, "resume": resume, "command": command}[scene]()
+    said = {"talk": talk, "die": die, "play": play, "asked": asked, "resume": resume, "command": command}[scene]()
     print(json.dumps(said), flush=True)
