@@ -195,8 +195,8 @@ class TrainConfig:
         _one_of("save_errors", self.save_errors, ("stop", "go_on"))
         if not 0 < self.stop_timeout < math.inf:
             raise InputError("stop_timeout", self.stop_timeout, "must be > 0 seconds and finite")
-        if not 0 <= self.progress_timeout < math.inf:
-            raise InputError("progress_timeout", self.progress_timeout, "must be >= 0 seconds and finite; 0: no limit")
+        if not 0 <= self.progress_timeout <= 1e7:
+            raise InputError("progress_timeout", self.progress_timeout, "must be 0 (no limit) .. 1e7 seconds")
         _one_of("param_dtype", self.param_dtype, DTYPES[:2])
         _one_of("compute_dtype", self.compute_dtype, ("auto", *DTYPES[:2]))
         for reporter in self.report_to:

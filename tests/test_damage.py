@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 import pytest
 
 import lsp_jax as lsp
-from lsp_jax.errors import InputError
+from lsp_jax.errors import InputError, RunError
 from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
 from lsp_jax.model.llama import init_params
 from lsp_jax.run.checkpoint import Checkpoints, abstract
@@ -113,6 +115,39 @@ def test_no_whole_one_is_an_error_and_stays_one(run: Path, game_model: Path):
             train(config_of(game_model, run, resume="auto"))
     assert {name: (run / name).read_bytes() for name in lines} == lines
     assert {path.name for path in (run / "damaged").iterdir()} == {str(K), str(NEWEST)}
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "denied"), MemoryError()], ids=lambda error: type(error).__name__
+)
+def test_a_machine_that_cannot_read_moves_nothing(
+    error: Exception, run: Path, game_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    before = tree_hash(run)
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", refuse)
+    with pytest.raises(RunError, match=f"checkpoint {NEWEST} .*could not be read: {type(error).__name__}"):
+        train(config_of(game_model, run, resume="auto"))
+    assert tree_hash(run) == before
+
+
+def test_a_checkpoint_without_checksums_is_of_an_earlier_version(run: Path, game_model: Path):
+    path = run / "checkpoints" / str(NEWEST) / "host" / "metadata"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({name: record[name] for name in ("iteration", "cursor", "offsets")}))
+    with pytest.raises(InputError, match="earlier version"):
+        train(config_of(game_model, run, resume="auto"))
+    assert not (run / "damaged").exists()
+
+
+def test_what_killed_saves_have_left_goes(run: Path, game_model: Path, whole_run: tuple[Path, TrainState]):
+    left = run / "checkpoints" / "3.orbax-checkpoint-tmp"
+    left.mkdir()
+    (left / "half").write_text("an array")
+    assert same_bits(train(config_of(game_model, run, resume="auto")), whole_run[1])
+    assert not left.exists()
 
 
 def test_the_reference_must_be_the_same(run: Path, game_model: Path, tmp_path: Path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +15,10 @@ from typing import Any
 import pytest
 
 import lsp_jax as lsp
+from lsp_jax.errors import Stopped
 from lsp_jax.learn.update import TrainState
 from lsp_jax.run.checkpoint import Checkpoints, SaveError
+from lsp_jax.run.saving import Saving
 from test_resume import assert_same_run, config_of, train, without_clocks
 from test_trainer import host_reward, read_lines, same_bits
 
@@ -37,11 +41,15 @@ def small_disk(size: int = 20_000) -> Iterator[Callable[[bool], None]]:
         full(False)
 
 
-def run(config: Any, full: Callable[[bool], None], when: Callable[[int], bool]) -> TrainState:
+def run(config: Any, full: Callable[[bool], None], when: Callable[[int], bool], first: int = 0) -> TrainState:
     """With the disk full during the saves that come after the iterations for which `when`."""
     checkpoints = Path(config.output_dir) / "checkpoints"
 
     def switch(event: Any) -> None:
+        if event.iteration == first:  # nothing is being written yet
+            full(True)
+            full_before.append(1)
+            return
         deadline = time.monotonic() + 30
         while not full_before and not (checkpoints / str(event.iteration)).is_dir() and time.monotonic() < deadline:
             time.sleep(0.01)  # what is being written must be whole before the disk is full
@@ -81,6 +89,39 @@ def test_a_full_disk_and_going_on(
     assert without_clocks(tmp_path / "run") == without_clocks(whole_run[0])
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     assert checkpoints.steps()[-1] == STEPS
+    checkpoints.close()
+
+
+def test_a_failure_is_seen_an_iteration_later_and_leaves_nothing(game_model: Path, tmp_path: Path):
+    """Not only when the next save comes; what was half written does not hold the space."""
+    config = config_of(game_model, tmp_path / "run", save_steps=2)
+    with small_disk() as full, pytest.raises(SaveError, match=r"checkpoint 2 could not be written.*there is none yet"):
+        run(config, full, lambda number: number == 2, first=1)
+    assert [line["iteration"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_being_asked_to_end_waits_for_the_save_under_way(
+    game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A save that fails while the run is asked to end is made anew, since what is said to be saved must be."""
+    config = config_of(game_model, tmp_path / "run", save_steps=2, save_errors="go_on")
+    with small_disk() as full:
+
+        def ask(event: Any) -> None:
+            if event.iteration == 1:
+                full(True)
+            if event.iteration == 2:
+                time.sleep(2)
+                full(False)
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)
+
+        monkeypatch.setattr(Saving, "check", lambda _: None)  # else it is found before
+        with pytest.raises(Stopped, match="iteration 2 is saved"):
+            lsp.train(config, rewards=[host_reward()], callbacks=[ask])
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.steps() == [2]
     checkpoints.close()
 
 

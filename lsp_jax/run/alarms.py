@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 
 from lsp_jax import processes
 from lsp_jax.errors import RunError
@@ -48,4 +49,5 @@ class Alarms:
 
 def _warn(text: str) -> None:
     if processes.is_writer():
-        print(f"lsp-jax: warning: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"lsp-jax: warning: {text}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -68,13 +69,15 @@ class Checkpoints:
         record = {**host_state, "arrays": arrays}
         record["digest"] = _digest(record)
         self._under_way = iteration
+        self._agreed(self._make_directory)  # before Orbax waits for all in a collective without a limit
         args = ocp.args.Composite(**items, host=ocp.args.JsonSave(record))
         self._told(lambda manager: manager.save(iteration, args=args))
 
     def check(self) -> None:
         """Raises SaveError when a save in the background has failed; all processes call it together."""
         if self._under_way is not None:
-            self._told(lambda manager: manager.check_for_errors())
+            # Orbax tells an error once, and its own thread takes it; waiting for what has ended still raises it
+            self._told(lambda manager: manager.is_saving_in_progress() or manager.wait_until_finished())
 
     def wait(self) -> None:
         """Returns when every save is on disk; raises SaveError."""
@@ -82,10 +85,17 @@ class Checkpoints:
             self._told(lambda manager: manager.wait_until_finished())
             self._under_way = None
 
+    def _make_directory(self) -> None:
+        if processes.is_writer():
+            self.directory.mkdir(parents=True, exist_ok=True)
+
     def _told(self, call: Callable[[ocp.CheckpointManager], Any]) -> None:
+        self._agreed(lambda: call(self._open()))
+
+    def _agreed(self, call: Callable[[], Any]) -> None:
         """`call`, with what went wrong in any process raised in all."""
         try:
-            call(self._open())
+            call()
             reason = ""
         except Exception as error:  # what file systems and those that write to them raise is of many kinds
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -93,7 +103,15 @@ class Checkpoints:
         if reasons:
             failed, self._under_way = self._under_way, None
             self._drop()
+            self.clean()  # what it has left holds the space that the next one needs
             raise SaveError(f"checkpoint {failed} could not be written to {self.directory}: {reasons[0]}")
+
+    def clean(self) -> None:
+        """Removes what saves have left that came to no end; no save may be under way. All processes together."""
+        processes.barrier("checkpoints cleaned")
+        if processes.is_writer() and self.directory.is_dir():
+            for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _drop(self) -> None:
         """Lets go of a manager whose save has failed: it would fail again, and knows checkpoints that are not there."""
@@ -124,6 +142,9 @@ class Checkpoints:
     def _record(self, iteration: int, abstract: Any) -> dict[str, Any]:
         """The host's part, as it was written and of arrays like `abstract`."""
         record = self._read(iteration, host=ocp.args.JsonRestore())["host"]
+        if isinstance(record, dict) and "offsets" in record and not {"digest", "arrays"} & set(record):
+            remedy = "was written by an earlier version, without checksums: go on with that version"
+            raise InputError("checkpoint", f"{self.directory}/{iteration}", remedy)
         if not isinstance(record, dict) or record.get("digest") != _digest(record):
             raise Damaged("its host part is not as it was written")
         for path, leaf in jax.tree.leaves_with_path(abstract):
@@ -136,14 +157,20 @@ class Checkpoints:
         return record
 
     def _read(self, iteration: int, **items: Any) -> Any:
+        found, reason, machine = None, "", False
         try:
-            found, reason = self._open().restore(iteration, args=ocp.args.Composite(**items)), None
+            found = self._open().restore(iteration, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever Orbax and what it reads with make of damaged files
-            first = " ".join(str(error).split())[:200]
-            found, reason = None, f"{type(error).__name__}: {first}"
-        reasons = [reason for reason in processes.gather("checkpoint read", reason) if reason]
-        if reasons:
-            raise Damaged(f"it cannot be read ({reasons[0]})")
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            # a machine without memory or rights says nothing of the checkpoint
+            machine = isinstance(error, (MemoryError, OSError, jax.errors.JaxRuntimeError))
+            machine = machine and not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+        failed = [said for said in processes.gather("checkpoint read", [reason, machine]) if said[0]]
+        for reason, machine in failed:
+            if machine:
+                raise RunError(f"checkpoint {iteration} in {self.directory} could not be read: {reason}")
+        if failed:
+            raise Damaged(f"it cannot be read ({failed[0][0]})")
         return found
 
     def set_aside(self, iteration: int) -> Path:

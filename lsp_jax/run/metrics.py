@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from lsp_jax.errors import InputError
+from lsp_jax.errors import InputError, RunError
 
 PHASES = ("handover", "challenge", "solve", "reward", "reference", "update", "log")
 
@@ -132,8 +132,11 @@ class MetricsWriter:
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         # ASCII: model text may hold characters that readers take for line ends
         lines = "".join(json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n" for record in records)
-        with (self.directory / name).open("ab") as file:
-            file.write(lines.encode())
+        try:
+            with (self.directory / name).open("ab") as file:
+                file.write(lines.encode())
+        except OSError as error:
+            raise RunError(f"{self.directory / name} could not be written: {error}") from error
 
     def offsets(self) -> dict[str, int]:
         """Bytes in each file, on disk for good: what a checkpoint keeps for `cut_back`."""

@@ -57,6 +57,7 @@ def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: P
         with use_mesh(prepared.mesh):
             known = identity(prepared.config, prepared.policy.params)
             state, saved = start_state(prepared, checkpoints, known, before=step)
+            prepared = replace(prepared, policy=replace(prepared.policy, params={}))
             start, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
             for _ in range(start, step - 1):
                 state = play_and_learn(prepared, state, Phases(), cursor).state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 from lsp_jax import processes
@@ -21,6 +22,8 @@ class Saving:
         """`go_on` after a save that fails; `done` is the iteration of the newest checkpoint, 0 without one."""
         self._checkpoints, self._writer, self._identity, self._go_on = checkpoints, writer, identity, go_on
         self.newest = done
+        self.cursor = 0
+        """Where the data's queries go on after the newest save that was tried."""
         self.failed = 0
         """Saves that could not be written."""
 
@@ -33,7 +36,7 @@ class Saving:
             self._writer.write_checksums(number, arrays)
             offsets = self._writer.offsets()
         host = {"iteration": number, "cursor": cursor, "offsets": offsets, **self._identity}
-        before, self.newest = self.newest, number
+        before, self.newest, self.cursor = self.newest, number, cursor
         try:
             self._checkpoints.save(number, state, host, arrays)
         except SaveError as error:
@@ -54,12 +57,21 @@ class Saving:
         except SaveError as error:
             self._failure(error)
 
+    def finish(self, number: int, state: TrainState) -> None:
+        """Until iteration `number`, the last one, is on disk: tried once more where it could not be written."""
+        self.wait()
+        if self.newest < number:
+            self.save(number, state, self.cursor)
+            self.wait()
+
     def _failure(self, error: SaveError) -> None:
         self.failed += 1
-        whole = self._checkpoints.steps()
-        self.newest = whole[-1] if whole else 0
-        kept = f"the newest one is {self.newest}" if whole else "there is none yet"
+        with suppress(OSError):
+            self.newest = max(self._checkpoints.steps(), default=0)
+        self.newest = processes.gather("newest checkpoint", self.newest)[0]  # file systems may show them differently
+        kept = f"the newest one is {self.newest}" if self.newest else "there is none yet"
         if not self._go_on:
             raise SaveError(f"{error}; {kept} (--save-errors go_on trains on without)") from error
         if processes.is_writer():
-            print(f"lsp-jax: warning: {error}; {kept}, going on", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"lsp-jax: warning: {error}; {kept}, going on", file=sys.stderr, flush=True)

@@ -27,6 +27,8 @@ def start_state(
     """
     make = partial(init_state, config=run.config.optimizer)
     steps = checkpoints.steps() if run.config.resume != "never" else []
+    if before is None and run.config.resume != "never":
+        checkpoints.clean()
     steps = [step for step in steps if before is None or step < before]
     remedy = "output_dir must lie on storage that all processes share"
     processes.check_same("checkpoint", {"newest": steps[-1] if steps else None}, remedy)

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 from lsp_jax import processes
@@ -42,12 +43,13 @@ class Stopping:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._old:
-            for number, handler in self._old.items():
-                signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        old, self._old = self._old, {}
+        if old:
             signal.set_wakeup_fd(self._old_descriptor)
             self._writer.close()  # ends the thread
-            self._old = {}
+            for number, handler in old.items():
+                if handler is not None:  # None: one that Python did not install, and cannot
+                    signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def check(self, place: str) -> None:
         """Raises Stopped when any process of the run has been asked to end; all call it together, at the same `place`.
@@ -66,8 +68,8 @@ class Stopping:
                 _end(INTERRUPTED_STATUS, "interrupted twice: ended at once, the newest checkpoint is the one before")
             if not self._asked:
                 self._asked = signal.Signals(number[0]).name
-                print(f"lsp-jax: {self._asked}: saving after this phase; Ctrl-C to end at once", file=sys.stderr)
                 threading.Thread(target=self._limit, name="lsp-jax-stop-limit", daemon=True).start()
+                _say(f"{self._asked}: saving after this phase; Ctrl-C to end at once")
         self._reader.close()
 
     def _limit(self) -> None:
@@ -80,6 +82,11 @@ def _nothing(number: int, frame: FrameType | None) -> None:
     """The thread has it."""
 
 
+def _say(message: str) -> None:
+    with suppress(OSError, ValueError):  # the terminal or the pipe may be gone with the same signal
+        print(f"lsp-jax: {message}", file=sys.stderr, flush=True)
+
+
 def _end(status: int, message: str) -> None:
-    print(f"lsp-jax: {message}", file=sys.stderr, flush=True)
+    _say(message)
     os._exit(status)

@@ -5,9 +5,10 @@ The stages of one iteration are called by `run/step.py`; this file loops, reads 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -72,7 +73,11 @@ def train(
     processes.start(config.processes)
     keep_programs(config.compilation_cache)
     with processes.together():
-        state = _train(config, rewards, callbacks, policy)
+        try:
+            state = _train(config, rewards, callbacks, policy)
+        except Stopped:
+            processes.barrier("the end of the run")  # nobody leaves while another one still closes its files
+            raise
         processes.barrier("the end of the run")
     return state
 
@@ -80,40 +85,57 @@ def train(
 def _train(
     config: TrainConfig, rewards: Sequence[Reward], callbacks: Sequence[Callback], policy: Policy | None
 ) -> TrainState:
-    run = prepare(config, rewards, policy)
-    config = run.config
-    with use_mesh(run.mesh), Stopping(config.stop_timeout) as stopping, Watchdog(config.progress_timeout) as watchdog:
-        checkpoints = Checkpoints(run.directory / CHECKPOINTS, config.save_total_limit)
-        writer = console = None
-        try:
-            known = identity(config, run.policy.params)
-            state, saved = start_state(run, checkpoints, known)
-            if processes.is_writer():
-                claim(run.directory, config, run.policy)
-            # from here on only the reference and the state: the loaded parameters, which nothing but `run` holds, would
-            # be one more copy on an accelerator
-            run = replace(run, policy=replace(run.policy, params={}))
-            done, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
-            if processes.is_writer():
-                writer = MetricsWriter(run.directory, config.report_to)
-                # a run that died before its first checkpoint begins again: its lines go
-                writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
-                messages.announce(run, done)
-                console = Console(config.max_steps, done)
-            saving = Saving(checkpoints, writer, known, config.save_errors == "go_on", done)
-            if config.precompile:
-                precompile(run, state)
-            state = _iterations(run, state, cursor, Outputs(writer, saving, console, callbacks), stopping, watchdog)
-            watchdog.beat("export")
-            saving.wait()
-            save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
-            if processes.is_writer():
-                messages.finish(run)
-        finally:
-            for resource in (console, writer, checkpoints, run.workers):
+    checked = config if policy is None else replace(config, model=config.model or policy.source)
+    checked.check()
+    with Stopping(config.stop_timeout) as stopping, Watchdog(config.progress_timeout) as watchdog:
+        run = prepare(config, rewards, policy)
+        with use_mesh(run.mesh):
+            return _run(run, callbacks, stopping, watchdog)
+
+
+def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: Watchdog) -> TrainState:
+    config, checkpoints = run.config, Checkpoints(run.directory / CHECKPOINTS, run.config.save_total_limit)
+    writer = console = None
+    try:
+        stopping.check("start")
+        known = identity(config, run.policy.params)
+        state, saved = start_state(run, checkpoints, known)
+        if processes.is_writer():
+            claim(run.directory, config, run.policy)
+        # from here on only the reference and the state: the loaded parameters, which nothing but `run` holds, would
+        # be one more copy on an accelerator
+        run = replace(run, policy=replace(run.policy, params={}))
+        done, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
+        if processes.is_writer():
+            writer = MetricsWriter(run.directory, config.report_to)
+            # a run that died before its first checkpoint begins again: its lines go
+            writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
+            messages.announce(run, done)
+            console = Console(config.max_steps, done)
+        saving = Saving(checkpoints, writer, known, config.save_errors == "go_on", done)
+        if config.precompile:
+            precompile(run, state)
+        state = _iterations(run, state, cursor, Outputs(writer, saving, console, callbacks), stopping, watchdog)
+        watchdog.beat("export")
+        saving.finish(config.max_steps, state)
+        save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
+        if processes.is_writer():
+            messages.finish(run)
+    finally:
+        with ExitStack() as closing:  # all of them, whatever one raises
+            for resource in (run.workers, checkpoints, writer, console):
                 if resource is not None:
-                    resource.close()
+                    closing.callback(_closed, resource.close)
     return state
+
+
+def _closed(close: Callable[[], None]) -> None:
+    """What goes wrong while closing must not stand in for what ends the run."""
+    try:
+        close()
+    except Exception as error:  # trackers and terminals that are gone
+        with suppress(OSError):
+            print(f"lsp-jax: warning: {type(error).__name__} while closing: {error}", file=sys.stderr)
 
 
 class Outputs(NamedTuple):
@@ -136,6 +158,7 @@ def _iterations(
             with jax.profiler.trace(str(run.directory / PROFILE)) if traced else nullcontext():
                 played, metrics, lines = _one(run, state, number, cursor, saving, Phases(watchdog.beat), stopping.check)
         except Stopped as asked:  # before the update: the state is the last iteration's
+            saving.wait()  # for what is under way: it may fail
             if saving.newest < number - 1:
                 saving.save(number - 1, state, cursor)
                 saving.wait()
@@ -151,7 +174,8 @@ def _iterations(
         if number % run.config.save_steps == 0 or number == run.config.max_steps:
             saving.save(number, state, cursor)
         if outputs.console is not None:
-            outputs.console.step(number, metrics, (lines[0]["query"], lines[0]["answers"][0]["text"]))
+            with suppress(OSError):  # a terminal or pipe that is gone
+                outputs.console.step(number, metrics, (lines[0]["query"], lines[0]["answers"][0]["text"]))
         for callback in outputs.callbacks:
             callback(IterationEvent(number, metrics, lines, state))
     return state

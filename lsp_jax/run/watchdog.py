@@ -51,11 +51,16 @@ class Watchdog:
         while not self._over.wait(min(1.0, self._seconds / 4)):
             silent = time.monotonic() - self._last
             if silent > self._seconds:
-                assert self._stream is not None
-                self._stream.write(
-                    f"lsp-jax: error: no progress for {silent:.0f} seconds in the phase {self._phase} "
-                    "(progress_timeout): all threads' stacks follow\n"
-                )
-                self._stream.flush()
-                faulthandler.dump_traceback(self._stream, all_threads=True)
-                os._exit(STALLED_STATUS)
+                try:
+                    self._tell(silent)
+                finally:
+                    os._exit(STALLED_STATUS)
+
+    def _tell(self, silent: float) -> None:
+        assert self._stream is not None
+        self._stream.write(
+            f"lsp-jax: error: no progress for {silent:.0f} seconds in the phase {self._phase} (progress_timeout): "
+            "all threads' stacks follow\n"
+        )
+        self._stream.flush()
+        faulthandler.dump_traceback(self._stream, all_threads=True)
