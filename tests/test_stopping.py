@@ -114,7 +114,7 @@ def hangs(queries, answers):
         tried.append(1)
         return [[0.0 for _ in group] for group in answers]
     print("scoring", flush=True)
-    time.sleep(60)
+    time.sleep(200)
 
 def fields():
     for item in sys.argv[3].split():
@@ -148,7 +148,7 @@ class Child:
             assert line, self.process.communicate()[1]
 
     def ends(self) -> tuple[int, str]:
-        _, said = self.process.communicate(timeout=50)
+        _, said = self.process.communicate(timeout=120)
         return self.process.returncode, said
 
 
@@ -169,7 +169,7 @@ def test_what_is_left_has_a_limit(game_model: Path, tmp_path: Path):
 
 
 def test_no_progress_ends_with_every_stack(game_model: Path, tmp_path: Path):
-    status, said = Child(game_model, tmp_path, "progress_timeout=6").ends()
+    status, said = Child(game_model, tmp_path, "progress_timeout=20").ends()
     assert status == STALLED_STATUS
-    assert "no progress for 6 seconds in the phase reward" in said
+    assert "no progress for 20 seconds in the phase reward" in said
     assert "in hangs" in said and "in play_and_learn" in said and said.count("Thread 0x") >= 2
