@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,5 +172,5 @@ def test_what_is_left_has_a_limit(game_model: Path, tmp_path: Path):
 def test_no_progress_ends_with_every_stack(game_model: Path, tmp_path: Path):
     status, said = Child(game_model, tmp_path, "progress_timeout=20").ends()
     assert status == STALLED_STATUS
-    assert "no progress for 20 seconds in the phase reward" in said
+    assert re.search(r"no progress for \d+ seconds in the phase reward", said)
     assert "in hangs" in said and "in play_and_learn" in said and said.count("Thread 0x") >= 2
