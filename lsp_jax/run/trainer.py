@@ -88,44 +88,44 @@ def _train(
     checked = config if policy is None else replace(config, model=config.model or policy.source)
     checked.check()
     with Stopping(config.stop_timeout) as stopping, Watchdog(config.progress_timeout) as watchdog:
-        run = prepare(config, rewards, policy)
-        with use_mesh(run.mesh):
-            return _run(run, callbacks, stopping, watchdog)
+        # not kept in a variable here: `_run` lets the loaded parameters go
+        return _run(prepare(config, rewards, policy), callbacks, stopping, watchdog)
 
 
 def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: Watchdog) -> TrainState:
     config, checkpoints = run.config, Checkpoints(run.directory / CHECKPOINTS, run.config.save_total_limit)
     writer = console = None
-    try:
-        stopping.check("start")
-        known = identity(config, run.policy.params)
-        state, saved = start_state(run, checkpoints, known)
-        if processes.is_writer():
-            claim(run.directory, config, run.policy)
-        # from here on only the reference and the state: the loaded parameters, which nothing but `run` holds, would
-        # be one more copy on an accelerator
-        run = replace(run, policy=replace(run.policy, params={}))
-        done, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
-        if processes.is_writer():
-            writer = MetricsWriter(run.directory, config.report_to)
-            # a run that died before its first checkpoint begins again: its lines go
-            writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
-            messages.announce(run, done)
-            console = Console(config.max_steps, done)
-        saving = Saving(checkpoints, writer, known, config.save_errors == "go_on", done)
-        if config.precompile:
-            precompile(run, state)
-        state = _iterations(run, state, cursor, Outputs(writer, saving, console, callbacks), stopping, watchdog)
-        watchdog.beat("export")
-        saving.finish(config.max_steps, state)
-        save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
-        if processes.is_writer():
-            messages.finish(run)
-    finally:
-        with ExitStack() as closing:  # all of them, whatever one raises
-            for resource in (run.workers, checkpoints, writer, console):
-                if resource is not None:
-                    closing.callback(_closed, resource.close)
+    with use_mesh(run.mesh):
+        try:
+            stopping.check("start")
+            known = identity(config, run.policy.params)
+            state, saved = start_state(run, checkpoints, known)
+            if processes.is_writer():
+                claim(run.directory, config, run.policy)
+            # from here on only the reference and the state: the loaded parameters, which nothing but `run` holds, would
+            # be one more copy on an accelerator
+            run = replace(run, policy=replace(run.policy, params={}))
+            done, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
+            if processes.is_writer():
+                writer = MetricsWriter(run.directory, config.report_to)
+                # a run that died before its first checkpoint begins again: its lines go
+                writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
+                messages.announce(run, done)
+                console = Console(config.max_steps, done)
+            saving = Saving(checkpoints, writer, known, config.save_errors == "go_on", done)
+            if config.precompile:
+                precompile(run, state)
+            state = _iterations(run, state, cursor, Outputs(writer, saving, console, callbacks), stopping, watchdog)
+            watchdog.beat("export")
+            saving.finish(config.max_steps, state)
+            save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
+            if processes.is_writer():
+                messages.finish(run)
+        finally:
+            with ExitStack() as closing:  # all of them, whatever one raises
+                for resource in (run.workers, checkpoints, writer, console):
+                    if resource is not None:
+                        closing.callback(_closed, resource.close)
     return state
 
 
