@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ import pytest
 
 import lsp_jax as lsp
 from lsp_jax.errors import FAILED_STATUS
-from lsp_jax.learn.finite import component_names, first_not_finite, parameter_not_finite
+from lsp_jax.learn.finite import component_names, first_not_finite
 from lsp_jax.learn.update import Reference
 from lsp_jax.policy import Policy
 from lsp_jax.reward.verify import callable_reward
 from lsp_jax.run import iteration as stages
-from lsp_jax.run.alarms import Alarms, NumbersError
+from lsp_jax.run.alarms import Alarms, NumbersError, parameter_not_finite
 from test_resume import config_of, train
 from test_trainer import host_reward, low_share, read_lines
 
@@ -104,7 +104,7 @@ def test_a_reward_that_is_not_finite_masks_its_answer_alone(game_model: Path, tm
     assert [answer["valid"] for answer in answers][:2] == [True, False] and answers[1]["advantage"] == 0
 
 
-def test_every_component_by_itself(game_model: Path, tmp_path: Path):
+def test_every_component_by_itself(game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A NaN or an infinity in each part in turn: its own name; in a masked place: nothing."""
     seen: dict[str, Any] = {}
 
@@ -113,10 +113,8 @@ def test_every_component_by_itself(game_model: Path, tmp_path: Path):
             seen["update"] = jax.tree.map(jnp.copy, arguments[:4])
         return call(*arguments)
 
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        context.setattr(stages, "first_checked", keep)
-        train(config_of(game_model, tmp_path / "run", max_steps=1))
+    monkeypatch.setattr(stages, "first_checked", keep)
+    train(config_of(game_model, tmp_path / "run", max_steps=1))
     state, _, batch, references = seen["update"]
     names, check = component_names(batch), jax.jit(first_not_finite)
     sound = (batch, references, jnp.float32(1.0))
@@ -148,21 +146,17 @@ def test_every_component_by_itself(game_model: Path, tmp_path: Path):
     assert said(batch._replace(challenger=rows), *sound[1:]) == "advantages of the Challenger"
 
 
-def test_a_single_iteration_that_is_skipped_is_got_over(capfd: pytest.CaptureFixture[str]):
+def test_a_single_iteration_that_is_skipped_is_got_over(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     """The count in a row begins anew; a sampler that disagrees is said, a NaN of it too."""
-    alarms = Alarms(max_skipped=2)
-    batch: Any = type("Batch", (), {})
-    import lsp_jax.run.alarms as module
-
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        context.setattr(module, "component_names", lambda *_: ["a", "b"])
-        context.setattr(module, "parameter_not_finite", lambda *_: None)
-        sound = {"not_finite/component": 0.0, "sampling/token_mult_prob_error": 1.0, "grad_norm": 1.0}
-        for numbers in ({"not_finite/component": 2.0}, {}, {"grad_norm": math.inf}, {}):
-            alarms.look(1, sound | numbers, {}, batch)
-        said = capfd.readouterr().err
-        assert said.count("warning") == 2 and "not finite: b" in said and "not finite: gradient" in said
-        for error in (1.06, math.nan):
-            alarms.look(3, sound | {"sampling/token_mult_prob_error": error}, {}, batch)
-        assert capfd.readouterr().err.count("sampler and learner disagree") == 2
+    monkeypatch.setattr("lsp_jax.run.alarms.component_names", lambda _: ["a", "b"])
+    params, batch, alarms = {"w": jnp.ones(2)}, cast(Any, None), Alarms(max_skipped=2)
+    sound = {"not_finite/component": 0.0, "sampling/token_mult_prob_error": 1.0, "grad_norm": 1.0}
+    for numbers in ({"not_finite/component": 2.0}, {}, {"grad_norm": math.inf}, {}):
+        alarms.look(1, sound | numbers, params, batch)
+    said = capfd.readouterr().err
+    assert said.count("warning") == 2 and "not finite: b" in said and "not finite: gradient" in said
+    for error in (1.06, math.nan):
+        alarms.look(3, sound | {"sampling/token_mult_prob_error": error}, params, batch)
+    assert capfd.readouterr().err.count("sampler and learner disagree") == 2

@@ -7,10 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lsp_jax import host
 from lsp_jax.learn.batch import LearnBatch, Rows
 from lsp_jax.learn.update import Reference
-from lsp_jax.model.llama import Params
 
 
 def _parts(
@@ -46,15 +44,3 @@ def component_names(batch: LearnBatch) -> list[str]:
     """What the places of `first_not_finite` stand for."""
     same = Reference(batch.solver.behaviour_logprobs, None)  # only who is there is looked at
     return [name for name, _, _ in _parts(batch, (same, same), 0.0)]
-
-
-@jax.jit
-def _all_finite(params: Params) -> list[jax.Array]:
-    return [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
-
-
-def parameter_not_finite(params: Params) -> str | None:
-    """The first parameter that is not finite; a program of its own, for when a step was not. All processes together."""
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
-    finite = host.to_host(_all_finite(params))
-    return next((name for name, sound in zip(names, finite, strict=True) if not sound), None)

@@ -7,11 +7,15 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 
-from lsp_jax import processes
+import jax
+import jax.numpy as jnp
+
+from lsp_jax import host, processes
 from lsp_jax.errors import RunError
 from lsp_jax.learn.batch import LearnBatch
-from lsp_jax.learn.finite import component_names, parameter_not_finite
+from lsp_jax.learn.finite import component_names
 from lsp_jax.model.llama import Params
+from lsp_jax.run.checksums import path_name
 
 MOST_PROB_ERROR = 1.05
 """`sampling/token_mult_prob_error` above which sampler and learner do not agree."""
@@ -45,6 +49,18 @@ class Alarms:
         if not error <= MOST_PROB_ERROR:
             said = f"sampling/token_mult_prob_error {error:.3f} is above {MOST_PROB_ERROR}"
             _warn(f"iteration {number}: sampler and learner disagree: {said}")
+
+
+@jax.jit
+def _all_finite(params: Params) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
+
+
+def parameter_not_finite(params: Params) -> str | None:
+    """The first parameter that is not finite; a program of its own, for when a step was not. All processes together."""
+    finite = host.to_host(_all_finite(params))
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    return next((path_name(path) for path, sound in zip(paths, finite, strict=True) if not sound), None)
 
 
 def _warn(text: str) -> None:

@@ -15,12 +15,19 @@ import threading
 import time
 from contextlib import suppress
 from types import FrameType, TracebackType
+from typing import Protocol
 
 from lsp_jax import processes
 from lsp_jax.errors import STOPPED_STATUS, Stopped
 
 INTERRUPTED_STATUS = 130
 _SIGNALS = signal.SIGTERM, signal.SIGINT
+
+
+class Closable(Protocol):
+    """What has a `close`."""
+
+    def close(self) -> None: ...
 
 
 class Stopping:
@@ -76,6 +83,16 @@ class Stopping:
         time.sleep(self._seconds)
         if self._old:
             _end(STOPPED_STATUS, f"not saved within {self._seconds:g} seconds: the newest checkpoint is the one before")
+
+
+def close_all(*resources: Closable | None) -> None:
+    """Closes every one that is there, whatever another one raises: that must not stand in for what ends the run."""
+    for resource in resources:
+        try:
+            if resource is not None:
+                resource.close()
+        except Exception as error:  # trackers and terminals that are gone
+            _say(f"warning: {type(error).__name__} while closing: {error}")
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

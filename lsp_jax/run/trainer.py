@@ -5,10 +5,9 @@ The stages of one iteration are called by `run/step.py`; this file loops, reads 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from lsp_jax.learn.update import TrainState
 from lsp_jax.model.sharding import use_mesh
 from lsp_jax.policy import Policy, save_pretrained
 from lsp_jax.reward.base import Reward
-from lsp_jax.run import limits, messages
+from lsp_jax.run import messages
 from lsp_jax.run.alarms import Alarms
 from lsp_jax.run.checkpoint import Checkpoints
 from lsp_jax.run.compiled import keep_programs
@@ -32,7 +31,8 @@ from lsp_jax.run.saving import Saving
 from lsp_jax.run.setup import Run, prepare
 from lsp_jax.run.start import start_state
 from lsp_jax.run.step import Phases, Played, play_and_learn, precompile
-from lsp_jax.run.stopping import Stopping
+from lsp_jax.run.stopping import Stopping, close_all
+from lsp_jax.run.timings import host_metrics
 from lsp_jax.run.transcripts import numbers_and_lines
 from lsp_jax.run.watchdog import Watchdog
 
@@ -122,20 +122,8 @@ def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: 
             if processes.is_writer():
                 messages.finish(run)
         finally:
-            with ExitStack() as closing:  # all of them, whatever one raises
-                for resource in (run.workers, checkpoints, writer, console):
-                    if resource is not None:
-                        closing.callback(_closed, resource.close)
+            close_all(console, writer, checkpoints, run.workers)
     return state
-
-
-def _closed(close: Callable[[], None]) -> None:
-    """What goes wrong while closing must not stand in for what ends the run."""
-    try:
-        close()
-    except Exception as error:  # trackers and terminals that are gone
-        with suppress(OSError):
-            print(f"lsp-jax: warning: {type(error).__name__} while closing: {error}", file=sys.stderr)
 
 
 class Outputs(NamedTuple):
@@ -197,21 +185,8 @@ def _one(
     playing_reads = host.reads() - reads
     with phases("log"):
         metrics, lines = numbers_and_lines(run, number, played)
-    metrics |= {f"time/{name}": seconds for name, seconds in phases.seconds.items()}
-    metrics["time/iteration"] = time.perf_counter() - start
-    metrics["tokens_per_second"] = metrics["completions/tokens"] / (
-        phases.seconds["challenge"] + phases.seconds["solve"]
-    )
-    metrics |= limits.shares(run.game, metrics, jax.devices())
-    metrics["learning_rate"] = _learning_rate(run.config, number, metrics)
+    metrics |= host_metrics(run, number, metrics, phases, time.perf_counter() - start)
     metrics["host_reads"] = playing_reads
     metrics["handover/bytes"] = played.handed_over
     metrics["checkpoint/failed"] = saving.failed
-    metrics["compile/count"], metrics["compile/seconds"] = host.compiles()
     return played, metrics, lines
-
-
-def _learning_rate(config: TrainConfig, number: int, metrics: dict[str, float]) -> float:
-    """The step size of this iteration's last update: warm-up counts updates made, not iterations."""
-    made = number * config.loss.num_iterations - metrics["skipped_updates"]
-    return config.optimizer.learning_rate * min(1.0, made / max(config.optimizer.warmup_steps, 1))
