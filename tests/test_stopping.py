@@ -123,7 +123,7 @@ def fields():
         name, _, value = item.partition("=")
         yield name, float(value)
 
-if "progress_timeout" in sys.argv[3]:  # short in the phase that hangs alone: what comes before it is as slow as the machine
+if "progress_timeout" in sys.argv[3]:  # short in the phase that hangs alone: the start may take its time
     beat = Watchdog.beat
 
     def patient(self, phase):
