@@ -1,4 +1,4 @@
-"""The command line, thin: `lsp-jax train | generate | export | replay | plan | demo-model` read arguments and call."""
+"""The command line, thin: `lsp-jax train | doctor | generate | export | replay | plan | demo-model` read and call."""
 
 from __future__ import annotations
 
@@ -8,25 +8,52 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from lsp_jax.errors import LOST_STATUS, InputError, ProcessError, RunError, Stopped
 
+if TYPE_CHECKING:
+    from lsp_jax.config import TrainConfig
+
 
 def train(arguments: Sequence[str]) -> None:
     """Run Language Self-Play: `lsp-jax train --preset NAME`, any field overridden by its name."""
+    from lsp_jax.run.trainer import train as run
+
+    run(_train_config(arguments, "train", "Run Language Self-Play."))
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """Look over a run before it starts: takes what `train` takes, trains nothing, writes nothing."""
+    from lsp_jax.model.sharding import use_mesh
+    from lsp_jax.run.doctor import examine
+    from lsp_jax.run.messages import findings
+    from lsp_jax.run.pair import examine_rewards
+    from lsp_jax.run.setup import prepare
+
+    run = prepare(_train_config(arguments, "doctor", "Look over a run before it starts."))
+    try:
+        with use_mesh(run.mesh):
+            found = [*examine(run), *examine_rewards(run)]
+    finally:
+        run.workers.close()
+    print("\n".join(map(str, found)))
+    findings([finding for finding in found if finding.level == "error"])
+
+
+def _train_config(arguments: Sequence[str], command: str, about: str) -> TrainConfig:
+    """The configuration of a run from the command line."""
     from lsp_jax import presets
     from lsp_jax.config import TrainConfig
-    from lsp_jax.run.trainer import train as run
 
     # JAX takes 75 % of a GPU unless told otherwise; a run is planned for nearly all of it
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     name, rest = _take("preset", arguments)
     default = presets.get(name) if name is not None else TrainConfig()
-    description = f"Run Language Self-Play. Presets (--preset NAME): {', '.join(presets.PRESETS)}."
-    run(tyro.cli(TrainConfig, default=default, args=rest, prog="lsp-jax train", description=description))
+    description = f"{about} Presets (--preset NAME): {', '.join(presets.PRESETS)}."
+    return tyro.cli(TrainConfig, default=default, args=rest, prog=f"lsp-jax {command}", description=description)
 
 
 def _take(option: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -195,6 +222,7 @@ def demo_model(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
+    "doctor": doctor,
     "generate": generate,
     "export": export,
     "replay": replay,

@@ -124,11 +124,19 @@ class TrainConfig:
     """Iterations between checkpoints; the last iteration is always saved."""
     save_total_limit: int = 2
     """Newest checkpoints kept."""
+    metric_for_best_model: str = ""
+    """A metric by which the best checkpoint so far is kept too, such as `solver/reward`; empty: only the newest. (As in
+    TRL.)"""
+    greater_is_better: bool = True
+    """Whether more of that metric is better."""
     resume: Literal["never", "auto", "must"] = "never"
     """never: start a new run; auto: go on from the newest checkpoint if there is one; must: fail without one."""
     save_errors: Literal["stop", "go_on"] = "stop"
     """When a checkpoint cannot be written (a full disk): stop: end the run; go_on: say so, count it, and try again at
     the next one. Earlier checkpoints stay."""
+    preemption_notice: str = ""
+    """Where the machine says that it will be taken away: gce, aws, or an address that answers TRUE then. The run saves
+    and ends as after SIGTERM. Empty: signals only."""
     max_skipped: int = 10
     """Iterations in a row whose updates may be skipped for what is not finite; then the run ends and names it."""
     stop_timeout: float = 300.0
@@ -193,6 +201,9 @@ class TrainConfig:
             raise InputError("seed", self.seed, "must be in 0 .. 2**32 - 1")
         _one_of("resume", self.resume, RESUMES)
         _one_of("save_errors", self.save_errors, ("stop", "go_on"))
+        known = ("", "gce", "aws")
+        if self.preemption_notice not in known and not self.preemption_notice.startswith(("http://", "https://")):
+            raise InputError("preemption_notice", self.preemption_notice, "must be gce, aws or an http address")
         if not 0 < self.stop_timeout < math.inf:
             raise InputError("stop_timeout", self.stop_timeout, "must be > 0 seconds and finite")
         if not 0 <= self.progress_timeout <= 1e7:
@@ -253,7 +264,8 @@ class TrainConfig:
 
 MAY_CHANGE = (
     *("output_dir", "max_steps", "save_steps", "save_total_limit", "resume", "report_to"),
-    *("save_errors", "max_skipped", "stop_timeout", "progress_timeout"),
+    *("metric_for_best_model", "greater_is_better", "save_errors", "max_skipped"),
+    *("preemption_notice", "stop_timeout", "progress_timeout"),
     *("park_frozen", "compilation_cache", "precompile", "profile", "mesh.data", "mesh.fsdp", "mesh.tensor"),
     *(f"processes.{field.name}" for field in dataclasses.fields(ProcessConfig)),
     *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat"),

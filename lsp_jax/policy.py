@@ -22,6 +22,7 @@ from lsp_jax.text.tokenizer import FILES, Tokenizer
 
 _WEIGHTS = "model*.safetensors"
 _EXPORT = ("config.json", _WEIGHTS, INDEX, *FILES)
+_COMMIT = re.compile(r"[0-9a-f]{40}")  # the hub's cache names its directories by it
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -37,6 +38,8 @@ class Policy:
     """Text to ids and back, chat template, stop ids."""
     source: str
     """The path or hub id it was loaded from."""
+    commit: str = ""
+    """Commit at which the hub gave it; empty for a directory."""
 
 
 def load_pretrained(
@@ -69,7 +72,9 @@ def open_pretrained(path_or_hub_id: str | Path, revision: str | None = None, hea
     if tokenizer.vocab_size > config.vocab_size:
         remedy = f"more than the model's vocab_size {config.vocab_size}; the tokenizer belongs to another model"
         raise InputError("tokenizer.vocab_size", tokenizer.vocab_size, remedy)
-    return directory, Policy(config, {}, tokenizer, str(path_or_hub_id))
+    downloaded = directory != Path(path_or_hub_id).expanduser()
+    commit = directory.name if downloaded and _COMMIT.fullmatch(directory.name) else ""
+    return directory, Policy(config, {}, tokenizer, str(path_or_hub_id), commit)
 
 
 def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = None) -> None:

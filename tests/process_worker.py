@@ -167,7 +167,7 @@ def resume() -> dict[str, Any]:
     run = prepare(config, [host_reward()])
     checkpoints = Checkpoints(run.directory / "checkpoints")
     with use_mesh(run.mesh):
-        state, saved = start_state(run, checkpoints, identity(run.config, run.policy.params))
+        state, saved = start_state(run, checkpoints, identity(run.config, run.policy, run.reward_model))
         assert saved is not None and saved["iteration"] == 2
         restored = digests(host.to_host(state))
     layout = [str(leaf.sharding.spec) for leaf in jax.tree.leaves(state)]

@@ -69,13 +69,14 @@ def truncate(step: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-DAMAGE: dict[str, Callable[[Path], None]] = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "a byte of the parameters": lambda step: flip(array_file(step), 0.5),
     "a byte of the moments": flip_moment,
     "a number of the host part": flip_host,
     "a file is gone": lambda step: array_file(step).unlink(),
     "half a file": truncate,
     "no host part": lambda step: shutil.rmtree(step / "host"),
+    "a record of Orbax's of another kind": lambda step: (step / "_CHECKPOINT_METADATA").write_text("[1]"),
     "an empty directory": empty,
     "a foreign directory": foreign,
 }
@@ -104,6 +105,15 @@ def test_a_newer_directory_of_someone_else(run: Path, game_model: Path, whole_ru
     assert same_bits(train(config_of(game_model, run, resume="auto")), whole_run[1])
     assert (run / "damaged" / "7" / "read me").read_text() == "mine"
     assert (run / "checkpoints" / "notes" / "read me").read_text() == "mine"
+
+
+def test_checkpoints_that_have_vanished_are_no_fresh_start(run: Path, game_model: Path):
+    """`--resume auto` begins anew only where nothing was saved yet."""
+    shutil.rmtree(run / "checkpoints")
+    before = tree_hash(run)
+    with pytest.raises(InputError, match=f"checkpoint {K} was there, and none is now"):
+        train(config_of(game_model, run, resume="auto"))
+    assert tree_hash(run) == before
 
 
 def test_no_whole_one_is_an_error_and_stays_one(run: Path, game_model: Path):

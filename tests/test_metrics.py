@@ -107,8 +107,8 @@ def test_cut_back_restores_the_files_of_the_checkpoint(tmp_path: Path):
     assert writer.offsets() == {"metrics.jsonl": 0, "transcripts.jsonl": 0, "checksums.jsonl": 0}
     writer.write(1, {"loss": 1.0})
     writer.write_transcripts([{"query": "é"}])
-    writer.write_checksums(1, {"a/w": {"shape": [2], "dtype": "float32", "checksum": 7}})
-    assert read(tmp_path / "checksums.jsonl") == [{"iteration": 1, "arrays": {"a/w": 7}}]
+    writer.write_checksums(1, 0, {"a/w": {"shape": [2], "dtype": "float32", "checksum": 7}})
+    assert read(tmp_path / "checksums.jsonl") == [{"iteration": 1, "before": 0, "arrays": {"a/w": 7}}]
     offsets = writer.offsets()
     before = {name: (tmp_path / name).read_bytes() for name in offsets}
     assert offsets == {name: len(data) for name, data in before.items()}

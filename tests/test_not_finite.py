@@ -20,6 +20,7 @@ from lsp_jax.policy import Policy
 from lsp_jax.reward.verify import callable_reward
 from lsp_jax.run import iteration as stages
 from lsp_jax.run.alarms import Alarms, NumbersError, parameter_not_finite
+from lsp_jax.run.saving import Progress
 from test_resume import config_of, train
 from test_trainer import host_reward, low_share, read_lines
 
@@ -144,6 +145,18 @@ def test_every_component_by_itself(game_model: Path, tmp_path: Path, monkeypatch
         assert said(batch, (bad, references[1]), *sound[2:]) == (name if counts else None)
     rows = batch.challenger._replace(advantages=spoiled(batch.challenger.advantages, 0, jnp.nan))
     assert said(batch._replace(challenger=rows), *sound[1:]) == "advantages of the Challenger"
+
+
+def test_the_count_in_a_row_goes_on_after_a_restart(monkeypatch: pytest.MonkeyPatch):
+    """Else a run that is restarted more often than `max_skipped` allows would never end."""
+    monkeypatch.setattr("lsp_jax.run.alarms.component_names", lambda _: ["a"])
+    numbers = {"not_finite/component": 1.0, "sampling/token_mult_prob_error": 1.0, "grad_norm": 1.0}
+    first = Alarms(max_skipped=3)
+    for number in (1, 2):
+        first.look(number, numbers, {"w": jnp.ones(2)}, cast(Any, None))
+    saved = Progress.of({"cursor": 0, "skipped": first.skipped})
+    with pytest.raises(NumbersError, match="for 3 iterations in a row"):
+        Alarms(3, saved.skipped).look(3, numbers, {"w": jnp.ones(2)}, cast(Any, None))
 
 
 def test_a_single_iteration_that_is_skipped_is_got_over(

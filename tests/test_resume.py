@@ -175,7 +175,7 @@ def test_a_resumed_run_shows_its_own_day(tmp_path: Path):
     old = prepare(replace(config, date="26 Jul 2019"), [host_reward()])
     new = prepare(replace(config, resume="auto"), [host_reward()])
     assert old.game != new.game, "the template shows the day"
-    claim(old.directory, old.config, old.policy)
+    claim(old.directory, old.config, old.policy, {})
     again = prepare(replace(config, resume="auto"), [host_reward()])
     assert again.config.date == "26 Jul 2019" and again.game == old.game
     with pytest.raises(InputError, match="another date"):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import lsp_jax as lsp
-from lsp_jax.errors import Stopped
+from lsp_jax.errors import InputError, Stopped
 from lsp_jax.learn.update import TrainState
 from lsp_jax.run.checkpoint import Checkpoints, SaveError
 from lsp_jax.run.saving import Saving
@@ -135,3 +135,34 @@ def test_a_place_that_cannot_be_written_to(game_model: Path, tmp_path: Path):
 
     with pytest.raises(SaveError, match=r"checkpoint 2 could not be written.*there is none yet"):
         lsp.train(replace(config, save_steps=2), rewards=[host_reward()], callbacks=[block])
+
+
+# --- the best checkpoint ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("greater", [True, False])
+def test_the_best_checkpoint_stays(greater: bool, game_model: Path, whole_run: tuple[Path, TrainState], tmp_path: Path):
+    """With one checkpoint kept by age the best one stays beside it, also over a restart; training is the same."""
+    metrics = read_lines(whole_run[0] / "metrics.jsonl")
+    # a metric whose best value comes in iteration 2 of 4, whichever way it is looked at
+    name = next(
+        name
+        for name in sorted(metrics[0])
+        if name in metrics[3] and not name.startswith(("time/", "tokens", "limit/", "compile/"))
+        if (max if greater else min)(metrics, key=lambda line: line[name]) is metrics[1]
+        and len({line[name] for line in metrics}) == STEPS
+    )
+    kept = {"save_total_limit": 1, "metric_for_best_model": name, "greater_is_better": greater, "save_steps": 1}
+    config = config_of(game_model, tmp_path / "run", **kept)
+    train(replace(config, max_steps=3))
+    state = train(replace(config, resume="must"))
+    assert same_bits(state, whole_run[1])
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.steps() == [2, STEPS]
+    checkpoints.close()
+
+
+def test_a_metric_that_there_is_not(game_model: Path, tmp_path: Path):
+    config = config_of(game_model, tmp_path / "run", save_steps=1, metric_for_best_model="accuracy")
+    with pytest.raises(InputError, match=r"metric_for_best_model = 'accuracy': no such metric; there are .*solver/reward"):
+        train(config)

@@ -419,6 +419,15 @@ def test_a_local_directory_comes_first(source: Path, monkeypatch: pytest.MonkeyP
         load_pretrained(source.name, revision="main")
 
 
+def test_the_commit_of_a_download_is_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's cache names a snapshot's directory by its commit; a directory of one's own has none."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = shutil.copytree(source, tmp_path / "snapshots" / commit)
+    monkeypatch.setattr(policy, "snapshot_download", lambda *_, **__: str(cached))
+    assert load_pretrained("owner/name", revision="main").commit == commit
+    assert load_pretrained(cached).commit == "" == load_pretrained(source).commit
+
+
 def test_hub_download(source: Path, loaded: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what a model needs is asked for; the revision goes along."""
     calls: list[tuple[str, dict[str, Any]]] = []

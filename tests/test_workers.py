@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -238,3 +239,29 @@ def test_arithmetic_is_graded_in_a_worker():
         reward = arithmetic_reward(workers=workers)
         values, valid, valid_query = reward.score(["What is 3 + 4?", "a joke"], [["7", "8"], ["7", "8"]], ())
     assert values.tolist() == [[1, 0], [0, 0]] and valid.all() and valid_query.tolist() == [True, False]
+
+
+def test_a_function_that_hangs_shows_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Its own stack, when its time is over and when somebody asks while it works."""
+    path = write(
+        tmp_path / "slow.py",
+        """
+        import time
+
+        def stuck_here():
+            time.sleep(99)
+
+        def score(queries, answers):
+            stuck_here()
+        """,
+    )
+    program = Program((sys.executable, "-m", "lsp_jax.reward.worker", f"{path}:score"))
+    item = {"queries": ["q"], "answers": [["a"]], "rows": []}
+    with Workers(1, timeout=2) as workers:
+        asker = threading.Timer(1.0, workers.show_stacks)
+        asker.start()
+        workers.ready(program)
+        (outcome,) = workers.run(program, [item])
+        asker.join()
+    assert outcome.failure == "took more than 2 s"
+    assert capfd.readouterr().err.count("stuck_here") >= 1

@@ -7,6 +7,7 @@ imports no JAX. It ends when its input does, whatever the function is doing, and
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import queue
@@ -64,12 +65,14 @@ def main() -> None:
         protocol.write(json.dumps(message) + "\n")
         protocol.flush()
 
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1)  # where it is, for whoever waits for it
     try:
         function = load_callable(sys.argv[1])
     except InputError as error:
         say({"refused": error.remedy})
         os._exit(1)
-    say({"ready": True, "rows": takes_rows(function)})
+    say({"ready": True, "rows": takes_rows(function), "stacks": hasattr(signal, "SIGUSR1")})
     while True:
         request = json.loads(requests.get())
         say({**answer(function, request), "number": request["number"]})

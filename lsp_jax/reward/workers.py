@@ -102,7 +102,18 @@ class _Child:
     def check_time(self) -> None:
         if self.outcome is None and time.monotonic() > self.deadline:
             limit = START_SECONDS if self.ready is None else self.seconds
+            self.show_stack()
             self.fail(f"{'took' if self.ready else 'was not ready after'} more than {limit:g} s")
+
+    def show_stack(self) -> None:
+        """Has a child that can do so write where it is to its stderr, which is passed on."""
+        if self.ready is None or self.ready.get("stacks") is not True:
+            return
+        with contextlib.suppress(OSError, ValueError):  # it, or its pipe, may be gone
+            os.kill(self.process.pid, signal.SIGUSR1)
+            for _ in range(10):
+                time.sleep(0.02)
+                self.read_log()
 
     def write(self) -> None:
         try:
@@ -216,6 +227,7 @@ class Workers:
         if not 0 < timeout < float("inf"):
             raise InputError("workers.timeout", timeout, "must be a number of seconds above 0")
         self._idle: dict[Program, list[_Child]] = {}
+        self._busy: dict[int, _Child] = {}
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _end_all, self._idle)
 
@@ -230,6 +242,11 @@ class Workers:
         with self._lock:
             _end_all(self._idle)
 
+    def show_stacks(self) -> None:
+        """Has every child at work write where it is to standard error; any thread may ask, also while they score."""
+        for child in list(self._busy.values()):
+            child.show_stack()
+
     def run(self, program: Program, items: Sequence[Mapping[str, Any]], timeout: float | None = None) -> list[Outcome]:
         """One outcome an item, in their order; never raises for what a child does."""
         with self._lock:
@@ -237,7 +254,7 @@ class Workers:
 
     def _run(self, program: Program, items: Sequence[Mapping[str, Any]], seconds: float) -> list[Outcome]:
         outcomes: dict[int, Outcome] = {}
-        waiting, busy, not_started = deque(enumerate(items)), {}, 0
+        waiting, busy, not_started = deque(enumerate(items)), self._busy, 0
         try:
             while waiting or busy:
                 while waiting and len(busy) < self.count:
@@ -267,6 +284,7 @@ class Workers:
         finally:
             for child in busy.values():
                 child.end()
+            busy.clear()
         return [outcomes[place] for place in range(len(items))]
 
     def _child(self, program: Program) -> _Child:

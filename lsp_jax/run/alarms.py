@@ -28,22 +28,24 @@ class NumbersError(RunError):
 class Alarms:
     """Looks at each iteration's metrics."""
 
-    def __init__(self, max_skipped: int):
-        """`max_skipped` iterations in a row may be skipped."""
-        self._max_skipped, self._in_a_row = max_skipped, 0
+    def __init__(self, max_skipped: int, skipped: int = 0):
+        """`max_skipped` iterations in a row may be skipped; `skipped` were so far."""
+        self._max_skipped = max_skipped
+        self.skipped = skipped
+        """Iterations in a row, the last one included, that changed nothing."""
 
     def look(self, number: int, metrics: Mapping[str, float], params: Params, batch: LearnBatch) -> None:
         """At the metrics of iteration `number`. Raises NumbersError."""
         component, gradient = int(metrics["not_finite/component"]), math.isfinite(metrics["grad_norm"])
         skipped = component > 0 or not gradient
-        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        self.skipped = self.skipped + 1 if skipped else 0
         if skipped:
             parameter = parameter_not_finite(params)
             part = component_names(batch)[component - 1] if component else "gradient"
             name = f"parameter {parameter}" if parameter else part
             said = f"iteration {number} changed nothing: the first that was not finite: {name}"
-            if self._in_a_row >= self._max_skipped:
-                raise NumbersError(f"{said}; so for {self._in_a_row} iterations in a row (max_skipped)")
+            if self.skipped >= self._max_skipped:
+                raise NumbersError(f"{said}; so for {self.skipped} iterations in a row (max_skipped)")
             _warn(said)
         error = metrics["sampling/token_mult_prob_error"]
         if not error <= MOST_PROB_ERROR:

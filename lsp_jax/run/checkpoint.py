@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from lsp_jax import processes
 from lsp_jax.errors import InputError, RunError
@@ -35,23 +36,29 @@ class SaveError(RunError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them, written in the background."""
+    """The checkpoints of one run, newest `keep` of them and the best one, written in the background."""
 
     def __init__(self, directory: str | Path, keep: int = 2):
         # the directory is made by the first save, so that looking for checkpoints leaves nothing behind
         self.directory = Path(directory).expanduser().resolve()
         self._keep = keep
+        self.best: int | None = None
+        """Iteration of a checkpoint that stays whatever its age."""
         self._manager: ocp.CheckpointManager | None = None
         self._under_way: int | None = None
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+            options = ocp.CheckpointManagerOptions(preservation_policy=_Preserved(self), create=True)
             # zstd takes a tenth off float32 weights, and for it holds up to as much memory again while it writes
             arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
             handlers = {"params": arrays, "training": arrays, "host": ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._manager
+
+    def preserved(self, steps: Sequence[int]) -> list[bool]:
+        """Which of the checkpoints `steps`, oldest first, stay."""
+        return [step in steps[-self._keep :] or step == self.best for step in steps]
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's iteration, None without one."""
@@ -197,6 +204,16 @@ class Checkpoints:
             with suppress(Exception):
                 self._manager.wait_until_finished()
         self._drop()
+
+
+class _Preserved(PreservationPolicy):
+    """What Orbax asks after each save that was committed."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return self._checkpoints.preserved([info.step for info in checkpoints])
 
 
 def _check_arrays(saved: Manifest, tree: Any) -> None:

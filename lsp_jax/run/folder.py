@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -22,6 +24,7 @@ from lsp_jax.run.metrics import FILES
 from lsp_jax.text.tokenizer import Tokenizer
 
 CHECKPOINTS, BASE, EXPORT, PROFILE = "checkpoints", "base", "export", "profile"
+MANIFEST = "manifest.json"
 _RUN_FILES = ("config.json", *FILES, CHECKPOINTS, EXPORT)
 
 
@@ -75,13 +78,16 @@ def settled(config: TrainConfig, directory: Path) -> TrainConfig:
     return replace(config, date=date or time.strftime("%d %b %Y"), init_step=step)
 
 
-def claim(directory: Path, config: TrainConfig, policy: Policy) -> None:
-    """Makes the run's folder, with its configuration and, so that the run can be exported alone, the base model's."""
+def claim(directory: Path, config: TrainConfig, policy: Policy, identity: Mapping[str, Any]) -> None:
+    """Makes the run's folder, with its configuration, what it was made with and, so that the run can be exported alone,
+    the base model's configuration and tokenizer."""
     base = directory / BASE
     base.mkdir(parents=True, exist_ok=True)
-    fresh = directory / ".config.json.new"
-    fresh.write_text(config.to_json(), encoding="utf-8")
-    fresh.replace(directory / "config.json")  # whole or not at all: without it the run cannot be resumed
+    made_with = {name: value for name, value in identity.items() if name != "config"}
+    for name, text in ((MANIFEST, json.dumps(made_with, indent=2) + "\n"), ("config.json", config.to_json())):
+        fresh = directory / f".{name}.new"
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(directory / name)  # whole or not at all: without a configuration the run cannot be resumed
     hf_config = json.dumps(policy.config.to_hf(), indent=2) + "\n"
     (base / "config.json").write_text(hf_config, encoding="utf-8")
     policy.tokenizer.save(base)

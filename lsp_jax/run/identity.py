@@ -12,6 +12,7 @@ import jax
 
 from lsp_jax.config import TrainConfig, flat
 from lsp_jax.model.llama import Params
+from lsp_jax.policy import Policy
 from lsp_jax.run.checksums import manifest
 
 PACKAGES = ("lsp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
@@ -33,8 +34,8 @@ def parameters_digest(params: Params) -> str:
     return hashlib.sha256(json.dumps(manifest(params), sort_keys=True).encode()).hexdigest()
 
 
-def identity(config: TrainConfig, params: Params) -> dict[str, Any]:
-    """What every checkpoint of a run records; `params` are those that it started from, its reference."""
+def identity(config: TrainConfig, policy: Policy, reward_model: Policy | None) -> dict[str, Any]:
+    """What every checkpoint of a run records; `policy` is what it started from, its reference."""
     settings = flat(config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     source = f"{config.init_from} checkpoint {config.init_step}" if config.init_from else config.model
@@ -42,5 +43,16 @@ def identity(config: TrainConfig, params: Params) -> dict[str, Any]:
         "config": settings,
         "config_digest": digest,
         "versions": versions(),
-        "reference": {"source": source, "revision": config.revision, "digest": parameters_digest(params)},
+        "reference": {
+            "source": source,
+            "revision": config.revision,
+            "commit": policy.commit,
+            "digest": parameters_digest(policy.params),
+        },
+        "reward_model": reward_model
+        and {
+            "source": reward_model.source,
+            "revision": config.reward.preference_revision,
+            "commit": reward_model.commit,
+        },
     }

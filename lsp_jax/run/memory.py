@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +32,16 @@ def device_memory() -> int | None:
     return stats.get("bytes_limit")
 
 
+def host_memory() -> int | None:
+    """Bytes that this process may hold: the machine's, or its container's limit; None where neither is known."""
+    limits = []
+    if {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= set(getattr(os, "sysconf_names", ())):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits, default=None)
+
+
 def fitted(
     game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None, memory: int | None
 ) -> Game:
@@ -45,18 +58,38 @@ def micro_batch(
     """Rows of one micro-batch on a device of `memory` bytes: a power of two, at least 1, at most the rows there are."""
     if memory is None:
         return UNKNOWN_MICRO_BATCH
-    data, fsdp, tensor = (1, 1, 1) if mesh is None else (mesh.shape[axis] for axis in AXES)
+    room = USED * memory - _constant_bytes(game, config, reward_model, mesh)
+    fitting = min(max(room / row_bytes(game, _shape(mesh)[2]), 1), _rows(game, mesh))
+    return 2 ** int(np.log2(fitting))
+
+
+def update_bytes(game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None) -> int:
+    """What a device holds during the update with the micro-batch of `game`, by the same estimate."""
+    rows = min(game.optimizer.micro_batch_size or UNKNOWN_MICRO_BATCH, _rows(game, mesh))
+    return int(_constant_bytes(game, config, reward_model, mesh) + rows * row_bytes(game, _shape(mesh)[2]))
+
+
+def _constant_bytes(game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None) -> float:
+    """What a device holds whatever the micro-batch."""
+    _, fsdp, tensor = _shape(mesh)
     model, opt = game.model, game.optimizer
     constant = _spread_bytes(model, opt, config.param_dtype, game.compute_dtype) / (fsdp * tensor)
     parked, full = config.park_frozen, game.loss.kl_estimator == "full"
     frozen = 0 if parked or reward_model is None else _count(reward_model)
     frozen += _count(model) if full or not parked else 0  # the exact KL asks the reference during the update
     constant += frozen * _size(game.compute_dtype) / (fsdp * tensor)
-    constant += _whole_bytes(model, opt, game.compute_dtype) * (2 if full else 1) / tensor
-    room = USED * memory - constant
-    rows = -(-game.play.num_queries * game.play.num_generations // (data * fsdp))
-    fitting = min(max(room / row_bytes(game, tensor), 1), rows)
-    return 2 ** int(np.log2(fitting))
+    return constant + _whole_bytes(model, opt, game.compute_dtype) * (2 if full else 1) / tensor
+
+
+def _shape(mesh: Mesh | None) -> tuple[int, int, int]:
+    """Devices along data, fsdp and tensor."""
+    return (1, 1, 1) if mesh is None else (mesh.shape[AXES[0]], mesh.shape[AXES[1]], mesh.shape[AXES[2]])
+
+
+def _rows(game: Game, mesh: Mesh | None) -> int:
+    """A device's share of an iteration's answers."""
+    data, fsdp, _ = _shape(mesh)
+    return -(-game.play.num_queries * game.play.num_generations // (data * fsdp))
 
 
 def row_bytes(game: Game, tensor: int = 1) -> float:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from lsp_jax import processes
-from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT
+from lsp_jax.errors import InputError
+from lsp_jax.run.doctor import Finding
+from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT, MANIFEST
 from lsp_jax.run.game import policy_in_the_loss
 from lsp_jax.run.metrics import CHECKSUMS_FILE, METRICS_FILE, TRANSCRIPTS_FILE, printable
 from lsp_jax.run.setup import Run
 
 WRITTEN = {
     "config.json": "every setting of the run",
+    MANIFEST: "versions, and where the weights came from",
     METRICS_FILE: "one line an iteration",
     TRANSCRIPTS_FILE: "one line a query: its answers, R, R_Q, advantages, validity",
     CHECKSUMS_FILE: "one line a checkpoint: the checksum of each array",
@@ -54,6 +58,15 @@ def announce(run: Run, done: int) -> None:
         print("no checkpoint yet: starting from the model")
     if done < config.max_steps:
         print("the first iteration also compiles every program", flush=True)
+
+
+def findings(found: Sequence[Finding]) -> None:
+    """What the pass over a run has found that is not well. Raises InputError at the first error."""
+    for finding in found:
+        if finding.level == "error":
+            raise InputError(finding.check, finding.said, finding.remedy)
+        if finding.level == "warning" and processes.is_writer():
+            print(finding, flush=True)
 
 
 def set_aside(iteration: int, reason: str, place: Path) -> None:

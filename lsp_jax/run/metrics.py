@@ -124,10 +124,11 @@ class MetricsWriter:
         """One line of `transcripts.jsonl` a record, all of them in one write; arrays become lists."""
         self._append(TRANSCRIPTS_FILE, [plain(record) for record in records])
 
-    def write_checksums(self, iteration: int, arrays: Mapping[str, Mapping[str, Any]]) -> None:
-        """One line of `checksums.jsonl`: each array's checksum as of `iteration`."""
+    def write_checksums(self, iteration: int, before: int, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+        """One line of `checksums.jsonl`: each array's checksum as of `iteration`, and the checkpoint `before` that was
+        on disk when its save began (0 for none)."""
         sums = {name: entry["checksum"] for name, entry in arrays.items()}
-        self._append(CHECKSUMS_FILE, [{"iteration": iteration, "arrays": sums}])
+        self._append(CHECKSUMS_FILE, [{"iteration": iteration, "before": before, "arrays": sums}])
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         # ASCII: model text may hold characters that readers take for line ends

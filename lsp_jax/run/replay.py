@@ -55,7 +55,7 @@ def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: P
     checkpoints = Checkpoints(folder / CHECKPOINTS)
     try:
         with use_mesh(prepared.mesh):
-            known = identity(prepared.config, prepared.policy.params)
+            known = identity(prepared.config, prepared.policy, prepared.reward_model)
             state, saved = start_state(prepared, checkpoints, known, before=step)
             prepared = replace(prepared, policy=replace(prepared.policy, params={}))
             start, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)

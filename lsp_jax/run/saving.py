@@ -1,42 +1,73 @@
-"""When a run saves, what goes with the state, and what happens when it cannot."""
+"""When a run saves, what goes with the state, which checkpoints stay, and what happens when it cannot."""
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from lsp_jax import processes
+from lsp_jax.config import TrainConfig
+from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState
 from lsp_jax.run.checkpoint import Checkpoints, SaveError
 from lsp_jax.run.checksums import manifest
 from lsp_jax.run.metrics import MetricsWriter
 
 
+class Progress(NamedTuple):
+    """What the host knows after an iteration and the next one needs; saved with the state."""
+
+    cursor: int = 0
+    """Where the next iteration's queries begin in the data set."""
+    skipped: int = 0
+    """Iterations in a row, up to this one, whose updates were skipped."""
+    metrics: Mapping[str, float] = {}
+    """The iteration's; what a best checkpoint is chosen by is saved of them."""
+
+    @classmethod
+    def of(cls, record: dict[str, Any] | None) -> Progress:
+        """What a checkpoint's host part says; the beginning without one."""
+        return cls() if record is None else cls(record["cursor"], record.get("skipped", 0))
+
+
 class Saving:
-    """Saves of one run: the state with the bytes its files have, the data cursor, and the run's identity."""
+    """Saves of one run: the state with the bytes its files have, the progress, and the run's identity."""
 
     def __init__(
-        self, checkpoints: Checkpoints, writer: MetricsWriter | None, identity: dict[str, Any], go_on: bool, done: int
+        self,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter | None,
+        identity: dict[str, Any],
+        config: TrainConfig,
+        saved: dict[str, Any] | None,
     ):
-        """`go_on` after a save that fails; `done` is the iteration of the newest checkpoint, 0 without one."""
-        self._checkpoints, self._writer, self._identity, self._go_on = checkpoints, writer, identity, go_on
-        self.newest = done
-        self.cursor = 0
-        """Where the data's queries go on after the newest save that was tried."""
+        """`saved` is the host part of the checkpoint that the run goes on from."""
+        self._checkpoints, self._writer, self._identity, self._config = checkpoints, writer, identity, config
+        self.newest: int = saved["iteration"] if saved else 0
+        """Iteration of the newest checkpoint, 0 without one."""
+        self.best: dict[str, Any] = (saved or {}).get("best", {})
+        """Iteration and value of the checkpoint that is best by `metric_for_best_model`; empty without one."""
+        self._checkpoints.best = self.best.get("iteration")
+        self._best_before = self.best
+        self._tried = Progress()
         self.failed = 0
         """Saves that could not be written."""
 
-    def save(self, number: int, state: TrainState, cursor: int) -> None:
-        """The state as of iteration `number`; `cursor` is where the next one's queries begin in the data set."""
+    def save(self, number: int, state: TrainState, progress: Progress) -> None:
+        """The state as of iteration `number`."""
         self.wait()  # an earlier one's failure is its own
+        self._choose(number, progress.metrics)
         processes.barrier("saving")  # named and bounded, which Orbax's own waiting is not
         arrays, offsets = manifest(state), {}
         if self._writer is not None:
-            self._writer.write_checksums(number, arrays)
+            self._writer.write_checksums(number, self.newest, arrays)
             offsets = self._writer.offsets()
-        host = {"iteration": number, "cursor": cursor, "offsets": offsets, **self._identity}
-        before, self.newest, self.cursor = self.newest, number, cursor
+        host = {"iteration": number, "cursor": progress.cursor, "skipped": progress.skipped, "best": self.best}
+        host |= {"offsets": offsets, **self._identity}
+        before, self.newest, self._tried = self.newest, number, progress
         try:
             self._checkpoints.save(number, state, host, arrays)
         except SaveError as error:
@@ -61,16 +92,37 @@ class Saving:
         """Until iteration `number`, the last one, is on disk: tried once more where it could not be written."""
         self.wait()
         if self.newest < number:
-            self.save(number, state, self.cursor)
+            self.save(number, state, self._tried)
             self.wait()
+
+    def check_metric(self, metrics: Mapping[str, float]) -> None:
+        """Raises InputError when there is no metric of the name by which the best checkpoint is chosen."""
+        name = self._config.metric_for_best_model
+        if name and name not in metrics:
+            remedy = f"no such metric; there are {', '.join(sorted(metrics))}"
+            raise InputError("metric_for_best_model", name, remedy)
+
+    def _choose(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Whether this checkpoint is the best so far: then it stays, however many newer ones come."""
+        self._best_before = self.best
+        name, sign = self._config.metric_for_best_model, 1 if self._config.greater_is_better else -1
+        if not name or not metrics:
+            return
+        value = float(metrics[name])
+        if math.isfinite(value) and (not self.best or sign * value > sign * self.best["value"]):
+            self.best = {"iteration": number, "value": value}
+            self._checkpoints.best = number
 
     def _failure(self, error: SaveError) -> None:
         self.failed += 1
         with suppress(OSError):
             self.newest = max(self._checkpoints.steps(), default=0)
         self.newest = processes.gather("newest checkpoint", self.newest)[0]  # file systems may show them differently
+        if self.best.get("iteration", 0) > self.newest:
+            self.best = self._best_before
+            self._checkpoints.best = self.best.get("iteration")
         kept = f"the newest one is {self.newest}" if self.newest else "there is none yet"
-        if not self._go_on:
+        if self._config.save_errors != "go_on":
             raise SaveError(f"{error}; {kept} (--save-errors go_on trains on without)") from error
         if processes.is_writer():
             with suppress(OSError):

@@ -46,6 +46,8 @@ class Run:
     rewards: tuple[Reward, ...]
     specs: tuple[RewardSpec, ...]
     """How they are mixed, in their order."""
+    reward_model: Policy | None
+    """The preference reward's model; `params` is empty."""
     workers: Workers
     """Where host components score; closed at the run's end."""
     mesh: Mesh | None
@@ -87,7 +89,8 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
         if mesh is not None and opened_rewards.reward_model is not None:
             check_model(tuple(mesh.shape.values()), opened_rewards.reward_model.config, "reward model")
         memory = min(processes.gather("device memory", device_memory() or 0)) or None
-        game = fitted(game, config, opened_rewards.reward_model and opened_rewards.reward_model.config, mesh, memory)
+        scorer = opened_rewards.reward_model
+        game = fitted(game, config, scorer and scorer.config, mesh, memory)
         policy = replace(opened, params=load(mesh))
         with use_mesh(mesh):
             kinds = token_kinds(policy)
@@ -99,8 +102,8 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     except BaseException:
         workers.close()
         raise
-    specs = opened_rewards.specs
-    return Run(config, policy, reference, game, data, components, specs, workers, mesh, kinds, seed_key, directory)
+    made = policy, reference, game, data, components, opened_rewards.specs, scorer, workers, mesh, kinds, seed_key
+    return Run(config, *made, directory)
 
 
 def check_same(config: TrainConfig) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +16,7 @@ from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState, init_state
 from lsp_jax.run import messages
 from lsp_jax.run.checkpoint import Checkpoints, Damaged, abstract
+from lsp_jax.run.metrics import CHECKSUMS_FILE
 from lsp_jax.run.setup import Run
 
 
@@ -43,10 +47,25 @@ def start_state(
             continue
         _check_reference(run.config, saved["reference"], identity["reference"])
         return state, saved
-    if before is None and run.config.resume != "never" and checkpoints.damaged.is_dir():
-        remedy = "none of the run's checkpoints is whole: put one back, or start in a new output_dir"
-        raise InputError("checkpoint", str(checkpoints.damaged), remedy)
+    if before is None and run.config.resume != "never":
+        _check_none(run.directory, checkpoints)
     return jax.jit(make)(run.policy.params), None
+
+
+def _check_none(directory: Path, checkpoints: Checkpoints) -> None:
+    """Raises InputError when there is no checkpoint to take though there was one."""
+    remedy = "put one back, or start in a new output_dir"
+    if checkpoints.damaged.is_dir():
+        raise InputError("checkpoint", str(checkpoints.damaged), f"none of the run's checkpoints is whole: {remedy}")
+    file = directory / CHECKSUMS_FILE
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    kept = 0
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):  # half a line: its save came to no end
+            kept = json.loads(line)["before"]
+    if kept:
+        remedy = f"checkpoint {kept} was there, and none is now: {remedy}"
+        raise InputError("checkpoint", str(checkpoints.directory), remedy)
 
 
 def _check_reference(config: TrainConfig, saved: dict[str, Any], here: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def play_and_learn(
     handed_over = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     del params
     with phases("reward"):
-        outputs = {reward.name: _score(reward, episode) for reward in run.rewards if not isinstance(reward, HostReward)}
+        outputs = {reward.name: score_episode(reward, episode) for reward in run.rewards if not isinstance(reward, HostReward)}
         texts = None
         if len(outputs) < len(run.rewards):
             mine = processes.share(game.play.num_queries)
@@ -138,7 +138,8 @@ def precompile(run: Run, state: TrainState) -> None:
     playing.precompile(params, queries, key, run.game)
 
 
-def _score(reward: DeviceReward | EpisodeReward, episode: Episode) -> RewardOutput:
+def score_episode(reward: DeviceReward | EpisodeReward, episode: Episode) -> RewardOutput:
+    """One component's output, on device."""
     if isinstance(reward, EpisodeReward):
         return reward.score(episode)
     params = at_work(reward.params)

@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Protocol
@@ -38,6 +37,7 @@ class Stopping:
         self._seconds = seconds
         self._asked = ""
         self._old: dict[int, object] = {}
+        self._over = threading.Event()
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is not threading.main_thread():
@@ -50,6 +50,7 @@ class Stopping:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
         old, self._old = self._old, {}
         if old:
             signal.set_wakeup_fd(self._old_descriptor)
@@ -73,15 +74,18 @@ class Stopping:
                 continue
             if self._asked and number[0] == signal.SIGINT:
                 _end(INTERRUPTED_STATUS, "interrupted twice: ended at once, the newest checkpoint is the one before")
-            if not self._asked:
-                self._asked = signal.Signals(number[0]).name
-                threading.Thread(target=self._limit, name="lsp-jax-stop-limit", daemon=True).start()
-                _say(f"{self._asked}: saving after this phase; Ctrl-C to end at once")
+            self.ask(signal.Signals(number[0]).name)
         self._reader.close()
 
+    def ask(self, name: str) -> None:
+        """Asks the run to end, for the reason `name`; any thread may, and once is enough."""
+        if not self._asked:
+            self._asked = name
+            threading.Thread(target=self._limit, name="lsp-jax-stop-limit", daemon=True).start()
+            _say(f"{name}: saving after this phase; Ctrl-C to end at once")
+
     def _limit(self) -> None:
-        time.sleep(self._seconds)
-        if self._old:
+        if not self._over.wait(self._seconds):
             _end(STOPPED_STATUS, f"not saved within {self._seconds:g} seconds: the newest checkpoint is the one before")
 
 

@@ -24,10 +24,12 @@ from lsp_jax.run import messages
 from lsp_jax.run.alarms import Alarms
 from lsp_jax.run.checkpoint import Checkpoints
 from lsp_jax.run.compiled import keep_programs
+from lsp_jax.run.doctor import examine
 from lsp_jax.run.folder import CHECKPOINTS, EXPORT, PROFILE, claim
 from lsp_jax.run.identity import identity
 from lsp_jax.run.metrics import Console, MetricsWriter
-from lsp_jax.run.saving import Saving
+from lsp_jax.run.preemption import Preemption
+from lsp_jax.run.saving import Progress, Saving
 from lsp_jax.run.setup import Run, prepare
 from lsp_jax.run.start import start_state
 from lsp_jax.run.step import Phases, Played, play_and_learn, precompile
@@ -87,7 +89,11 @@ def _train(
 ) -> TrainState:
     checked = config if policy is None else replace(config, model=config.model or policy.source)
     checked.check()
-    with Stopping(config.stop_timeout) as stopping, Watchdog(config.progress_timeout) as watchdog:
+    with (
+        Stopping(config.stop_timeout) as stopping,
+        Preemption(config.preemption_notice, stopping.ask),
+        Watchdog(config.progress_timeout) as watchdog,
+    ):
         # not kept in a variable here: `_run` lets the loaded parameters go
         return _run(prepare(config, rewards, policy), callbacks, stopping, watchdog)
 
@@ -98,24 +104,27 @@ def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: 
     with use_mesh(run.mesh):
         try:
             stopping.check("start")
-            known = identity(config, run.policy.params)
+            watchdog.more = run.workers.show_stacks
+            messages.findings(examine(run))
+            known = identity(config, run.policy, run.reward_model)
             state, saved = start_state(run, checkpoints, known)
             if processes.is_writer():
-                claim(run.directory, config, run.policy)
+                claim(run.directory, config, run.policy, known)
             # from here on only the reference and the state: the loaded parameters, which nothing but `run` holds, would
             # be one more copy on an accelerator
             run = replace(run, policy=replace(run.policy, params={}))
-            done, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
+            done = saved["iteration"] if saved else 0
             if processes.is_writer():
                 writer = MetricsWriter(run.directory, config.report_to)
                 # a run that died before its first checkpoint begins again: its lines go
                 writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
                 messages.announce(run, done)
                 console = Console(config.max_steps, done)
-            saving = Saving(checkpoints, writer, known, config.save_errors == "go_on", done)
+            saving = Saving(checkpoints, writer, known, config, saved)
             if config.precompile:
                 precompile(run, state)
-            state = _iterations(run, state, cursor, Outputs(writer, saving, console, callbacks), stopping, watchdog)
+            outputs = Outputs(writer, saving, console, callbacks)
+            state = _iterations(run, state, Progress.of(saved), outputs, stopping, watchdog)
             watchdog.beat("export")
             saving.finish(config.max_steps, state)
             save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
@@ -136,10 +145,11 @@ class Outputs(NamedTuple):
 
 
 def _iterations(
-    run: Run, state: TrainState, cursor: int, outputs: Outputs, stopping: Stopping, watchdog: Watchdog
+    run: Run, state: TrainState, progress: Progress, outputs: Outputs, stopping: Stopping, watchdog: Watchdog
 ) -> TrainState:
     """All iterations that are left; saves and raises Stopped when the run is asked to end."""
-    done, saving, alarms = outputs.saving.newest, outputs.saving, Alarms(run.config.max_skipped)
+    saving, alarms = outputs.saving, Alarms(run.config.max_skipped, progress.skipped)
+    done, cursor = saving.newest, progress.cursor
     for number in range(done + 1, run.config.max_steps + 1):
         traced = run.config.profile and number == done + 2  # the first one compiles
         try:
@@ -148,10 +158,12 @@ def _iterations(
         except Stopped as asked:  # before the update: the state is the last iteration's
             saving.wait()  # for what is under way: it may fail
             if saving.newest < number - 1:
-                saving.save(number - 1, state, cursor)
+                saving.save(number - 1, state, progress)
                 saving.wait()
             kept = f"iteration {saving.newest} is saved" if saving.newest else "nothing was there to save"
             raise Stopped(f"{asked}; {kept}; --resume auto goes on") from asked
+        if number == done + 1:  # names of metrics are known from here on
+            saving.check_metric(metrics)
         state = played.state
         cursor += run.config.play.num_queries
         watchdog.beat("writing")
@@ -159,8 +171,9 @@ def _iterations(
             outputs.writer.write(number, metrics)
             outputs.writer.write_transcripts(lines)
         alarms.look(number, metrics, state.params, played.learnable.batch)
+        progress = Progress(cursor, alarms.skipped, metrics)
         if number % run.config.save_steps == 0 or number == run.config.max_steps:
-            saving.save(number, state, cursor)
+            saving.save(number, state, progress)
         if outputs.console is not None:
             with suppress(OSError):  # a terminal or pipe that is gone
                 outputs.console.step(number, metrics, (lines[0]["query"], lines[0]["answers"][0]["text"]))

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
@@ -27,6 +28,8 @@ class Watchdog:
         self._seconds, self._stream = seconds, stream
         self._phase, self._last = "start", time.monotonic()
         self._over = threading.Event()
+        self.more: Callable[[], None] = lambda: None
+        """Called after the stacks of this process have been written: for those of its children."""
 
     def __enter__(self) -> Watchdog:
         if self._seconds:
@@ -64,3 +67,4 @@ class Watchdog:
         )
         self._stream.flush()
         faulthandler.dump_traceback(self._stream, all_threads=True)
+        self.more()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lsp_jax.errors import InputError
-from lsp_jax.text.prompts import SLOT, template_pieces, text_tags
+from lsp_jax.text.prompts import SLOT, Message, template_pieces, text_tags
 from lsp_jax.text.tokenizer import Tokenizer
 
 Mode = Literal["logits", "text"]
@@ -106,18 +106,22 @@ def rubric_text(criteria: Sequence[str]) -> str:
     return _RUBRIC.format(criteria=numbered)
 
 
-def _conversation(tokenizer: Tokenizer, criteria: Sequence[str], verdict: str) -> tuple[tuple[int, ...], ...]:
-    """The pieces around query and answer. Each slot ends where the template puts its own tag, so that no token can
-    straddle model text and frame."""
+def judge_messages(criteria: Sequence[str], mode: Mode, query: str, answer: str) -> list[Message]:
+    """The conversation that the judge reads. Query and answer each end where the template puts its own tag, so that no
+    token can straddle model text and frame."""
+    return [
+        {"role": "user", "content": rubric_text(criteria) + query},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": VERDICT if mode == "logits" else TEXT_VERDICT},
+    ]
+
+
+def _pieces(tokenizer: Tokenizer, criteria: Sequence[str], mode: Mode) -> tuple[tuple[int, ...], ...]:
+    """The fixed ids around query and answer."""
     rubric = rubric_text(criteria)
     if not tokenizer.special_ids.isdisjoint(tokenizer.encode(rubric, allow_special=True)):
         raise InputError("rubric", rubric, "spells a control token of the model's tokenizer; word it otherwise")
-    messages = [
-        {"role": "user", "content": rubric + SLOT},
-        {"role": "assistant", "content": SLOT},
-        {"role": "user", "content": verdict},
-    ]
-    return template_pieces(tokenizer, messages)
+    return template_pieces(tokenizer, judge_messages(criteria, mode, SLOT, SLOT))
 
 
 def judge_template(tokenizer: Tokenizer, criteria: Sequence[str] | None = None) -> LogitsTemplate:
@@ -125,7 +129,7 @@ def judge_template(tokenizer: Tokenizer, criteria: Sequence[str] | None = None) 
 
     Raises InputError when the chat template is missing or changes text, and when yes or no is no single token.
     """
-    pieces = _conversation(tokenizer, criteria or load_criteria(), VERDICT)
+    pieces = _pieces(tokenizer, criteria or load_criteria(), "logits")
     words = {answer: [answer, answer.capitalize(), " " + answer, " " + answer.capitalize()] for answer in ("yes", "no")}
     ids = {
         answer: sorted({tokenizer.encode(form)[0] for form in forms if len(tokenizer.encode(form)) == 1})
@@ -142,7 +146,7 @@ def text_judge_template(tokenizer: Tokenizer, criteria: Sequence[str] | None = N
 
     Raises InputError when the chat template is missing or changes text.
     """
-    return JudgeTemplate(*_conversation(tokenizer, criteria or load_criteria(), TEXT_VERDICT))
+    return JudgeTemplate(*_pieces(tokenizer, criteria or load_criteria(), "text"))
 
 
 def judge_length(tokenizer: Tokenizer, mode: Mode = "logits", rubric: str | Path = "", max_length: int = 64) -> int:

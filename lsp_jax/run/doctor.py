@@ -1,0 +1,223 @@
+"""One pass over a run before anything is compiled: what goes wrong without a word, each finding with what to do.
+
+What cannot be used at all has been refused by `prepare`. Training makes this pass too and ends at an error;
+`lsp-jax doctor` makes it alone, and has a pair of answers scored as well (`run/pair.py`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lsp_jax.learn.losses import kl_terms
+from lsp_jax.learn.update import init_state
+from lsp_jax.run.folder import CHECKPOINTS
+from lsp_jax.run.memory import USED, device_memory, host_memory, update_bytes
+from lsp_jax.run.metrics import printable
+from lsp_jax.run.setup import Run
+from lsp_jax.run.topology import GIB
+from lsp_jax.text.judge import judge_messages, judge_template, load_criteria, text_judge_template
+from lsp_jax.text.prompts import SLOT, template_pieces
+from lsp_jax.text.tokenizer import SPECIAL, Tokenizer
+
+Level = Literal["ok", "warning", "error"]
+
+QUERY, ANSWER = "What is 3 + 4?", "It is 7."
+
+
+class Finding(NamedTuple):
+    """One line of the pass."""
+
+    level: Level
+    check: str
+    """What was looked at."""
+    said: str
+    """What was found."""
+    remedy: str = ""
+    """What to do about it; empty where all is well."""
+
+    def __str__(self) -> str:
+        line = f"{self.level:7}  {self.check}: {self.said}"
+        return f"{line}: {self.remedy}" if self.remedy else line
+
+
+def examine(run: Run) -> list[Finding]:
+    """Everything that can be looked at in a moment; changes nothing, and all processes may call it."""
+    tokenizer = run.policy.tokenizer
+    return [
+        *_vocabulary(run, tokenizer),
+        *_stop_ids(tokenizer),
+        *_prompts(run, tokenizer),
+        _kl_gradient(run),
+        _mesh(run),
+        _memory(run),
+        _disk(run),
+    ]
+
+
+# --- tokens and prompts ----------------------------------------------------------------------------------------------
+
+
+def _vocabulary(run: Run, tokenizer: Tokenizer) -> Iterator[Finding]:
+    rows, known = run.policy.config.vocab_size, tokenizer.vocab_size
+    beyond = f", {rows - known} rows of the embedding have no token" if rows > known else ""
+    yield Finding("ok", "vocabulary", f"{known} tokens, model {rows}{beyond}")
+    pad = tokenizer.pad_id
+    said = f"{_shown(tokenizer, [pad])} ({pad}); masks come from lengths, never from this id"
+    if 0 <= pad < rows:
+        yield Finding("ok", "padding", said)
+    else:
+        remedy = f"outside the model's {rows} ids: correct pad_token in tokenizer_config.json"
+        yield Finding("error", "padding", str(pad), remedy)
+
+
+def _stop_ids(tokenizer: Tokenizer) -> Iterator[Finding]:
+    """The token that ends an answer in the chat template must end a completion too."""
+    messages = [{"role": "user", "content": SLOT}, {"role": "assistant", "content": SLOT}]
+    tail = template_pieces(tokenizer, messages, add_generation_prompt=False)[-1]
+    stops = ", ".join(f"{_shown(tokenizer, [token])} ({token})" for token in tokenizer.stop_ids)
+    end = next((token for token in tail if token in tokenizer.special_ids), None)
+    if end in tokenizer.stop_ids:
+        yield Finding("ok", "stop ids", stops)
+    elif end is None:
+        remedy = "answers end only where the model writes one of them by itself: watch the truncated fractions"
+        yield Finding("warning", "stop ids", f"{stops}; the chat template ends an answer with no control token", remedy)
+    else:
+        remedy = f"add {end} to eos_token_id in generation_config.json, or answers run on to their longest"
+        said = f"{stops}; the chat template ends an answer with {_shown(tokenizer, [end])} ({end})"
+        yield Finding("warning", "stop ids", said, remedy)
+
+
+def _prompts(run: Run, tokenizer: Tokenizer) -> Iterator[Finding]:
+    """What each role is shown against the chat template's own ids, and back to text."""
+    prompts, reward = run.game.prompts, run.config.reward
+    if run.data is None:
+        asked = prompts.challenger_ids[: len(prompts.challenger_ids) - len(prompts.query_prefix_ids)]
+        own = tokenizer.chat_ids(run.config.prompts.challenger)
+        yield _prompt(tokenizer, "Challenger's prompt", list(asked), own, [run.config.prompts.challenger])
+    query, answer = tokenizer.encode(QUERY), tokenizer.encode(ANSWER)
+    spliced = [*prompts.solver.prefix_ids, *query, *prompts.solver.suffix_ids]
+    yield _prompt(tokenizer, "Solver's prompt", spliced, tokenizer.chat_ids(QUERY), [QUERY])
+    if reward.quality_weight:
+        criteria = load_criteria(reward.rubric)
+        make = judge_template if reward.quality_mode == "logits" else text_judge_template
+        judge = make(tokenizer, criteria)
+        spliced = [*judge.rubric_ids, *query, *judge.middle_ids, *answer, *judge.tail_ids]
+        own = tokenizer.chat_ids(judge_messages(criteria, reward.quality_mode, QUERY, ANSWER))
+        yield _prompt(tokenizer, "judge's prompt", spliced, own, [QUERY, ANSWER])
+
+
+def _prompt(tokenizer: Tokenizer, name: str, ids: list[int], own: list[int], texts: list[str]) -> Finding:
+    """`ids` are what the role is given, `own` the chat template's; `texts` must come back out of them."""
+    bos = tokenizer.bos_id
+    if bos is not None and own[:2] == [bos, bos]:
+        remedy = "the chat template and the tokenizer both put one there: take it out of chat_template"
+        return Finding("error", name, f"begins with {_shown(tokenizer, [bos, bos])}", remedy)
+    decoded = tokenizer.decode(own)
+    lost = [text for text in texts if text.strip() not in decoded]
+    if lost:
+        remedy = "the chat template changes what it is given: the role is not asked what is configured"
+        return Finding("warning", name, f"{lost[0]!r} does not come back out of its ids", remedy)
+    if ids != own:
+        at = next((n for n, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
+        there, here = (_shown(tokenizer, row[at : at + 4]) for row in (own, ids))
+        remedy = "text inside the template has other ids than text alone; the model sees another cut of the same text"
+        return Finding("warning", name, f"at token {at} the template has {there}, the game {here}", remedy)
+    return Finding("ok", name, f"{len(ids)} tokens as the chat template's, ending {_shown(tokenizer, ids[-6:])}")
+
+
+def _shown(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return repr(printable(tokenizer.decode(ids), 60))
+
+
+# --- the objective and the machine -----------------------------------------------------------------------------------
+
+
+def kl_pull(estimator: str) -> float:
+    """What a small step down the expected gradient of the KL term takes off the exact KL to the reference, over what
+    the exact gradient takes: 1 for the exact one, 0 for none, below 0 away from the reference. (On seven tokens.)"""
+    reference = jax.nn.log_softmax(jnp.sin(2.0 * jnp.arange(7.0)))
+
+    def exact(logits: jax.Array) -> jax.Array:
+        own = jax.nn.log_softmax(logits)
+        return jnp.sum(jnp.exp(own) * (own - reference))
+
+    def expected(logits: jax.Array) -> jax.Array:
+        own = jax.nn.log_softmax(logits)
+        drawn = jax.lax.stop_gradient(jnp.exp(own))
+        return jnp.sum(drawn * kl_terms(own, reference, estimator, exact(logits)))
+
+    @jax.jit
+    def pull(logits: jax.Array) -> jax.Array:
+        down, best = jax.grad(expected)(logits), jax.grad(exact)(logits)
+        return jnp.sum(down * best) / jnp.sum(best * best)
+
+    return float(pull(jnp.linspace(-1.0, 1.0, 7)))
+
+
+def _kl_gradient(run: Run) -> Finding:
+    loss = run.config.loss
+    if not loss.beta:
+        return Finding("ok", "KL", "no KL to the reference (loss.beta 0)")
+    pull = kl_pull(loss.kl_estimator)
+    said = f"{loss.kl_estimator}, its expected gradient takes {pull:.2f} of the exact one's way to the reference"
+    if pull > 0.05:
+        return Finding("ok", "KL", said)
+    return Finding("warning", "KL", said, "nothing holds the policy there: take --loss.kl-estimator k2, k3 or full")
+
+
+def _mesh(run: Run) -> Finding:
+    """Heads against the mesh: what does not divide has been refused."""
+    model, devices = run.policy.config, jax.device_count()
+    heads = f"{model.num_attention_heads} heads, {model.num_key_value_heads} of keys and values"
+    if run.mesh is None:
+        return Finding("ok", "mesh", f"one device ({jax.devices()[0].device_kind}); {heads}")
+    sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    rows = run.config.play.num_queries * run.config.play.num_generations
+    shards = run.mesh.size // run.mesh.shape["tensor"]
+    if rows % shards:
+        remedy = f"they are not spread over all of them: make num_queries x num_generations a multiple of {shards}"
+        return Finding("warning", "mesh", f"{sizes}; {rows} answers for {shards} groups of devices", remedy)
+    return Finding("ok", "mesh", f"{sizes} of {devices} devices; {heads}; {rows // shards} answers a group")
+
+
+def _memory(run: Run) -> Finding:
+    """The estimate of the update against what a device, or on CPUs the machine, can hold."""
+    needed = update_bytes(run.game, run.config, run.reward_model and run.reward_model.config, run.mesh)
+    limit, place = device_memory(), "a device"
+    if limit is None:
+        limit, place = host_memory(), "this machine"
+        needed *= 1 if run.mesh is None else len(run.mesh.local_devices)
+    said = f"about {needed / GIB:.2f} GiB for the update"
+    if limit is None:
+        return Finding("ok", "memory", f"{said}; how much there is, nobody says")
+    said = f"{said} of {limit / GIB:.2f} on {place}"
+    if needed <= USED * limit:
+        return Finding("ok", "memory", said)
+    remedy = (
+        "lower --optimizer.micro-batch-size and --optimizer.logprob-chunk, take --optimizer.moment-dtype bfloat16 or "
+        "--park-frozen, or more devices (lsp-jax plan says for machines that are not at hand)"
+    )
+    return Finding("warning", "memory", said, remedy)
+
+
+def _disk(run: Run) -> Finding:
+    """Room for the checkpoints: a new one is written before the oldest goes, and the export at the end."""
+    state = jax.eval_shape(partial(init_state, config=run.config.optimizer), run.policy.params)
+    one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    export = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
+    folder = run.directory / CHECKPOINTS
+    there = sum(path.name.isdecimal() for path in folder.iterdir()) if folder.is_dir() else 0
+    wanted = max(run.config.save_total_limit + 1 - there, 1) * one + export
+    existing = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    said = f"{one / GIB:.2f} GiB a checkpoint, {wanted / GIB:.2f} wanted, {free / GIB:.2f} free in {existing}"
+    if free >= wanted:
+        return Finding("ok", "disk", said)
+    level: Level = "error" if free < one and run.config.save_errors == "stop" else "warning"
+    return Finding(level, "disk", said, "free some, lower --save-total-limit, or give another --output-dir")

@@ -1,0 +1,67 @@
+"""Whether rewards can tell a right answer from a senseless one, before a run is spent on them."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+
+from lsp_jax import host
+from lsp_jax.model.sharding import place, row_shards, use_mesh
+from lsp_jax.play.decode import Completions
+from lsp_jax.play.selfplay import Episode, Queries
+from lsp_jax.reward.base import HostReward
+from lsp_jax.run.doctor import ANSWER, QUERY, Finding
+from lsp_jax.run.setup import Run
+from lsp_jax.run.step import score_episode
+from lsp_jax.text.tokenizer import Tokenizer
+
+BAD_ANSWER = "no no no no"
+
+
+def examine_rewards(run: Run) -> list[Finding]:
+    """Has every compiled component score a right and a senseless answer; compiles what they need for that.
+
+    What scores on the host has been asked already (`probe_callable`).
+    """
+    findings = []
+    with use_mesh(run.mesh):
+        episode = pair(run.policy.tokenizer, max(row_shards(), 1))
+        for reward in run.rewards:
+            if not isinstance(reward, HostReward):
+                values, valid, _ = host.to_host(score_episode(reward, episode))
+                findings.append(_finding(reward.name, values[0], valid[0]))
+    return findings
+
+
+def _finding(name: str, values: np.ndarray, valid: np.ndarray) -> Finding:
+    good, bad = map(float, values)
+    said = f"{good:.3f} for {ANSWER!r}, {bad:.3f} for {BAD_ANSWER!r} to {QUERY!r}"
+    check = f"reward {name}"
+    if not (math.isfinite(good) and math.isfinite(bad)):
+        return Finding("error", check, said, "not a number: its weights or its dtype are wrong")
+    if not valid.all():
+        remedy = "masked where it cannot be read: a judge that keeps to no form, use --reward.quality-mode logits"
+        return Finding("warning", check, said, remedy)
+    if good <= bad:
+        remedy = "it does not tell them apart: is it the model that was meant, and was it trained on chats?"
+        return Finding("warning", check, said, remedy)
+    return Finding("ok", check, said)
+
+
+def pair(tokenizer: Tokenizer, queries: int) -> Episode:
+    """An episode of `queries` times the same query with both answers, each of which stopped."""
+    query, stop = tokenizer.encode(QUERY), tokenizer.stop_ids[0]
+    answers = [[*tokenizer.encode(text), stop] for text in (ANSWER, BAD_ANSWER)]
+    width = max(map(len, answers))
+    tokens = np.array([ids + [0] * (width - len(ids)) for ids in answers], np.int32)
+    zeros = np.zeros((2, width), np.float32)
+    done = Completions(tokens, np.array([*map(len, answers)], np.int32), zeros, zeros, np.ones(2, bool))
+    text = np.array([query], np.int32), np.array([len(query)], np.int32)
+
+    def repeated(tree: object) -> object:
+        return jax.tree.map(lambda x: np.repeat(x, queries, axis=0), tree)
+
+    answered = jax.tree.map(lambda x: x[None], done)
+    return place(repeated(Episode(Queries(None, text, np.ones(1, bool)), text, answered)))

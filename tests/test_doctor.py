@@ -1,0 +1,242 @@
+"""The pass over a run before it starts: each fault is found and says what to do, and a sound run has none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsp_jax import cli
+from lsp_jax.config import RewardConfig, TrainConfig
+from lsp_jax.errors import InputError
+from lsp_jax.learn.losses import LossConfig
+from lsp_jax.reward.base import DeviceReward, RewardOutput
+from lsp_jax.run import doctor
+from lsp_jax.run.doctor import Finding, examine, kl_pull
+from lsp_jax.run.messages import findings
+from lsp_jax.run.pair import examine_rewards, pair
+from lsp_jax.run.setup import Run, prepare
+from test_trainer import game_config, game_dir, host_reward, tree_hash
+from tiny import EOS, tiny_dir
+
+
+class Usage(NamedTuple):
+    """Of a disk."""
+
+    free: int
+
+
+@pytest.fixture
+def open_run() -> Any:
+    """`prepare`, with the workers closed at the end."""
+    runs: list[Run] = []
+
+    def make(config: TrainConfig) -> Run:
+        runs.append(prepare(config, [host_reward()]))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.workers.close()
+
+
+def found(run: Run, check: str) -> Finding:
+    (finding,) = [finding for finding in examine(run) if finding.check == check]
+    return finding
+
+
+def changed(model: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """One of a model's JSON files, with `change` made to what it holds."""
+    data = json.loads((model / name).read_text())
+    change(data)
+    (model / name).write_text(json.dumps(data))
+
+
+def test_a_sound_run_has_only_good_findings_and_nothing_is_written(
+    game_model: Path, tmp_path: Path, open_run: Callable[..., Run]
+):
+    run = open_run(game_config(game_model, tmp_path / "run"))
+    made = examine(run)
+    assert {finding.level for finding in made} == {"ok"} and not any(finding.remedy for finding in made)
+    assert [finding.check for finding in made] == [
+        *("vocabulary", "padding", "stop ids", "Challenger's prompt", "Solver's prompt", "judge's prompt"),
+        *("KL", "mesh", "memory", "disk"),
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+# --- tokens and prompts ----------------------------------------------------------------------------------------------
+
+
+def test_a_turn_that_ends_with_no_stop_id(tmp_path: Path, open_run: Callable[..., Run]):
+    """ChatML's end of turn is another token than the one end of sequence that the files name."""
+    model = game_dir(tmp_path / "model")
+    changed(model, "generation_config.json", lambda data: data.update(eos_token_id=0))
+    changed(model, "tokenizer_config.json", lambda data: data.update(eos_token="<|endoftext|>"))
+    finding = found(open_run(game_config(model, tmp_path / "run")), "stop ids")
+    assert finding.level == "warning" and "<|im_end|>" in finding.said
+    assert f"add {EOS} to eos_token_id in generation_config.json" in finding.remedy
+
+
+def test_a_template_without_an_end_of_turn(tmp_path: Path, open_run: Callable[..., Run]):
+    model = game_dir(tmp_path / "model")
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    changed(model, "tokenizer_config.json", lambda data: data.update(chat_template=template + "assistant: "))
+    finding = found(open_run(game_config(model, tmp_path / "run")), "stop ids")
+    assert finding.level == "warning" and "no control token" in finding.said
+
+
+def test_a_template_that_puts_two_beginnings(tmp_path: Path, open_run: Callable[..., Run]):
+    model = game_dir(tmp_path / "model")
+
+    def twice(data: dict[str, Any]) -> None:
+        data["chat_template"] = "<|im_start|><|im_start|>" + data["chat_template"].replace("<|im_start|>", "", 1)
+
+    changed(model, "tokenizer_config.json", twice)
+    run = open_run(game_config(model, tmp_path / "run"))
+    finding = found(run, "Solver's prompt")
+    assert finding.level == "error" and "begins with '<|im_start|><|im_start|>'" in finding.said
+    with pytest.raises(InputError, match="chat_template"):
+        findings(examine(run))
+
+
+def test_a_template_that_changes_what_the_challenger_is_asked(tmp_path: Path, open_run: Callable[..., Run]):
+    """One that cuts long messages: what it is asked in the end is not what is configured."""
+    model = game_dir(tmp_path / "model")
+
+    def cut(data: dict[str, Any]) -> None:
+        data["chat_template"] = data["chat_template"].replace("message['content']", "message['content'][:20]")
+
+    changed(model, "tokenizer_config.json", cut)
+    config = game_config(model, tmp_path / "run", reward=RewardConfig(quality_weight=0.0))
+    asked = "Ask me something that is easy."
+    finding = found(open_run(replace(config, prompts=replace(config.prompts, challenger=asked))), "Challenger's prompt")
+    assert finding.level == "warning" and asked in finding.said
+
+
+def test_ids_that_are_not_the_templates(game_model: Path, tmp_path: Path, open_run: Callable[..., Run]):
+    """A game whose Solver's prompt lacks a token: what any fault in cutting the template would look like."""
+    run = open_run(game_config(game_model, tmp_path / "run"))
+    solver = run.game.prompts.solver
+    prompts = replace(run.game.prompts, solver=solver._replace(suffix_ids=solver.suffix_ids[1:]))
+    finding = found(replace(run, game=replace(run.game, prompts=prompts)), "Solver's prompt")
+    assert finding.level == "warning" and "the template has '<|im_end|>" in finding.said
+
+
+# --- the objective and the machine -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("estimator", "least", "most"), [("k1", -0.01, 0.01), ("k2", 0.99, 1.01), ("k3", 0.1, 3.0), ("full", 0.99, 1.01)]
+)
+def test_which_estimators_pull_to_the_reference(
+    estimator: str, least: float, most: float, game_model: Path, tmp_path: Path, open_run: Callable[..., Run]
+):
+    """k2's and the exact KL's expected gradients are the KL's own, k1's is zero (PAPER: the printed form)."""
+    assert least < kl_pull(estimator) < most
+    loss = LossConfig(kl_estimator=estimator)  # pyright: ignore[reportArgumentType]
+    finding = found(open_run(game_config(game_model, tmp_path / "run", loss=loss)), "KL")
+    assert (finding.level == "warning") == (estimator == "k1")
+
+
+def test_kl_pull_against_numpy():
+    """k3's expected gradient is that of the reverse divergence; by finite differences in float64."""
+    logits, reference = np.linspace(-1, 1, 7), np.sin(2.0 * np.arange(7.0))
+    reference = reference - np.log(np.exp(reference).sum())
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        return x - np.log(np.exp(x).sum())
+
+    def gradient(of: Callable[[np.ndarray], float]) -> np.ndarray:
+        return np.array([(of(logits + step) - of(logits - step)) / 2e-6 for step in 1e-6 * np.eye(7)])
+
+    exact = gradient(lambda x: float((np.exp(log_softmax(x)) * (log_softmax(x) - reference)).sum()))
+    other_way = gradient(lambda x: float((np.exp(reference) * (reference - log_softmax(x))).sum()))
+    assert kl_pull("k3") == pytest.approx(exact @ other_way / (exact @ exact), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("free", "save_errors", "level"), [(1 << 50, "stop", "ok"), (1 << 10, "stop", "error"), (1 << 10, "go_on", "warning")]
+)
+def test_room_on_the_disk(
+    free: int, save_errors: Any, level: str, game_model: Path, tmp_path: Path, monkeypatch: Any, open_run: Any
+):
+    run = open_run(game_config(game_model, tmp_path / "run", save_errors=save_errors))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage(free))
+    finding = found(run, "disk")
+    assert finding.level == level and bool(finding.remedy) == (level != "ok")
+
+
+def test_a_model_too_large_for_the_machine(game_model: Path, tmp_path: Path, monkeypatch: Any, open_run: Any):
+    run = open_run(game_config(game_model, tmp_path / "run"))
+    monkeypatch.setattr(doctor, "host_memory", lambda: 1 << 20)
+    finding = found(run, "memory")
+    assert finding.level == "warning" and "--optimizer.micro-batch-size" in finding.remedy
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_pair_is_what_it_says(open_run: Any, game_model: Path, tmp_path: Path):
+    run = open_run(game_config(game_model, tmp_path / "run"))
+    episode, tokenizer = pair(run.policy.tokenizer, 2), run.policy.tokenizer
+    lengths = np.asarray(episode.answer_lengths)
+    texts = [tokenizer.decode(np.asarray(episode.answers.tokens[1, n, : lengths[1, n]]).tolist()) for n in range(2)]
+    assert texts == ["It is 7.", "no no no no"]
+    assert tokenizer.decode(np.asarray(episode.queries.text[0][0]).tolist()) == "What is 3 + 4?"
+
+
+@pytest.mark.parametrize(
+    ("values", "valid", "level"),
+    [
+        ([2.0, 1.0], True, "ok"),
+        ([1.0, 2.0], True, "warning"),
+        ([1.0, 1.0], True, "warning"),
+        ([float("nan"), 1.0], True, "error"),
+        ([2.0, 1.0], False, "warning"),
+    ],
+)
+def test_rewards_that_cannot_tell_right_from_wrong(
+    values: list[float], valid: bool, level: str, open_run: Any, game_model: Path, tmp_path: Path
+):
+    def score(_: Any, episode: Any) -> RewardOutput:
+        shape = (len(episode.queries.valid), 1)
+        tiled = jnp.tile(jnp.asarray(values), shape)
+        return RewardOutput(tiled, jnp.full_like(tiled, valid, bool), jnp.ones(shape[0], bool))
+
+    run = open_run(game_config(game_model, tmp_path / "run"))
+    (finding,) = examine_rewards(replace(run, rewards=(DeviceReward("mine", "task", 1.0, score),)))
+    assert finding.check == "reward mine" and finding.level == level
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """All that training takes; a line a finding, the reward model's and the judge's among them; nothing is written."""
+    model, scorer = game_dir(tmp_path / "model"), tiny_dir(tmp_path / "scorer", head="score", num_hidden_layers=1)
+    before, compiled = tree_hash(tmp_path), jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    options = ["--model", model, "--output-dir", tmp_path / "run", "--reward.preference-model", scorer]
+    options += ["--prompts.challenger", "Ask.", "--play.max-query-length", 8, "--play.max-completion-length", 8]
+    assert cli.main(["doctor", *map(str, options)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(("ok  ", "warning  ")) for line in lines)
+    assert {line[9:].partition(":")[0] for line in lines} >= {"stop ids", "disk", "reward preference", "reward quality"}
+    assert tree_hash(tmp_path) == before and compiled == jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_command_ends_at_an_error(game_model: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage(0))
+    short = ["--prompts.challenger", "Ask.", "--play.max-query-length", "8", "--play.max-completion-length", "8"]
+    short += ["--reward.quality-weight", "0", "--reward.arithmetic-weight", "1"]
+    assert cli.main(["doctor", "--model", str(game_model), "--output-dir", str(tmp_path / "run"), *short]) == 2
+    said = capsys.readouterr()
+    assert "error    disk" in said.out and said.err.startswith("lsp-jax: error: disk = ")
