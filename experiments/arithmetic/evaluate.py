@@ -1,0 +1,82 @@
+"""What a model can do: greedy answers to a part of the problems, and whether its English is still what it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from problems import EASY, FAMILIES, Expression, Problem
+
+import lsp_jax as lsp
+from lsp_jax.reward.arithmetic import final_number
+
+MAX_TOKENS = 24
+"""Longest answer, the same for every row."""
+TEXT = Path(__file__).with_name("text.txt")
+FEW_SHOT = (("What is 4 + 5?", "9"), ("What is 30 minus 12?", "18"), ("Calculate 7 x 6.", "42"), ("88 + 9 = ?", "97"))
+"""Turns before the question for the control that only shows the form. No expression of a held-out problem."""
+
+
+def interval(right: int, number: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval for a share, 95 % (Wilson 1927)."""
+    if not number:
+        return 0.0, 1.0
+    share, spread = right / number, z * z / number
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / number + spread / (4 * number)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def accuracy(right: Sequence[bool]) -> dict[str, Any]:
+    """Share, interval and number."""
+    low, high = interval(sum(right), len(right))
+    share = sum(right) / len(right) if right else float("nan")
+    return {"accuracy": share, "low": low, "high": high, "number": len(right)}
+
+
+def answers(policy: lsp.Policy, problems: Sequence[Problem], few_shot: bool = False) -> list[str]:
+    """Greedy answers."""
+    prompts: list[Any] = [problem.question for problem in problems]
+    if few_shot:
+        shown = [{"role": role, "content": text} for pair in FEW_SHOT for role, text in zip(_ROLES, pair, strict=True)]
+        prompts = [[*shown, {"role": "user", "content": text}] for text in prompts]
+    return lsp.generate(policy, prompts, temperature=0.0, max_completion_length=MAX_TOKENS, batch_size=32)
+
+
+_ROLES = "user", "assistant"
+
+
+def scores(problems: Sequence[Problem], texts: Sequence[str], seen: frozenset[Expression] = frozenset()) -> dict:
+    """Accuracy overall, on the goal's families, of each family, and on what is not in `seen` (played in training)."""
+    right = [final_number(text) == problem.answer for problem, text in zip(problems, texts, strict=True)]
+
+    def of(choose: Any) -> dict[str, Any]:
+        return accuracy([mark for mark, problem in zip(right, problems, strict=True) if choose(problem)])
+
+    return {
+        "all": of(lambda _: True),
+        "easy": of(lambda problem: problem.family in EASY),
+        "families": {name: of(lambda problem, name=name: problem.family == name) for name in FAMILIES},
+        "any number": accuracy([final_number(text) is not None for text in texts]),
+        "seen": sum(problem.expression in seen for problem in problems) / len(problems),
+        "unseen": of(lambda problem: problem.expression not in seen),
+        "unseen easy": of(lambda problem: problem.expression not in seen and problem.family in EASY),
+    }
+
+
+@partial(jax.jit, static_argnums=1)
+def _logprobs(params: Any, config: Any, tokens: jax.Array) -> jax.Array:
+    logp = jax.nn.log_softmax(lsp.forward(params, config, tokens)[:, :-1].astype(jnp.float32), axis=-1)
+    return jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+def text_logprob(policy: lsp.Policy) -> float:
+    """Mean log-probability a token of a fixed English text: what training on sums should leave alone."""
+    ids = policy.tokenizer.encode(TEXT.read_text(encoding="utf-8"))
+    return float(np.mean(np.asarray(_logprobs(policy.params, policy.config, jnp.asarray([ids])))))

@@ -1,0 +1,90 @@
+"""The rows of the study: how each model is made. All share sizes, temperature, learning rate and KL.
+
+| row | what it is |
+|---|---|
+| base | the demo model as it is |
+| few_shot | the same with four solved examples before the question: form without training |
+| format | the Solver trained on the data's questions, paid for any number: form alone |
+| grpo | the Solver trained on the data's questions, paid for right answers |
+| lsp_zero | self-play, verifier alone |
+| lsp | self-play, verifier and the reference's quality score |
+| grpo_then_lsp, lsp_then_grpo | two stages, the second from the first one's policy, half the iterations each |
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from problems import TRAINING, part
+
+from lsp_jax.config import RewardConfig, TrainConfig
+from lsp_jax.learn.losses import LossConfig
+from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.play.data import DataConfig
+from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.play.selfplay import PlayConfig
+from lsp_jax.presets import DEMO_MODEL
+from lsp_jax.text import tasks
+from lsp_jax.text.prompts import PromptConfig
+
+HERE = Path(__file__).parent
+UNTRAINED = ("base", "few_shot")
+STAGES = {
+    "format": ("format",),
+    "grpo": ("grpo",),
+    "lsp_zero": ("lsp_zero",),
+    "lsp": ("lsp",),
+    "grpo_then_lsp": ("grpo", "lsp"),
+    "lsp_then_grpo": ("lsp", "grpo"),
+}
+ROWS = (*UNTRAINED, *STAGES)
+
+
+def common(steps: int, seed: int) -> TrainConfig:
+    """What all trained rows share: 8 queries, 8 answers of up to 16 tokens."""
+    return TrainConfig(
+        model=DEMO_MODEL,
+        max_steps=steps,
+        save_steps=max(steps // 4, 1),
+        save_total_limit=1,
+        resume="auto",
+        seed=seed,
+        play=PlayConfig(num_queries=8, num_generations=8, max_query_length=12, max_completion_length=16),
+        prompts=PromptConfig(challenger=tasks.ARITHMETIC, query_prefix="What is "),
+        sampling=SamplingConfig(temperature=0.8),
+        challenger_sampling=SamplingConfig(temperature=0.8),
+        reward=RewardConfig(quality_weight=0.0, arithmetic_weight=1.0),
+        loss=LossConfig(beta=0.02, invalid_query_penalty=-1.5),
+        optimizer=OptimizerConfig(learning_rate=3e-5, micro_batch_size=16),
+    )
+
+
+def stage(kind: str, steps: int, seed: int, folder: Path) -> TrainConfig:
+    """The configuration of one stage, run in `folder`."""
+    config = replace(common(steps, seed), output_dir=str(folder))
+    if kind == "lsp":
+        return replace(config, reward=replace(config.reward, quality_weight=0.1))
+    if kind == "lsp_zero":
+        return config
+    config = replace(
+        config,
+        loss=replace(config.loss, alpha_challenger=0.0),
+        prompts=PromptConfig(),
+        data=DataConfig(source=str(data_file(folder.parent))),
+    )
+    if kind == "format":
+        callable_ = f"{HERE / 'format_reward.py'}:any_number"
+        return replace(config, reward=RewardConfig(quality_weight=0.0, callable=callable_))
+    return config
+
+
+def data_file(folder: Path) -> Path:
+    """The baseline's training questions as JSONL, made where it is not there."""
+    file = folder / "training.jsonl"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"prompt": problem.question, "answer": str(problem.answer)} for problem in part(TRAINING)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file

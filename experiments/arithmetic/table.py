@@ -1,0 +1,120 @@
+"""Builds the study's table and figures from whatever result files there are: `python experiments/arithmetic/table.py`.
+
+The table goes to standard output and into RESULTS.md between its two marks; the figures, which need matplotlib, beside
+it as SVG. What is said around the table is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from problems import FAMILIES
+from rows import ROWS
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+
+
+def results() -> list[dict[str, Any]]:
+    """Result files in the order of the rows, then of their seeds."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in (HERE / "results").glob("*.json")]
+    return sorted(found, key=lambda result: (ROWS.index(result["row"]), result["seed"]))
+
+
+def shown(score: dict[str, Any]) -> str:
+    """Percent and its 95 % interval."""
+    if not score["number"]:
+        return ""
+    return f"{100 * score['accuracy']:.1f} ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The rows as Markdown: percent of held-out problems answered right."""
+    base = next((result["text_logprob"] for result in found if result["row"] == "base"), None)
+    head = ["row", "seed", "all", "one and two digits", *FAMILIES, "any number", "played, %", "unplayed easy", "text"]
+    head += ["iterations", "tokens", "minutes"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for result in found:
+        scores, stages = result["scores"], result.get("stages", [])
+        text = "" if base is None else f"{100 * (result['text_logprob'] / base - 1):+.1f} %"
+        cells = [result["row"], str(result["seed"]), shown(scores["all"]), shown(scores["easy"])]
+        cells += [f"{100 * scores['families'][name]['accuracy']:.0f}" for name in FAMILIES]
+        cells += [f"{100 * scores['any number']['accuracy']:.0f}", f"{100 * scores['seen']:.0f}"]
+        cells += [shown(scores["unseen easy"]), text]
+        cells += [str(sum(stage["iterations"] for stage in stages)) if stages else ""]
+        cells += [f"{sum(stage['tokens'] for stage in stages) / 1e3:.0f} k" if stages else ""]
+        cells += [f"{sum(stage['train_seconds'] for stage in stages) / 60:.0f}" if stages else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def figures(found: list[dict[str, Any]]) -> None:
+    """Accuracy on the development problems, rewards of both roles, and the Challenger's difficulty, over iterations."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "lsp_jax"  # the same file from the same results
+    from matplotlib import pyplot
+
+    trained = [result for result in found if result.get("stages")]
+    panels = {
+        "development, easy families": lambda stage: (
+            [point["iteration"] for point in stage["development"]],
+            [point["easy"]["accuracy"] for point in stage["development"]],
+        ),
+        "Solver's reward": lambda stage: _curve(stage, "solver/reward"),
+        "Challenger's reward": lambda stage: _curve(stage, "challenger/reward"),
+        "digits of the Challenger's numbers": lambda stage: _difficulty(stage, "digits"),
+        "carries a question": lambda stage: _difficulty(stage, "carries"),
+        "unlike questions": lambda stage: _difficulty(stage, "unique"),
+    }
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    for axis, (title, points) in zip(axes.flat, panels.items(), strict=True):
+        for result in trained:
+            offset, xs, ys = 0, [], []
+            for stage in result["stages"]:
+                x, y = points(stage)
+                xs, ys = xs + [offset + value for value in x], ys + y
+                offset += stage["iterations"]
+            if ys:
+                axis.plot(xs, ys, label=f"{result['row']} {result['seed']}")
+        axis.set_title(title)
+        axis.set_xlabel("iteration")
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(HERE / "curves.svg", metadata={"Date": None})
+
+
+def _curve(stage: dict[str, Any], name: str) -> tuple[list[int], list[float]]:
+    values = stage["curves"].get(name, [])
+    return _smooth([(n + 1, value) for n, value in enumerate(values) if value is not None])
+
+
+def _difficulty(stage: dict[str, Any], name: str) -> tuple[list[int], list[float]]:
+    return _smooth([(line["iteration"], line[name]) for line in stage["difficulty"]])
+
+
+def _smooth(points: list[tuple[int, float]], width: int = 5) -> tuple[list[int], list[float]]:
+    """Means of the last few: 8 queries an iteration are noisy."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    return xs, [sum(ys[max(0, n - width + 1) : n + 1]) / len(ys[max(0, n - width + 1) : n + 1]) for n in range(len(ys))]
+
+
+def main() -> None:
+    found = results()
+    made = table(found)
+    print(made)
+    file = HERE / "RESULTS.md"
+    if file.is_file():
+        before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        file.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+    try:
+        figures(found)
+    except ImportError:
+        print("no figures: they need matplotlib")
+
+
+if __name__ == "__main__":
+    main()

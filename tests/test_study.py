@@ -1,0 +1,92 @@
+"""The arithmetic study's own parts: problems, their grading and the figures' numbers, against hand calculations."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "arithmetic"))
+
+import evaluate
+import problems
+import study
+
+from lsp_jax.reward.arithmetic import parse_arithmetic
+
+PARTS = (problems.HELD_OUT, problems.DEVELOPMENT, problems.TRAINING)
+
+
+def test_no_expression_is_in_two_parts():
+    found = {name: {problem.expression for problem in problems.part(name)} for name in PARTS}
+    assert not found[PARTS[0]] & found[PARTS[1]] and not (found[PARTS[0]] | found[PARTS[1]]) & found[PARTS[2]]
+
+
+def test_the_held_out_part_is_large_and_even():
+    asked = problems.part(problems.HELD_OUT)
+    assert len(asked) >= 900 and set(Counter(problem.family for problem in asked).values()) == {problems.PER_FAMILY}
+    assert len({problem.question for problem in asked}) == len(asked)
+    wordings = Counter(next(n for n, p in enumerate(problems.PHRASINGS) if _is(problem, p)) for problem in asked)
+    assert len(wordings) == len(problems.PHRASINGS) and min(wordings.values()) > 100
+    assert asked == problems.part(problems.HELD_OUT)
+
+
+def _is(problem: problems.Problem, phrasing: str) -> bool:
+    return problems.question(problem.expression, phrasing) == problem.question
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_answer_is_the_verifiers(name: str):
+    for problem in problems.part(name)[::7]:
+        assert parse_arithmetic(problem.question) == problem.answer, problem
+        assert problems.expressions(problem.question) == {problem.expression}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("What is 3 + 4 times 5?", {(3, "+", 4), (4, "*", 5)}),
+        ("what is 12 multiplied by 3", {(12, "*", 3)}),
+        ("12345 + 6 and 7 − 8", {(7, "-", 8)}),
+        ("There are 3 apples.", set()),
+    ],
+)
+def test_expressions_in_a_text(text: str, found: set):
+    assert problems.expressions(text) == found
+
+
+@pytest.mark.parametrize(
+    ("right", "number", "low", "high"),
+    # Wilson's intervals by hand: z = 1.96, n = 10 and 900
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (450, 900, 0.4674, 0.5326), (10, 10, 0.7225, 1.0)],
+)
+def test_interval(right: int, number: int, low: float, high: float):
+    assert evaluate.interval(right, number) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_scores_by_hand():
+    asked = problems.part(problems.HELD_OUT)
+    texts = [f"It is {problem.answer}." if problem.family == "one digit" else "no idea" for problem in asked]
+    seen = frozenset(problem.expression for problem in asked if problem.family == "two by one")
+    found = evaluate.scores(asked, texts, seen)
+    assert found["all"]["accuracy"] == pytest.approx(1 / 6) and found["easy"]["accuracy"] == pytest.approx(1 / 3)
+    assert found["families"]["one digit"]["accuracy"] == 1 and found["any number"]["accuracy"] == pytest.approx(1 / 6)
+    assert found["seen"] == pytest.approx(1 / 6) and found["unseen"]["number"] == len(asked) * 5 // 6
+
+
+@pytest.mark.parametrize(
+    ("expression", "count"),
+    [((5, "+", 6), 1), ((12, "+", 13), 0), ((99, "+", 1), 2), ((21, "-", 3), 1), ((3, "*", 4), 1), ((2, "*", 3), 0)],
+)
+def test_carries(expression: problems.Expression, count: int):
+    assert study.carries(expression) == count
+
+
+def test_examples_of_the_control_are_of_no_part_that_is_asked():
+    shown = {expression for question, _ in evaluate.FEW_SHOT for expression in problems.expressions(question)}
+    assert len(shown) == len(evaluate.FEW_SHOT)
+    asked = {problem.expression for name in PARTS[:2] for problem in problems.part(name)}
+    assert not shown & asked
+    assert all(parse_arithmetic(question) == int(answer) for question, answer in evaluate.FEW_SHOT)
