@@ -27,20 +27,19 @@ def train(arguments: Sequence[str]) -> None:
 
 def doctor(arguments: Sequence[str]) -> None:
     """Look over a run before it starts: takes what `train` takes, trains nothing, writes nothing."""
-    from lsp_jax.model.sharding import use_mesh
-    from lsp_jax.run.doctor import examine
+    from lsp_jax import processes
+    from lsp_jax.run.compiled import keep_programs
     from lsp_jax.run.messages import findings
-    from lsp_jax.run.pair import examine_rewards
-    from lsp_jax.run.setup import prepare
+    from lsp_jax.run.pair import examine_all
 
-    run = prepare(_train_config(arguments, "doctor", "Look over a run before it starts."))
-    try:
-        with use_mesh(run.mesh):
-            found = [*examine(run), *examine_rewards(run)]
-    finally:
-        run.workers.close()
-    print("\n".join(map(str, found)))
-    findings([finding for finding in found if finding.level == "error"])
+    config = _train_config(arguments, "doctor", "Look over a run before it starts.")
+    processes.start(config.processes)
+    keep_programs(config.compilation_cache)
+    with processes.together():
+        found = examine_all(config)
+        if processes.is_writer():
+            print("\n".join(map(str, found)))
+        findings([finding for finding in found if finding.level == "error"])
 
 
 def _train_config(arguments: Sequence[str], command: str, about: str) -> TrainConfig:

@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from lsp_jax.errors import InputError
 from lsp_jax.learn.losses import LossConfig
@@ -201,8 +202,7 @@ class TrainConfig:
             raise InputError("seed", self.seed, "must be in 0 .. 2**32 - 1")
         _one_of("resume", self.resume, RESUMES)
         _one_of("save_errors", self.save_errors, ("stop", "go_on"))
-        known = ("", "gce", "aws")
-        if self.preemption_notice not in known and not self.preemption_notice.startswith(("http://", "https://")):
+        if self.preemption_notice not in ("", "gce", "aws") and not _is_address(self.preemption_notice):
             raise InputError("preemption_notice", self.preemption_notice, "must be gce, aws or an http address")
         if not 0 < self.stop_timeout < math.inf:
             raise InputError("stop_timeout", self.stop_timeout, "must be > 0 seconds and finite")
@@ -292,6 +292,14 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in data.items():
         values |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return values
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is no number
+        return False
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -38,6 +38,6 @@ class RunError(RuntimeError):
 
 
 class Stopped(RunError):
-    """The run was asked to end by a signal, and has saved. Exit status 75."""
+    """The run was asked to end, by a signal or a preemption notice, and has saved. Exit status 75."""
 
     status = STOPPED_STATUS

@@ -108,7 +108,7 @@ def test_a_newer_directory_of_someone_else(run: Path, game_model: Path, whole_ru
 
 
 def test_checkpoints_that_have_vanished_are_no_fresh_start(run: Path, game_model: Path):
-    """`--resume auto` begins anew only where nothing was saved yet."""
+    """`--resume auto` begins anew only where nothing was on disk."""
     shutil.rmtree(run / "checkpoints")
     before = tree_hash(run)
     with pytest.raises(InputError, match=f"checkpoint {K} was there, and none is now"):
@@ -204,4 +204,6 @@ def test_what_a_checkpoint_records(run: Path):
     }
     assert record["config"]["play.num_queries"] == 4 and record["versions"]["jax"] == jax.__version__
     assert len(record["reference"]["digest"]) == len(record["config_digest"]) == 64
+    started = json.loads((run / "manifest.json").read_text())
+    assert started == {name: record[name] for name in ("config_digest", "versions", "reference", "reward_model")}
     assert "params/model/norm/weight" in record["arrays"]

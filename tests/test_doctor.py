@@ -17,12 +17,16 @@ from lsp_jax import cli
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.learn.losses import LossConfig
+from lsp_jax.play.data import DataConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput
 from lsp_jax.run import doctor
 from lsp_jax.run.doctor import Finding, examine, kl_pull
 from lsp_jax.run.messages import findings
 from lsp_jax.run.pair import examine_rewards, pair
 from lsp_jax.run.setup import Run, prepare
+from lsp_jax.text.prompts import PromptConfig
+from lsp_jax.text.tokenizer import Tokenizer
+from test_tokenizer import SENTENCEPIECE_FILES, sentencepiece_dir
 from test_trainer import game_config, game_dir, host_reward, tree_hash
 from tiny import EOS, tiny_dir
 
@@ -66,7 +70,7 @@ def test_a_sound_run_has_only_good_findings_and_nothing_is_written(
     made = examine(run)
     assert {finding.level for finding in made} == {"ok"} and not any(finding.remedy for finding in made)
     assert [finding.check for finding in made] == [
-        *("vocabulary", "padding", "stop ids", "Challenger's prompt", "Solver's prompt", "judge's prompt"),
+        *("vocabulary", "stop ids", "Challenger's prompt", "Solver's prompt", "judge's prompt"),
         *("KL", "mesh", "memory", "disk"),
     ]
     assert not (tmp_path / "run").exists()
@@ -90,7 +94,36 @@ def test_a_template_without_an_end_of_turn(tmp_path: Path, open_run: Callable[..
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     changed(model, "tokenizer_config.json", lambda data: data.update(chat_template=template + "assistant: "))
     finding = found(open_run(game_config(model, tmp_path / "run")), "stop ids")
-    assert finding.level == "warning" and "no control token" in finding.said
+    assert finding.level == "warning" and "no such token" in finding.said
+
+
+def test_a_template_for_one_turn_trains_a_solver(tmp_path: Path, open_run: Callable[..., Run]):
+    """It refuses an assistant's message; nothing in GRPO on data needs one."""
+    model, data = game_dir(tmp_path / "model"), tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "Say 3."}\n')
+    single = "<|im_start|>{{ messages[-1]['content'] }}<|im_end|>"
+    changed(model, "tokenizer_config.json", lambda held: held.update(chat_template=single))
+    reward, loss = RewardConfig(quality_weight=0.0), LossConfig(alpha_challenger=0.0)
+    config = game_config(model, tmp_path / "run", reward=reward, loss=loss, data=DataConfig(source=str(data)))
+    made = examine(open_run(replace(config, prompts=PromptConfig())))
+    assert {finding.level for finding in made} == {"ok"}
+
+
+def test_a_stop_id_outside_the_model(tmp_path: Path, open_run: Callable[..., Run]):
+    model = game_dir(tmp_path / "model")
+    changed(model, "generation_config.json", lambda held: held.update(eos_token_id=[EOS, 100_000]))
+    finding = found(open_run(game_config(model, tmp_path / "run")), "stop ids")
+    assert finding.level == "error" and finding.said == "100000"
+
+
+def test_a_space_that_sentencepiece_adds_is_no_finding(tmp_path: Path):
+    """Mistral's: text alone opens with a space of its own, text after a line end does not."""
+    tokenizer = Tokenizer.from_pretrained(sentencepiece_dir(tmp_path / "mistral", SENTENCEPIECE_FILES[1]))
+    alone, inside = tokenizer.encode("What is 3 + 4?"), tokenizer.chat_ids("Instruction:\nWhat is 3 + 4?")
+    spliced = [*tokenizer.chat_ids("Instruction:\n")[:-1], *alone]
+    assert inside != spliced
+    finding = doctor._prompt(tokenizer, "prompt", [*spliced, inside[-1]], inside, ["What is 3 + 4?"])
+    assert finding.level == "ok" and "cut otherwise" in finding.said
 
 
 def test_a_template_that_puts_two_beginnings(tmp_path: Path, open_run: Callable[..., Run]):
@@ -127,7 +160,7 @@ def test_ids_that_are_not_the_templates(game_model: Path, tmp_path: Path, open_r
     solver = run.game.prompts.solver
     prompts = replace(run.game.prompts, solver=solver._replace(suffix_ids=solver.suffix_ids[1:]))
     finding = found(replace(run, game=replace(run.game, prompts=prompts)), "Solver's prompt")
-    assert finding.level == "warning" and "the template has '<|im_end|>" in finding.said
+    assert finding.level == "error" and "the template has '<|im_end|>" in finding.said
 
 
 # --- the objective and the machine -----------------------------------------------------------------------------------
@@ -163,7 +196,8 @@ def test_kl_pull_against_numpy():
 
 
 @pytest.mark.parametrize(
-    ("free", "save_errors", "level"), [(1 << 50, "stop", "ok"), (1 << 10, "stop", "error"), (1 << 10, "go_on", "warning")]
+    ("free", "save_errors", "level"),
+    [(1 << 50, "stop", "ok"), (1 << 10, "stop", "error"), (1 << 10, "go_on", "warning")],
 )
 def test_room_on_the_disk(
     free: int, save_errors: Any, level: str, game_model: Path, tmp_path: Path, monkeypatch: Any, open_run: Any

@@ -241,27 +241,30 @@ def test_arithmetic_is_graded_in_a_worker():
     assert values.tolist() == [[1, 0], [0, 0]] and valid.all() and valid_query.tolist() == [True, False]
 
 
-def test_a_function_that_hangs_shows_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """Its own stack, when its time is over and when somebody asks while it works."""
-    path = write(
-        tmp_path / "slow.py",
-        """
-        import time
+SLOW = """
+import sys, time
 
-        def stuck_here():
-            time.sleep(99)
+def stuck_here():
+    time.sleep(99)
 
-        def score(queries, answers):
-            stuck_here()
-        """,
-    )
+def score(queries, answers):
+    print("x" * 20_000, flush=True)  # more than is passed on of what a function says
+    stuck_here()
+"""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_function_that_hangs_shows_where(asked: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Its own stack when its time is over, and when somebody asks while it works."""
+    path = write(tmp_path / "slow.py", SLOW)
     program = Program((sys.executable, "-m", "lsp_jax.reward.worker", f"{path}:score"))
     item = {"queries": ["q"], "answers": [["a"]], "rows": []}
-    with Workers(1, timeout=2) as workers:
-        asker = threading.Timer(1.0, workers.show_stacks)
-        asker.start()
+    with Workers(1, timeout=4) as workers:
         workers.ready(program)
+        asker = threading.Timer(1.5, workers.show_stacks)
+        if asked:
+            asker.start()
         (outcome,) = workers.run(program, [item])
-        asker.join()
-    assert outcome.failure == "took more than 2 s"
-    assert capfd.readouterr().err.count("stuck_here") >= 1
+        asker.cancel()
+    assert outcome.failure == "took more than 4 s"
+    assert capfd.readouterr().err.count("in stuck_here") == 1 + asked

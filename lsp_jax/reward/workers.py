@@ -99,21 +99,13 @@ class _Child:
         said = f" ({printable(bytes(self.log[-1000:]))})" if self.log and self.ready is None else ""
         self.outcome = Outcome(None, why + said, started=self.ready is not None)
 
-    def check_time(self) -> None:
-        if self.outcome is None and time.monotonic() > self.deadline:
-            limit = START_SECONDS if self.ready is None else self.seconds
-            self.show_stack()
-            self.fail(f"{'took' if self.ready else 'was not ready after'} more than {limit:g} s")
+    def is_late(self, now: float) -> bool:
+        return self.outcome is None and now > self.deadline
 
-    def show_stack(self) -> None:
-        """Has a child that can do so write where it is to its stderr, which is passed on."""
-        if self.ready is None or self.ready.get("stacks") is not True:
-            return
-        with contextlib.suppress(OSError, ValueError):  # it, or its pipe, may be gone
-            os.kill(self.process.pid, signal.SIGUSR1)
-            for _ in range(10):
-                time.sleep(0.02)
-                self.read_log()
+    def fail_late(self) -> None:
+        if self.outcome is None:
+            limit = START_SECONDS if self.ready is None else self.seconds
+            self.fail(f"{'took' if self.ready else 'was not ready after'} more than {limit:g} s")
 
     def write(self) -> None:
         try:
@@ -244,8 +236,7 @@ class Workers:
 
     def show_stacks(self) -> None:
         """Has every child at work write where it is to standard error; any thread may ask, also while they score."""
-        for child in list(self._busy.values()):
-            child.show_stack()
+        _show_stacks(list(self._busy.values()))
 
     def run(self, program: Program, items: Sequence[Mapping[str, Any]], timeout: float | None = None) -> list[Outcome]:
         """One outcome an item, in their order; never raises for what a child does."""
@@ -330,5 +321,22 @@ def _attend(children: list[_Child], write: bool = True) -> None:
         wait = max(min(child.deadline for child in children) - time.monotonic(), 0.0)
         for key, _ in selector.select(wait + 0.001):
             key.data()
-    for child in children:
-        child.check_time()
+    now = time.monotonic()  # one moment for all: what follows takes time that is nobody's fault
+    late = [child for child in children if child.is_late(now)]
+    if late:
+        _show_stacks(late)
+    for child in late:
+        child.fail_late()
+
+
+def _show_stacks(children: list[_Child]) -> None:
+    """Has those that can do so write where they are to their stderr, which is passed on."""
+    able = [child for child in children if child.ready and child.ready.get("stacks") is True]
+    for child in able:
+        child.logged = 0  # however much they have said already
+        child.process.send_signal(signal.SIGUSR1)
+    for _ in range(10 if able else 0):
+        time.sleep(0.02)
+        for child in able:
+            with contextlib.suppress(ValueError):  # its pipe may have been closed by now
+                child.read_log()

@@ -207,7 +207,7 @@ class Checkpoints:
 
 
 class _Preserved(PreservationPolicy):
-    """What Orbax asks after each save that was committed."""
+    """What Orbax asks as a save begins; what goes, goes once that save is committed."""
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints

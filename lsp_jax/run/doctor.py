@@ -1,4 +1,4 @@
-"""One pass over a run before anything is compiled: what goes wrong without a word, each finding with what to do.
+"""One pass over a run before its first long compilation: what goes wrong without a word, each finding with what to do.
 
 What cannot be used at all has been refused by `prepare`. Training makes this pass too and ends at an error;
 `lsp-jax doctor` makes it alone, and has a pair of answers scored as well (`run/pair.py`).
@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lsp_jax import host
+from lsp_jax.errors import InputError
 from lsp_jax.learn.losses import kl_terms
 from lsp_jax.learn.update import init_state
 from lsp_jax.run.folder import CHECKPOINTS
@@ -23,7 +25,7 @@ from lsp_jax.run.setup import Run
 from lsp_jax.run.topology import GIB
 from lsp_jax.text.judge import judge_messages, judge_template, load_criteria, text_judge_template
 from lsp_jax.text.prompts import SLOT, template_pieces
-from lsp_jax.text.tokenizer import SPECIAL, Tokenizer
+from lsp_jax.text.tokenizer import Tokenizer
 
 Level = Literal["ok", "warning", "error"]
 
@@ -50,8 +52,8 @@ def examine(run: Run) -> list[Finding]:
     """Everything that can be looked at in a moment; changes nothing, and all processes may call it."""
     tokenizer = run.policy.tokenizer
     return [
-        *_vocabulary(run, tokenizer),
-        *_stop_ids(tokenizer),
+        _vocabulary(run, tokenizer),
+        _stop_ids(run, tokenizer),
         *_prompts(run, tokenizer),
         _kl_gradient(run),
         _mesh(run),
@@ -63,34 +65,36 @@ def examine(run: Run) -> list[Finding]:
 # --- tokens and prompts ----------------------------------------------------------------------------------------------
 
 
-def _vocabulary(run: Run, tokenizer: Tokenizer) -> Iterator[Finding]:
+def _vocabulary(run: Run, tokenizer: Tokenizer) -> Finding:
+    """A tokenizer larger than the model has been refused; padding may be any id, since masks come from lengths."""
     rows, known = run.policy.config.vocab_size, tokenizer.vocab_size
     beyond = f", {rows - known} rows of the embedding have no token" if rows > known else ""
-    yield Finding("ok", "vocabulary", f"{known} tokens, model {rows}{beyond}")
-    pad = tokenizer.pad_id
-    said = f"{_shown(tokenizer, [pad])} ({pad}); masks come from lengths, never from this id"
-    if 0 <= pad < rows:
-        yield Finding("ok", "padding", said)
-    else:
-        remedy = f"outside the model's {rows} ids: correct pad_token in tokenizer_config.json"
-        yield Finding("error", "padding", str(pad), remedy)
+    pad = f"padding {_shown(tokenizer, [tokenizer.pad_id])} ({tokenizer.pad_id})"
+    return Finding("ok", "vocabulary", f"{known} tokens, model {rows}{beyond}; {pad}")
 
 
-def _stop_ids(tokenizer: Tokenizer) -> Iterator[Finding]:
+def _stop_ids(run: Run, tokenizer: Tokenizer) -> Finding:
     """The token that ends an answer in the chat template must end a completion too."""
+    rows, stops = run.policy.config.vocab_size, tokenizer.stop_ids
+    outside = [token for token in stops if not 0 <= token < rows]
+    if outside:
+        remedy = f"outside the model's {rows} ids: correct eos_token_id in generation_config.json"
+        return Finding("error", "stop ids", str(outside[0]), remedy)
+    shown = ", ".join(f"{_shown(tokenizer, [token])} ({token})" for token in stops)
     messages = [{"role": "user", "content": SLOT}, {"role": "assistant", "content": SLOT}]
-    tail = template_pieces(tokenizer, messages, add_generation_prompt=False)[-1]
-    stops = ", ".join(f"{_shown(tokenizer, [token])} ({token})" for token in tokenizer.stop_ids)
-    end = next((token for token in tail if token in tokenizer.special_ids), None)
-    if end in tokenizer.stop_ids:
-        yield Finding("ok", "stop ids", stops)
-    elif end is None:
+    try:
+        tail = template_pieces(tokenizer, messages, add_generation_prompt=False)[-1]
+    except InputError:  # a template for one turn: enough to train the Solver on data
+        return Finding("ok", "stop ids", f"{shown}; the chat template has no place for an answer to compare with")
+    end = next((token for token in tail if token in tokenizer.special_ids or token in stops), None)
+    if end in stops:
+        return Finding("ok", "stop ids", shown)
+    if end is None:
         remedy = "answers end only where the model writes one of them by itself: watch the truncated fractions"
-        yield Finding("warning", "stop ids", f"{stops}; the chat template ends an answer with no control token", remedy)
-    else:
-        remedy = f"add {end} to eos_token_id in generation_config.json, or answers run on to their longest"
-        said = f"{stops}; the chat template ends an answer with {_shown(tokenizer, [end])} ({end})"
-        yield Finding("warning", "stop ids", said, remedy)
+        return Finding("warning", "stop ids", f"{shown}; the chat template ends an answer with no such token", remedy)
+    remedy = f"add {end} to eos_token_id in generation_config.json, or answers run on to their longest"
+    said = f"{shown}; the chat template ends an answer with {_shown(tokenizer, [end])} ({end})"
+    return Finding("warning", "stop ids", said, remedy)
 
 
 def _prompts(run: Run, tokenizer: Tokenizer) -> Iterator[Finding]:
@@ -113,22 +117,26 @@ def _prompts(run: Run, tokenizer: Tokenizer) -> Iterator[Finding]:
 
 
 def _prompt(tokenizer: Tokenizer, name: str, ids: list[int], own: list[int], texts: list[str]) -> Finding:
-    """`ids` are what the role is given, `own` the chat template's; `texts` must come back out of them."""
+    """`ids` are what the role is given, `own` the chat template's; `texts` must come back out of them.
+
+    SentencePiece opens a text alone with a space of its own; a Challenger writes its query without, so no matter.
+    """
     bos = tokenizer.bos_id
     if bos is not None and own[:2] == [bos, bos]:
-        remedy = "the chat template and the tokenizer both put one there: take it out of chat_template"
+        remedy = "the chat template writes it twice: take one out of chat_template"
         return Finding("error", name, f"begins with {_shown(tokenizer, [bos, bos])}", remedy)
     decoded = tokenizer.decode(own)
     lost = [text for text in texts if text.strip() not in decoded]
     if lost:
         remedy = "the chat template changes what it is given: the role is not asked what is configured"
         return Finding("warning", name, f"{lost[0]!r} does not come back out of its ids", remedy)
-    if ids != own:
+    if tokenizer.decode(ids).replace(" ", "") != decoded.replace(" ", ""):
         at = next((n for n, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
         there, here = (_shown(tokenizer, row[at : at + 4]) for row in (own, ids))
-        remedy = "text inside the template has other ids than text alone; the model sees another cut of the same text"
-        return Finding("warning", name, f"at token {at} the template has {there}, the game {here}", remedy)
-    return Finding("ok", name, f"{len(ids)} tokens as the chat template's, ending {_shown(tokenizer, ids[-6:])}")
+        remedy = "the game does not show what the chat template would: please report it with the template"
+        return Finding("error", name, f"at token {at} the template has {there}, the game {here}", remedy)
+    same = "as the chat template's" if ids == own else "that read as the chat template's, cut otherwise"
+    return Finding("ok", name, f"{len(ids)} tokens {same}, ending {_shown(tokenizer, ids[-6:])}")
 
 
 def _shown(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -157,7 +165,7 @@ def kl_pull(estimator: str) -> float:
         down, best = jax.grad(expected)(logits), jax.grad(exact)(logits)
         return jnp.sum(down * best) / jnp.sum(best * best)
 
-    return float(pull(jnp.linspace(-1.0, 1.0, 7)))
+    return float(host.to_host(pull(jnp.linspace(-1.0, 1.0, 7))))
 
 
 def _kl_gradient(run: Run) -> Finding:
@@ -212,10 +220,16 @@ def _disk(run: Run) -> Finding:
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     export = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
     folder = run.directory / CHECKPOINTS
-    there = sum(path.name.isdecimal() for path in folder.iterdir()) if folder.is_dir() else 0
-    wanted = max(run.config.save_total_limit + 1 - there, 1) * one + export
     existing = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    try:
+        there = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        return Finding("warning", "disk", f"{existing}: {error.strerror}", "what is free there cannot be told")
+    if max(there, default=0) >= run.config.max_steps:
+        one = 0  # nothing is left to save but the export
+    kept = run.config.save_total_limit + 1 + bool(run.config.metric_for_best_model)
+    wanted = max(kept - len(there), 1) * one + export
     said = f"{one / GIB:.2f} GiB a checkpoint, {wanted / GIB:.2f} wanted, {free / GIB:.2f} free in {existing}"
     if free >= wanted:
         return Finding("ok", "disk", said)

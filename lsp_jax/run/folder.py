@@ -79,12 +79,15 @@ def settled(config: TrainConfig, directory: Path) -> TrainConfig:
 
 
 def claim(directory: Path, config: TrainConfig, policy: Policy, identity: Mapping[str, Any]) -> None:
-    """Makes the run's folder, with its configuration, what it was made with and, so that the run can be exported alone,
-    the base model's configuration and tokenizer."""
+    """Makes the run's folder, with its configuration, what it started with (`identity`, the first time) and, so that the
+    run can be exported alone, the base model's configuration and tokenizer."""
     base = directory / BASE
     base.mkdir(parents=True, exist_ok=True)
-    made_with = {name: value for name, value in identity.items() if name != "config"}
-    for name, text in ((MANIFEST, json.dumps(made_with, indent=2) + "\n"), ("config.json", config.to_json())):
+    files = {"config.json": config.to_json()}
+    if not (directory / MANIFEST).exists():
+        started_with = {name: value for name, value in identity.items() if name != "config"}
+        files = {MANIFEST: json.dumps(started_with, indent=2) + "\n", **files}
+    for name, text in files.items():
         fresh = directory / f".{name}.new"
         fresh.write_text(text, encoding="utf-8")
         fresh.replace(directory / name)  # whole or not at all: without a configuration the run cannot be resumed

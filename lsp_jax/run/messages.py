@@ -17,7 +17,7 @@ from lsp_jax.run.setup import Run
 
 WRITTEN = {
     "config.json": "every setting of the run",
-    MANIFEST: "versions, and where the weights came from",
+    MANIFEST: "versions at its start, and where the weights came from",
     METRICS_FILE: "one line an iteration",
     TRANSCRIPTS_FILE: "one line a query: its answers, R, R_Q, advantages, validity",
     CHECKSUMS_FILE: "one line a checkpoint: the checksum of each array",
@@ -48,8 +48,6 @@ def announce(run: Run, done: int) -> None:
     print(policy_in_the_loss(run.game))
     if run.data is not None:
         print(f"data: {len(run.data.rows)} prompts of {printable(config.data.source)}, {run.data.left_out} left out")
-    if config.loss.kl_estimator == "k1" and config.loss.beta:
-        print("note: the KL estimator k1 (as the paper prints it) does not pull to the reference; k2 does")
     if done >= config.max_steps:
         print(f"all {done} iterations are done: only the export is written again; for more, raise --max-steps")
     elif done:

@@ -94,6 +94,15 @@ def describe(name: str) -> str:
     raise KeyError(f"{name!r} is not in lsp_jax.run.metrics.METRICS: add it there with its meaning")
 
 
+def check_metric(name: str) -> None:
+    """Raises InputError for the name of no metric; empty is none at all. (One of `<...>` may still be absent in a run.)
+    """
+    try:
+        describe(name or "loss")
+    except KeyError:
+        raise InputError("metric_for_best_model", name, "no such metric: see metrics.jsonl of any run") from None
+
+
 class MetricsWriter:
     """Appends to the two files of a run's directory and to the trackers asked for. Make one in one process only."""
 

@@ -8,16 +8,27 @@ import jax
 import numpy as np
 
 from lsp_jax import host
+from lsp_jax.config import TrainConfig
 from lsp_jax.model.sharding import place, row_shards, use_mesh
 from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.reward.base import HostReward
-from lsp_jax.run.doctor import ANSWER, QUERY, Finding
-from lsp_jax.run.setup import Run
+from lsp_jax.run.doctor import ANSWER, QUERY, Finding, examine
+from lsp_jax.run.setup import Run, prepare
 from lsp_jax.run.step import score_episode
 from lsp_jax.text.tokenizer import Tokenizer
 
 BAD_ANSWER = "no no no no"
+
+
+def examine_all(config: TrainConfig) -> list[Finding]:
+    """The whole pass over the run `config`; its model is loaded, nothing is trained and nothing written."""
+    run = prepare(config)
+    try:
+        with use_mesh(run.mesh):
+            return [*examine(run), *examine_rewards(run)]
+    finally:
+        run.workers.close()
 
 
 def examine_rewards(run: Run) -> list[Finding]:

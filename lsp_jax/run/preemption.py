@@ -6,8 +6,8 @@ machine sends SIGTERM (Slurm, Kubernetes, TPU slices under an orchestrator) noth
 
 from __future__ import annotations
 
+import http.client
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from types import TracebackType
@@ -69,5 +69,5 @@ def _answer(request: urllib.request.Request) -> str:
     try:
         with _open(request, timeout=TIMEOUT) as reply:
             return reply.read(4096).decode("utf-8", "replace")
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return ""

@@ -48,13 +48,19 @@ class Saving:
         self._checkpoints, self._writer, self._identity, self._config = checkpoints, writer, identity, config
         self.newest: int = saved["iteration"] if saved else 0
         """Iteration of the newest checkpoint, 0 without one."""
-        self.best: dict[str, Any] = (saved or {}).get("best", {})
+        self.best = self._still_best((saved or {}).get("best", {}))
         """Iteration and value of the checkpoint that is best by `metric_for_best_model`; empty without one."""
         self._checkpoints.best = self.best.get("iteration")
         self._best_before = self.best
         self._tried = Progress()
         self.failed = 0
         """Saves that could not be written."""
+
+    def _still_best(self, best: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint's `best` where it is by the same metric, and its checkpoint still there."""
+        chosen = {"metric": self._config.metric_for_best_model, "greater": self._config.greater_is_better}
+        there = processes.gather("checkpoints", self._checkpoints.steps())[0]
+        return best if best and {**best, **chosen} == best and best["iteration"] in there else {}
 
     def save(self, number: int, state: TrainState, progress: Progress) -> None:
         """The state as of iteration `number`."""
@@ -95,6 +101,14 @@ class Saving:
             self.save(number, state, self._tried)
             self.wait()
 
+    def keep(self, number: int, state: TrainState, progress: Progress) -> str:
+        """Iteration `number` on disk, unless it is; says what is there then."""
+        self.wait()  # for what is under way: it may fail
+        if self.newest < number:
+            self.save(number, state, progress)
+            self.wait()
+        return f"iteration {self.newest} is saved" if self.newest else "nothing was there to save"
+
     def check_metric(self, metrics: Mapping[str, float]) -> None:
         """Raises InputError when there is no metric of the name by which the best checkpoint is chosen."""
         name = self._config.metric_for_best_model
@@ -110,7 +124,8 @@ class Saving:
             return
         value = float(metrics[name])
         if math.isfinite(value) and (not self.best or sign * value > sign * self.best["value"]):
-            self.best = {"iteration": number, "value": value}
+            chosen = {"metric": name, "greater": self._config.greater_is_better}
+            self.best = {"iteration": number, "value": value, **chosen}
             self._checkpoints.best = number
 
     def _failure(self, error: SaveError) -> None:

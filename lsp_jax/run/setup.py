@@ -24,7 +24,7 @@ from lsp_jax.reward.workers import Workers
 from lsp_jax.run.folder import check_output, load_run_params, open_run, settled
 from lsp_jax.run.game import Game
 from lsp_jax.run.memory import device_memory, fitted
-from lsp_jax.run.metrics import check_trackers
+from lsp_jax.run.metrics import check_metric, check_trackers
 from lsp_jax.run.rewards import check_data, load_rewards, open_rewards
 from lsp_jax.text.judge import judge_length
 from lsp_jax.text.prompts import PlayPrompts
@@ -68,6 +68,7 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     config.check()
     check_same(config)
     check_trackers(config.report_to)
+    check_metric(config.metric_for_best_model)
     directory = Path(config.output_dir).expanduser()
     config = settled(config, directory)
     check_output(config, directory)

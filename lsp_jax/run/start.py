@@ -53,12 +53,13 @@ def start_state(
 
 
 def _check_none(directory: Path, checkpoints: Checkpoints) -> None:
-    """Raises InputError when there is no checkpoint to take though there was one."""
+    """Raises InputError when there is no checkpoint to take though there was one: a save writes down which one was on
+    disk when it began. (The very first, gone before a second save began, is not known of.)"""
     remedy = "put one back, or start in a new output_dir"
     if checkpoints.damaged.is_dir():
         raise InputError("checkpoint", str(checkpoints.damaged), f"none of the run's checkpoints is whole: {remedy}")
     file = directory / CHECKSUMS_FILE
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     kept = 0
     for line in lines:
         with suppress(ValueError, KeyError, TypeError):  # half a line: its save came to no end

@@ -110,8 +110,7 @@ def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: 
             state, saved = start_state(run, checkpoints, known)
             if processes.is_writer():
                 claim(run.directory, config, run.policy, known)
-            # from here on only the reference and the state: the loaded parameters, which nothing but `run` holds, would
-            # be one more copy on an accelerator
+            # the loaded parameters, which nothing but `run` holds, would be one more copy on an accelerator
             run = replace(run, policy=replace(run.policy, params={}))
             done = saved["iteration"] if saved else 0
             if processes.is_writer():
@@ -156,11 +155,7 @@ def _iterations(
             with jax.profiler.trace(str(run.directory / PROFILE)) if traced else nullcontext():
                 played, metrics, lines = _one(run, state, number, cursor, saving, Phases(watchdog.beat), stopping.check)
         except Stopped as asked:  # before the update: the state is the last iteration's
-            saving.wait()  # for what is under way: it may fail
-            if saving.newest < number - 1:
-                saving.save(number - 1, state, progress)
-                saving.wait()
-            kept = f"iteration {saving.newest} is saved" if saving.newest else "nothing was there to save"
+            kept = saving.keep(number - 1, state, progress)
             raise Stopped(f"{asked}; {kept}; --resume auto goes on") from asked
         if number == done + 1:  # names of metrics are known from here on
             saving.check_metric(metrics)
