@@ -19,7 +19,7 @@ from lsp_jax.errors import InputError, Stopped
 from lsp_jax.learn.update import TrainState
 from lsp_jax.run.checkpoint import Checkpoints, SaveError
 from lsp_jax.run.saving import Saving
-from test_resume import assert_same_run, config_of, train, without_clocks
+from test_resume import CLOCKS, assert_same_run, config_of, train, without_clocks
 from test_trainer import host_reward, read_lines, same_bits
 
 QUICK_COMPILES = True
@@ -144,25 +144,29 @@ def test_a_place_that_cannot_be_written_to(game_model: Path, tmp_path: Path):
 def test_the_best_checkpoint_stays(greater: bool, game_model: Path, whole_run: tuple[Path, TrainState], tmp_path: Path):
     """With one checkpoint kept by age the best one stays beside it, also over a restart; training is the same."""
     metrics = read_lines(whole_run[0] / "metrics.jsonl")
-    # a metric whose best value comes in iteration 2 of 4, whichever way it is looked at
-    name = next(
-        name
-        for name in sorted(metrics[0])
-        if name in metrics[3] and not name.startswith(("time/", "tokens", "limit/", "compile/"))
-        if (max if greater else min)(metrics, key=lambda line: line[name]) is metrics[1]
-        and len({line[name] for line in metrics}) == STEPS
-    )
+    by_best = {}  # metrics that differ every time, by the iteration in which they were best
+    for name in sorted(set(metrics[0]) - {name for name in metrics[0] if name.startswith((*CLOCKS, "iteration"))}):
+        if len({line[name] for line in metrics}) == STEPS:
+            best = (max if greater else min)(metrics, key=lambda line: line[name])
+            by_best.setdefault(best["iteration"], name)
+    early = min(by_best)
+    assert early < STEPS - 1, "else the newest one would be the best"
+    name = by_best[early]
     kept = {"save_total_limit": 1, "metric_for_best_model": name, "greater_is_better": greater, "save_steps": 1}
     config = config_of(game_model, tmp_path / "run", **kept)
     train(replace(config, max_steps=3))
     state = train(replace(config, resume="must"))
     assert same_bits(state, whole_run[1])
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
-    assert checkpoints.steps() == [2, STEPS]
+    assert checkpoints.steps() == [early, STEPS]
     checkpoints.close()
 
 
 def test_a_metric_that_there_is_not(game_model: Path, tmp_path: Path):
     config = config_of(game_model, tmp_path / "run", save_steps=1, metric_for_best_model="accuracy")
-    with pytest.raises(InputError, match=r"metric_for_best_model = 'accuracy': no such metric; there are .*solver/reward"):
+    with pytest.raises(InputError, match="metric_for_best_model = 'accuracy': no such metric"):
         train(config)
+    assert not (tmp_path / "run").exists()
+    absent = replace(config, metric_for_best_model="rewards/preference/mean")  # known, but not in this run
+    with pytest.raises(InputError, match=r"metric_for_best_model.*there are .*solver/reward"):
+        train(absent)

@@ -19,8 +19,13 @@ from lsp_jax.reward.arithmetic import final_number
 MAX_TOKENS = 24
 """Longest answer, the same for every row."""
 TEXT = Path(__file__).with_name("text.txt")
-FEW_SHOT = (("What is 4 + 5?", "9"), ("What is 30 minus 12?", "18"), ("Calculate 7 x 6.", "42"), ("88 + 9 = ?", "97"))
-"""Turns before the question for the control that only shows the form. No expression of a held-out problem."""
+FEW_SHOT = (
+    ("What is 7 + 4?", "11"),
+    ("What is 73 minus 46?", "27"),
+    ("Calculate 8 x 6.", "48"),
+    ("87 + 50 = ?", "137"),
+)
+"""Turns before the question for the control that only shows the form; of the training part."""
 
 
 def interval(right: int, number: int, z: float = 1.959964) -> tuple[float, float]:

@@ -99,7 +99,7 @@ _OPERATORS = {"plus": "+", "minus": "-", "−": "-", "times": "*", "x": "*", "×
 
 
 def expressions(text: str) -> set[Expression]:
-    """Every `a operator b` inside a text, also as a part of a longer question: what could be learned from it by heart."""
+    """Every `a operator b` inside a text, also as a part of a longer question: what it could teach by heart."""
     found = set()
     for a, operator, b in _EXPRESSION.findall(text):
         word = operator.lower().split()[0]

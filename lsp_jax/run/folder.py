@@ -79,8 +79,8 @@ def settled(config: TrainConfig, directory: Path) -> TrainConfig:
 
 
 def claim(directory: Path, config: TrainConfig, policy: Policy, identity: Mapping[str, Any]) -> None:
-    """Makes the run's folder, with its configuration, what it started with (`identity`, the first time) and, so that the
-    run can be exported alone, the base model's configuration and tokenizer."""
+    """Makes the run's folder, with its configuration, what it started with (`identity`, the first time) and, so that
+    the run can be exported alone, the base model's configuration and tokenizer."""
     base = directory / BASE
     base.mkdir(parents=True, exist_ok=True)
     files = {"config.json": config.to_json()}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lsp_jax import host
@@ -65,14 +68,13 @@ def pair(tokenizer: Tokenizer, queries: int) -> Episode:
     """An episode of `queries` times the same query with both answers, each of which stopped."""
     query, stop = tokenizer.encode(QUERY), tokenizer.stop_ids[0]
     answers = [[*tokenizer.encode(text), stop] for text in (ANSWER, BAD_ANSWER)]
-    width = max(map(len, answers))
-    tokens = np.array([ids + [0] * (width - len(ids)) for ids in answers], np.int32)
-    zeros = np.zeros((2, width), np.float32)
-    done = Completions(tokens, np.array([*map(len, answers)], np.int32), zeros, zeros, np.ones(2, bool))
-    text = np.array([query], np.int32), np.array([len(query)], np.int32)
+    width, shape = max(map(len, answers)), (queries, len(answers))
 
-    def repeated(tree: object) -> object:
-        return jax.tree.map(lambda x: np.repeat(x, queries, axis=0), tree)
+    def repeated(values: Sequence[Any], dtype: Any) -> jax.Array:
+        return jnp.asarray(np.broadcast_to(np.array(values, dtype), (queries, *np.shape(values))))
 
-    answered = jax.tree.map(lambda x: x[None], done)
-    return place(repeated(Episode(Queries(None, text, np.ones(1, bool)), text, answered)))
+    text = repeated(query, np.int32), jnp.full(queries, len(query), jnp.int32)
+    tokens = repeated([ids + [0] * (width - len(ids)) for ids in answers], np.int32)
+    lengths, zeros = repeated([*map(len, answers)], np.int32), jnp.zeros((*shape, width))
+    done = Completions(tokens, lengths, zeros, zeros, jnp.ones(shape, bool))
+    return place(Episode(Queries(None, text, jnp.ones(queries, bool)), text, done))

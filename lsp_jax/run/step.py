@@ -97,7 +97,8 @@ def play_and_learn(
     handed_over = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     del params
     with phases("reward"):
-        outputs = {reward.name: score_episode(reward, episode) for reward in run.rewards if not isinstance(reward, HostReward)}
+        compiled = [reward for reward in run.rewards if not isinstance(reward, HostReward)]
+        outputs = {reward.name: score_episode(reward, episode) for reward in compiled}
         texts = None
         if len(outputs) < len(run.rewards):
             mine = processes.share(game.play.num_queries)
