@@ -95,7 +95,7 @@ def describe(name: str) -> str:
 
 
 def check_metric(name: str) -> None:
-    """Raises InputError for the name of no metric; empty is none at all. (One of `<...>` may still be absent in a run.)"""
+    """Raises InputError for the name of no metric; empty is none at all. (One of `<...>` may be absent in a run.)"""
     try:
         describe(name or "loss")
     except KeyError:
