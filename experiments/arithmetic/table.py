@@ -52,11 +52,11 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def figures(found: list[dict[str, Any]]) -> None:
     """Accuracy on the development problems, rewards of both roles, and the Challenger's difficulty, over iterations."""
-    import matplotlib
+    import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "lsp_jax"  # the same file from the same results
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     trained = [result for result in found if result.get("stages")]
     panels = {

@@ -49,9 +49,11 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            # lightweight: a damaged record of Orbax's own must not keep all checkpoints from being listed
-            lightly = {"lightweight_initialize": True, "create": True}
-            options = ocp.CheckpointManagerOptions(preservation_policy=_Preserved(self), **lightly)
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=_Preserved(self),
+                create=True,
+                lightweight_initialize=True,  # else a damaged record of Orbax's own keeps all from being listed
+            )
             # zstd takes a tenth off float32 weights, and for it holds up to as much memory again while it writes
             arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
             handlers = {"params": arrays, "training": arrays, "host": ocp.JsonCheckpointHandler()}
