@@ -21,7 +21,10 @@ CLOCKS = ("time/", "limit/", "compile/", "checkpoint/")
 SILENCE = 6.0
 
 scene, port, number, index = sys.argv[1], *map(int, sys.argv[2:5])
-jax.config.update("jax_num_cpu_devices", DEVICES // number)
+here = DEVICES // number
+if scene == "resume":  # DATA x FSDP
+    here = int(sys.argv[7]) * int(sys.argv[8]) or here
+jax.config.update("jax_num_cpu_devices", here)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long here
 
@@ -120,7 +123,8 @@ def settings(model: str, directory: str, steps: int, **changes: Any) -> TrainCon
 
 
 def played(config: TrainConfig, killed: int = -1) -> dict[str, Any]:
-    """Trains, with what its callbacks saw; the process `killed` dies after its first iteration."""
+    """Trains, with what its callbacks saw and the arrays it ended with; the process `killed` dies after its first
+    iteration."""
     seen: list[dict[str, float]] = []
     lines: list[int] = []
     scored: list[int] = []
@@ -135,8 +139,8 @@ def played(config: TrainConfig, killed: int = -1) -> dict[str, Any]:
         if index == killed:
             os.kill(os.getpid(), 9)
 
-    lsp.train(config, rewards=[callable_reward(share, "share", weight=2.0)], callbacks=[callback])
-    return {"metrics": seen, "lines": lines, "scored": scored}
+    state = lsp.train(config, rewards=[callable_reward(share, "share", weight=2.0)], callbacks=[callback])
+    return {"metrics": seen, "lines": lines, "scored": scored, "ended": digests(host.to_host(state))}
 
 
 def play() -> dict[str, Any]:
@@ -160,9 +164,10 @@ def asked() -> dict[str, Any]:
 
 
 def resume() -> dict[str, Any]:
-    """What is restored of a run of two iterations, and one more: MODEL DIRECTORY DATA FSDP."""
-    sizes = MeshConfig(*map(int, sys.argv[7:9]))
-    config = settings(*sys.argv[5:7], 3, mesh=sizes, resume="must")
+    """What is restored of a run of two iterations onto DATA x FSDP devices (0 0: all), and as many more as are left of
+    STEPS: MODEL DIRECTORY DATA FSDP STEPS."""
+    data, fsdp, steps = map(int, sys.argv[7:10])
+    config = settings(*sys.argv[5:7], steps, mesh=MeshConfig(data, fsdp), resume="must")
     processes.start(config.processes)
     run = prepare(config, [host_reward()])
     checkpoints = Checkpoints(run.directory / "checkpoints")
@@ -170,10 +175,11 @@ def resume() -> dict[str, Any]:
         state, saved = start_state(run, checkpoints, identity(run.config, run.policy, run.reward_model))
         assert saved is not None and saved["iteration"] == 2
         restored = digests(host.to_host(state))
-    layout = [str(leaf.sharding.spec) for leaf in jax.tree.leaves(state)]
+    layout = [str(getattr(leaf.sharding, "spec", None)) for leaf in jax.tree.leaves(state)]
     checkpoints.close()
     run.workers.close()
-    return {"mesh": dict(run.mesh.shape), "restored": restored, "layout": layout, **played(config)}
+    mesh = dict(run.mesh.shape) if run.mesh is not None else {}
+    return {"mesh": mesh, "restored": restored, "layout": layout, **played(config)}
 
 
 def command() -> None:

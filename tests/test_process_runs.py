@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,29 @@ def test_the_unclipped_gradient_and_the_saved_states_are_the_same(runs: Runs):
     assert host_two["offsets"]["metrics.jsonl"] == len((runs.two / "metrics.jsonl").read_bytes().splitlines(True)[0])
 
 
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (1, 4), (2, 4)], ids=["1 device", "4 devices", "2 x 4 devices"])
+def test_what_8_devices_saved_goes_on_on_others(data: int, fsdp: int, runs: Runs, tmp_path: Path):
+    """Parameters and moments are the bits that the run of 8 devices ended with, spread as the new mesh has it."""
+    copy = shutil.copytree(runs.one, tmp_path / "run")
+    (said,) = (ended.said() for ended in run_together("resume", runs.model, copy, data, fsdp, 4, number=1))
+    assert said["restored"] == runs.said_alone["ended"] == digests(saved_state(runs.one, runs.model, 2)[0])
+    assert list(said["mesh"].values()) == ([data, fsdp, 1] if data * fsdp > 1 else [])
+    assert any("fsdp" in spec for spec in said["layout"]) == (fsdp > 1)
+    lines = read_lines(copy / "metrics.jsonl")  # strict: a number that is not finite would be null
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert lines[-1]["skipped_updates"] == 0 and lines[-1]["grad_norm"] > 0
+    assert said["ended"] != said["restored"]
+    state, saved = saved_state(copy, runs.model, 4)
+    assert digests(state) == said["ended"] and saved["cursor"] == 16
+
+
 @pytest.mark.slow
 def test_a_run_of_either_resumes_on_the_other(runs: Runs):
     """Two processes' run on one process and a mesh of 2 x 4 devices, and the other way round."""
     wanted = [digests(saved_state(directory, runs.model, 2)[0]) for directory in (runs.two, runs.one)]
-    (on_one,) = (ended.said() for ended in run_together("resume", runs.model, runs.two, 2, 4, number=1))
-    on_two = [ended.said() for ended in run_together("resume", runs.model, runs.one, 0, 0)]
+    (on_one,) = (ended.said() for ended in run_together("resume", runs.model, runs.two, 2, 4, 3, number=1))
+    on_two = [ended.said() for ended in run_together("resume", runs.model, runs.one, 0, 0, 3)]
     layout = [str(spec) for spec in jax.tree.leaves(partitions(shapes(runs.model)), is_leaf=is_spec)]
     assert any("fsdp" in spec for spec in layout)
     for said, arrays, mesh in ((on_one, wanted[0], [2, 4, 1]), *((said, wanted[1], [1, 8, 1]) for said in on_two)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from typing import Any
 
 import pytest
 
+import child_run
 import lsp_jax as lsp
-from lsp_jax.errors import InputError, Stopped
+from lsp_jax.errors import FAILED_STATUS, InputError, Stopped
 from lsp_jax.learn.update import TrainState
 from lsp_jax.run.checkpoint import Checkpoints, SaveError
 from lsp_jax.run.saving import Saving
@@ -135,6 +137,39 @@ def test_a_place_that_cannot_be_written_to(game_model: Path, tmp_path: Path):
 
     with pytest.raises(SaveError, match=r"checkpoint 2 could not be written.*there is none yet"):
         lsp.train(replace(config, save_steps=2), rewards=[host_reward()], callbacks=[block])
+
+
+@pytest.mark.parametrize("save_errors", ["stop", "go_on"])
+def test_a_directory_that_has_become_read_only(
+    save_errors: Any, game_model: Path, whole_run: tuple[Path, TrainState], tmp_path: Path
+):
+    """After iteration 1 is saved nothing more can be: the run ends or goes on as told, and can be gone on with from 1.
+
+    In a process of its own, for root would have to give up its right to write anywhere.
+    """
+    config = config_of(game_model, tmp_path / "run", save_steps=1, save_errors=save_errors)
+    directory = tmp_path / "run" / "checkpoints"
+    try:
+        ended = child_run.run(config, "read_only_after", 1, env=child_run.environment(quick=True), bound=True)
+    finally:
+        if directory.is_dir():
+            directory.chmod(0o755)
+    if "the mode does not bind" in ended.stdout:
+        pytest.skip("this user may write into a directory that is read only")
+    assert [path.name for path in directory.iterdir()] == ["1"]
+    assert "checkpoint 2 could not be written" in ended.stderr and "Permission denied" in ended.stderr
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    if save_errors == "stop":
+        assert ended.returncode == FAILED_STATUS and "the newest one is 1 (--save-errors go_on" in ended.stderr
+        assert len(lines) < STEPS and not (tmp_path / "run" / "export").exists()
+    else:
+        assert ended.returncode == 0 and "checkpoint 4 could not be written" in ended.stderr, ended.stderr
+        assert ended.stderr.count("the newest one is 1, going on") >= 3 and lines[-1]["checkpoint/failed"] >= 1
+        assert_same_run(tmp_path / "run", whole_run[0])
+        shutil.rmtree(tmp_path / "run" / "export")
+    resumed = train(replace(config, resume="must"))
+    assert same_bits(resumed, whole_run[1])
+    assert_same_run(tmp_path / "run", whole_run[0])
 
 
 # --- the best checkpoint ----------------------------------------------------------------------------------------------

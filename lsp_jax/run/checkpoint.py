@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -99,6 +100,8 @@ class Checkpoints:
     def _make_directory(self) -> None:
         if processes.is_writer():
             self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass  # where none can be made Orbax's threads would wait minutes for one, and the process for them
 
     def _told(self, call: Callable[[ocp.CheckpointManager], Any]) -> None:
         self._agreed(lambda: call(self._open()))

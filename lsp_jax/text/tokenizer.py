@@ -195,6 +195,9 @@ class _FastBackend:
     def chat_ids(
         self, messages: list[dict[str, str]], add_generation_prompt: bool, arguments: dict[str, str]
     ) -> list[int]:
-        options = {"add_generation_prompt": add_generation_prompt, "tokenizer_kwargs": {"split_special_tokens": False}}
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "tokenizer_kwargs": {"split_special_tokens": False, "verbose": False},
+        }
         options |= {"tokenize": True, "return_dict": True}
         return self._tokenizer.apply_chat_template(messages, **options, **arguments)["input_ids"]
