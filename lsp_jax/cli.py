@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from lsp_jax.errors import LOST_STATUS, InputError, ProcessError, RunError, Stopped
+from lsp_jax.errors import LOST_STATUS, InputError, ProcessError, RunError, Stopped, printable
+
+LONGEST_LINE = 1000  # characters of an error on the terminal
 
 if TYPE_CHECKING:
     from lsp_jax.config import TrainConfig
@@ -101,7 +103,6 @@ def generate(arguments: Sequence[str]) -> None:
     from lsp_jax.play.generate import generate as complete
     from lsp_jax.play.sampler import SamplingConfig
     from lsp_jax.policy import load_pretrained, open_pretrained
-    from lsp_jax.run.metrics import printable
 
     options = tyro.cli(GenerateOptions, args=list(arguments), prog="lsp-jax generate")
     if not options.prompts:
@@ -250,16 +251,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError("command", arguments[0], f"must be one of {', '.join(COMMANDS)}")
         command(arguments[1:])
     except InputError as error:
-        print(f"lsp-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say("error: ", error)
         return 2
     except ProcessError as error:
-        print(f"lsp-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say("error: ", error)
         return LOST_STATUS
     except RunError as error:
-        said = "" if isinstance(error, Stopped) else "error: "
-        print(f"lsp-jax: {said}{' '.join(str(error).split())}", file=sys.stderr)
+        _say("" if isinstance(error, Stopped) else "error: ", error)
         return error.status
     except KeyboardInterrupt:
         print("lsp-jax: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _say(kind: str, error: Exception) -> None:
+    """The error on one line; what a file or a name put into it cannot reach the terminal as a control character."""
+    print(f"lsp-jax: {kind}{printable(' '.join(str(error).split()), LONGEST_LINE)}", file=sys.stderr)

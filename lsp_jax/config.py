@@ -249,7 +249,7 @@ class TrainConfig:
         """Reads what `to_json` wrote; InputError names an unknown field or a value of another type."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # not JSON, a number of too many digits, nested too deep
             raise InputError(source, str(error), "must be a run's config.json") from error
         return _build(cls, data, source)
 
@@ -259,7 +259,11 @@ class TrainConfig:
         path = Path(path)
         if not path.is_file():
             raise InputError("config", str(path), "no such file: a run's folder holds config.json")
-        return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError("config", str(path), f"cannot be read ({error}); it must be UTF-8") from error
+        return cls.from_json(text, str(path))
 
 
 MAY_CHANGE = (
@@ -331,7 +335,10 @@ def _build(cls: type, data: Any, where: str) -> Any:
 def _plain(hint: Any, value: Any, where: str) -> Any:
     kind = str if typing.get_origin(hint) is Literal else hint
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise InputError(where, value, "is beyond what a float can hold") from error
     if type(value) is not kind:
         raise InputError(where, value, f"must be of type {kind.__name__}")
     return value

@@ -1,5 +1,5 @@
 """The errors that end a run, each with its exit status: what a user must change, which process is at fault, what the
-run itself could not go on with."""
+run itself could not go on with. And how values and texts are shown in them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ class InputError(ValueError):
 
     def __init__(self, field: str, value: object, remedy: str):
         self.field, self.value, self.remedy = field, value, remedy
-        shown = repr(value)
-        if len(shown) > LONGEST:
-            shown = shown[:LONGEST] + "..."
-        super().__init__(f"{field} = {shown}: {remedy}")
+        name = field if len(field) <= 2 * LONGEST else field[: 2 * LONGEST] + "..."  # names come out of files, too
+        super().__init__(f"{name} = {shown(value)}: {remedy}")
 
 
 class ProcessError(RuntimeError):
@@ -41,3 +39,30 @@ class Stopped(RunError):
     """The run was asked to end, by a signal or a preemption notice, and has saved. Exit status 75."""
 
     status = STOPPED_STATUS
+
+
+def shown(value: object, longest: int = LONGEST) -> str:
+    """A value as Python writes it, at most `longest` characters of it."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or an integer of more digits than Python writes
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= longest else text[:longest] + "..."
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """`text` on one line of at most `limit` characters, harmless on a terminal.
+
+    Whatever Python does not call printable is shown as its escape: line ends, ANSI and C1 control characters, bidi
+    overrides, zero-width and private characters, lone surrogates. A longer text ends in "...".
+    """
+    pieces = [
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text[: limit + 1]
+    ]
+    if sum(map(len, pieces)) <= limit:
+        return "".join(pieces)
+    room = limit - len("...")
+    while pieces and sum(map(len, pieces)) > room:
+        pieces.pop()
+    return "".join(pieces) + "..."[: max(limit, 0)]

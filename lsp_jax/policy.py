@@ -18,6 +18,7 @@ from lsp_jax.errors import InputError
 from lsp_jax.model.config import ARCHITECTURES, Head, LlamaConfig
 from lsp_jax.model.llama import Params
 from lsp_jax.model.weights import INDEX, check_dtype, load_params, read_config, save_params
+from lsp_jax.paths import check_writable, user_path
 from lsp_jax.text.tokenizer import FILES, Tokenizer
 
 _WEIGHTS = "model*.safetensors"
@@ -87,7 +88,7 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
     """
     if dtype is not None:
         check_dtype(dtype)
-    target = Path(directory).expanduser().resolve()
+    target = user_path("directory", directory).resolve()
     if jax.process_index() != 0:
         save_params(policy.params, policy.config, target, dtype)
         return
@@ -114,7 +115,7 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
 
 
 def _locate(name: str, revision: str | None) -> Path:
-    path = Path(name).expanduser()
+    path = user_path("model", name)
     if path.is_dir():
         if revision is not None:
             raise InputError("revision", revision, f"{name} is a local directory, and only hub ids have revisions")
@@ -146,8 +147,9 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 
 def check_replaceable(target: Path) -> None:
-    """Raises InputError unless `target` is absent, empty or an earlier export."""
+    """Raises InputError unless `target` is empty or an earlier export, or absent and can be made."""
     if not target.exists():
+        check_writable("directory", target)
         return
     if not target.is_dir():
         raise InputError("directory", str(target), "is a file; give a new directory")

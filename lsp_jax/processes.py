@@ -55,7 +55,7 @@ class ProcessConfig:
                     raise InputError(f"processes.{name}", getattr(self, name), remedy)
         else:
             host, _, port = self.coordinator.rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 2**16:
                 raise InputError("processes.coordinator", self.coordinator, "must be host:port of process 0")
             if self.number < 1:
                 raise InputError("processes.number", self.number, "give the number of processes with the coordinator")

@@ -14,6 +14,7 @@ import pytest
 
 from lsp_jax import cli
 from lsp_jax.config import TrainConfig
+from lsp_jax.errors import InputError
 from lsp_jax.model.weights import save_params
 from refusal import Refused, WeightsRead, check_line
 from test_trainer import game_config
@@ -39,6 +40,7 @@ FIELDS: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "reporter": (["--report-to", "nosuch"], ("report_to = 'nosuch'", "tensorboard, wandb, trackio")),
     "no model": (["--model", ""], ("model = ''", "directory or a hub id")),
     "missing model": (["--model", "./no/such"], ("model = './no/such'", "no such directory")),
+    "port": (["--processes.coordinator", "host:" + "9" * 5000], ("processes.coordinator", "host:port")),
     "callable without a function": (
         ["--reward.callable", "os.path"],
         ("reward.callable = 'os.path'", "file.py:function"),
@@ -84,6 +86,35 @@ def test_no_command_shows_them_all(capsys: pytest.CaptureFixture[str]):
     assert cli.main([]) == 2 and cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(shown.count(f"\n  {name} ") == 2 for name in cli.COMMANDS)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("text", ["x" * 300, "y/" * 5000, "~nosuchuser/x", "a\0b", "\ud800"])
+@pytest.mark.parametrize(
+    "field", ["model", "output_dir", "init_from", "data.source", "reward.rubric", "compilation_cache"]
+)
+def test_what_no_file_system_takes_is_no_path(field: str, text: str, refused: Refused, train: Callable):
+    more = ["--loss.alpha-challenger", 0] if field == "data.source" else []
+    option, named = f"--{field.replace('_', '-')}", field.removeprefix("reward.")
+    refused(train(option, text, *more), f"{named} = ", "give another one")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("below", ["file/x", "file", "new/" + "x" * 300])
+def test_an_output_that_cannot_be_made(below: str, refused: Refused, train: Callable, game_model: Path, tmp_path: Path):
+    """Said before the model is read, not once it is to be written."""
+    (tmp_path / "file").write_text("precious\n")
+    refused(train("--output-dir", tmp_path / below), "output_dir = ")
+    refused(["export", tmp_path / "file", tmp_path / below], "directory = ")
+    refused(["demo-model", tmp_path / below], "directory = ")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_what_a_file_says_reaches_no_terminal(refused: Refused, tmp_path: Path):
+    """No escape sequence, and not more than a few hundred characters of it."""
+    (tmp_path / "config.json").write_text(json.dumps({"\x1b[2J\r" + "x" * 100_000: 1}))
+    err = refused(["export", tmp_path, tmp_path / "out"], "config.json: \\x1b[2J", "...")
+    assert err[:-1].isprintable()
 
 
 CALLABLES = {
@@ -238,6 +269,22 @@ def test_the_wrong_json_type_names_its_field(tmp_path: Path):
     text = json.dumps(json.loads(TrainConfig().to_json()) | {"loss": {"beta": "big"}})
     with pytest.raises(ValueError, match=r"config\.json: loss: beta = 'big': must be of type float"):
         TrainConfig.from_json(text)
+
+
+BAD_JSON = {
+    "nested": b"[" * 100_000,
+    "nested inside": b'{"seed": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "digits": b'{"seed": ' + b"9" * 5000 + b"}",
+    "too large for a float": b'{"stop_timeout": 1' + b"0" * 400 + b"}",
+    "not UTF-8": b'{"model": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("case", BAD_JSON)
+def test_json_that_python_does_not_read(case: str, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes(BAD_JSON[case])
+    with pytest.raises(InputError, match=r"config(\.json)?"):
+        TrainConfig.load(tmp_path / "config.json")
 
 
 # --- other processes --------------------------------------------------------------------------------------------------

@@ -114,6 +114,9 @@ BAD_FILES = {
     "not an object": ('["Why?"]\n', "must be a JSON object"),
     "not JSON": ('{"prompt": "a"}\nWhy?\n', "is not JSON Lines"),
     "not UTF-8": (b'{"prompt": "\xff"}\n', "is not JSON Lines in UTF-8"),
+    "nested too deep": ("[" * 100_000, "is not JSON Lines"),
+    "too many digits": ('{"prompt": ' + "9" * 5000 + "}", "is not JSON Lines"),
+    "half a surrogate pair": ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
 }
 
 
@@ -124,7 +127,7 @@ def test_bad_files_are_named(case: str, tokenizer: Tokenizer, tmp_path: Path):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as error:
         load_data(DataConfig(source=str(path), max_prompt_length=50), tokenizer)
-    assert message in str(error.value) and error.value.field.startswith("data.")
+    assert message in str(error.value) and error.value.field.startswith("data.") and len(str(error.value)) < 800
 
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "./nowhere", "/no/such/file"])

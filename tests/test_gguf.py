@@ -239,6 +239,44 @@ def test_bad_gguf(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.ggml.token_type", "tokenizer.ggml.tokens"])
+def test_a_length_beyond_the_end_of_the_file(tmp_path: Path, name: str) -> None:
+    """GGUFReader would find 2^60 empty numbers there, one after another."""
+    tiny_gguf(tmp_path / "tiny.gguf")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    length = whole.index(name.encode()) + len(name) + 8  # after the type of the field and that of its items
+    assert whole[length : length + 8] == len(TINY_TOKENS).to_bytes(8, "little")
+    for number in (2**60, 2**64 - 1):
+        (tmp_path / "bad.gguf").write_bytes(whole[:length] + number.to_bytes(8, "little") + whole[length + 8 :])
+        with pytest.raises(InputError, match="is not a whole GGUF file"):
+            gguf.convert_gguf(tmp_path / "bad.gguf", tmp_path / "model")
+
+
+CHANGES = [
+    (b"llama.block_count", b"llama.block_c\xffunt", "is not a whole GGUF file"),
+    (b"llama.block_count", b"llama.blocc_kount", "llama.block_count = None"),
+    (b"tokenizer.chat_template", b"tokenizer.chat_TEMPLATE", "tokenizer.chat_template = None"),
+    (b"a b", b"a z", "tokenizer.ggml.merges"),
+    (b"bos_token_id\4\0\0\0\1", b"bos_token_id\4\0\0\0\x7f", "bos_token_id = 127: must be one of the 11 tokens"),
+    (b"head_count\4\0\0\0\4", b"head_count\4\0\0\0\0", "num_attention_heads = 0"),
+    (b"head_count\4\0\0\0\4", b"head_count\4\0\0\0\5", "num_key_value_heads = 2"),
+    (b"head_count\4\0\0\0\4", b"head_count\4\0\0\0\x08", "k_proj.weight"),
+    (b"feed_forward_length\4\0\0\0\x30", b"feed_forward_length\4\0\0\0\x31", "gate_proj.weight"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "match"), CHANGES)
+def test_fields_at_odds_with_the_rest(tmp_path: Path, old: bytes, new: bytes, match: str) -> None:
+    tiny_gguf(tmp_path / "tiny.gguf")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    assert old in whole and len(old) == len(new)
+    (tmp_path / "bad.gguf").write_bytes(whole.replace(old, new))
+    with pytest.raises(InputError) as raised:
+        gguf.convert_gguf(tmp_path / "bad.gguf", tmp_path / "model")
+    assert match in str(raised.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.gguf", "bad.gguf"}
+
+
 @pytest.mark.parametrize(
     ("changed", "match"),
     [

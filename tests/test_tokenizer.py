@@ -355,6 +355,71 @@ def test_corrupt_configs(tmp_path: Path, name: str) -> None:
         Tokenizer.from_pretrained(directory)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"added_tokens_decoder": [1]},
+        {"added_tokens_decoder": {"x": {"content": "<a>"}}},
+        {"added_tokens_decoder": {"-1": {"content": "<a>"}}},
+        {"added_tokens_decoder": {"9" * 5000: {"content": "<a>"}}},
+        {"added_tokens_decoder": {"32000": {"content": 5}}},
+        {"added_tokens_decoder": {"32000": {"content": ""}}},
+        {"added_tokens_decoder": {"32000": "<a>"}},
+        {"eos_token": "\ud800"},
+    ],
+)
+def test_odd_entries_of_tokenizer_config(tmp_path: Path, fields: dict[str, Any]) -> None:
+    directory = sentencepiece_dir(tmp_path, SENTENCEPIECE_FILES[0], **fields)
+    with pytest.raises(InputError, match="token"):
+        Tokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("content", [{"<a>": None}, {"<a>": [1]}, {"<a>": 2**40}, {"": 32000}])
+def test_odd_added_tokens(tmp_path: Path, content: dict[str, Any]) -> None:
+    directory = sentencepiece_dir(tmp_path, SENTENCEPIECE_FILES[0])
+    (directory / "added_tokens.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"added_tokens\.json"):
+        Tokenizer.from_pretrained(directory)
+
+
+def test_files_that_are_not_text(tmp_path: Path) -> None:
+    """Nested too deep for Python's reader, and a template in another encoding."""
+    directory = sentencepiece_dir(tmp_path, SENTENCEPIECE_FILES[0])
+    for name, content in (("generation_config.json", b"[" * 100_000), ("chat_template.jinja", b"\xff")):
+        (directory / name).write_bytes(content)
+        with pytest.raises(InputError, match=name):
+            Tokenizer.from_pretrained(directory)
+        (directory / name).unlink()
+
+
+def test_a_role_without_a_text(tmp_path: Path) -> None:
+    """transformers gives None for its id."""
+    directory = tiny_dir(tmp_path)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": ""}))
+    tokenizer = Tokenizer.from_pretrained(directory)
+    assert (tokenizer.bos_id, tokenizer.special_ids) == (None, {4})
+    assert tokenizer.token_kinds().tolist() == [0, 0, 0, 0, 2]
+
+
+def test_stop_ids_that_no_device_holds(tmp_path: Path) -> None:
+    directory = tiny_dir(tmp_path)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 2**31}))
+    with pytest.raises(InputError, match="eos_token_id"):
+        Tokenizer.from_pretrained(directory)
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    """What bytes on a command line become when they are not UTF-8."""
+    fast = tiny_dir(tmp_path / "fast")
+    (fast / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    for directory in (fast, sentencepiece_dir(tmp_path / "piece", SENTENCEPIECE_FILES[0])):
+        tokenizer = Tokenizer.from_pretrained(directory)
+        for ask in (tokenizer.encode, tokenizer.chat_ids, lambda text, t=tokenizer: t.dated(text).chat_ids("Hi")):
+            with pytest.raises(InputError, match="surrogate"):
+                ask("a\udcffb")
+
+
 def test_chat_template_missing_or_refusing(tmp_path: Path) -> None:
     fast = tiny_dir(tmp_path / "fast")
     piece = sentencepiece_dir(tmp_path / "piece", SENTENCEPIECE_FILES[0], chat_template=None)
@@ -364,6 +429,8 @@ def test_chat_template_missing_or_refusing(tmp_path: Path) -> None:
         for template, match in [
             ("{{ raise_exception('roles must alternate') }}", "alternate"),
             ("{% if %}", "refuses"),
+            ("{{ 1 / 0 }}", "division by zero"),
+            ("{{ messages.nothing() }}", "refuses"),
         ]:
             (directory / "chat_template.jinja").write_text(template)
             with pytest.raises(InputError, match=match):

@@ -214,7 +214,38 @@ def test_bad_config(model: Path, content: str, words: tuple[str, ...]) -> None:
 
 def test_config_of_wrong_types(model: Path) -> None:
     edit_config(model, num_key_value_heads="two")
+    refused(model, "num_key_value_heads = 'two'", "positive whole number")
+    edit_config(model, num_key_value_heads=2, rope_parameters="none")
     refused(model, "not a usable Llama configuration")
+
+
+BAD_FIELDS: dict[str, list[Any]] = {
+    "hidden_size": [2**31, 10**400, True, 32.0],
+    "num_key_value_heads": [-2, 0, "2", 2.0],
+    "head_dim": [-8, 0, 7, 8.0],
+    "max_position_embeddings": ["1024", 0, 1e6],
+    "rms_norm_eps": ["small", -1, float("nan")],
+    "tie_word_embeddings": ["false"],
+    "bos_token_id": [{}, "<s>"],
+    "eos_token_id": [[[1]], {"a": 1}],
+    "rope_theta": [-1, float("nan"), 10**400],
+    "rope_scaling": [{"rope_type": "linear", "factor": 0}, {"rope_type": ["linear"]}, "linear"],
+}
+
+
+@pytest.mark.parametrize("field", BAD_FIELDS)
+def test_fields_of_another_type_or_out_of_range(model: Path, field: str) -> None:
+    """Refused where they are read, not by the first array that is made with them."""
+    for value in BAD_FIELDS[field]:
+        edit_config(model, rope_parameters=None, **{field: value})
+        with pytest.raises(InputError):
+            weights.read_config(model)
+
+
+def test_a_billion_layers(model: Path) -> None:
+    """No list of their names is made."""
+    edit_config(model, num_hidden_layers=2**30)
+    refused(model, "model.layers.2.input_layernorm.weight", "missing from the weights")
 
 
 def test_missing_config(model: Path) -> None:

@@ -81,37 +81,36 @@ class LlamaConfig:
                 self.num_key_value_heads,
                 f"must divide num_attention_heads ({self.num_attention_heads})",
             )
-        if self.head_dim % 2:
-            raise InputError("head_dim", self.head_dim, "must be even, RoPE rotates pairs")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise InputError("head_dim", self.head_dim, "must be even and at least 2, RoPE rotates pairs")
+        if self.head_dim * self.num_attention_heads >= 2**31:
+            raise InputError("head_dim", self.head_dim, f"is too large for {self.num_attention_heads} heads")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
         """Reads a Hugging Face `config.json`, with `rope_theta`/`rope_scaling` or the newer `rope_parameters`.
 
         Raises InputError for another `model_type`, a missing size, another activation, an unknown RoPE type, or a
-        classifier that has not exactly one label.
+        classifier that has not exactly one label, and for any of these that is of another kind or out of range.
         """
         if config.get("model_type") != "llama":
             raise InputError("model_type", config.get("model_type"), "only Llama models ('llama') are supported")
         if config.get("hidden_act", "silu") != "silu":
             raise InputError("hidden_act", config["hidden_act"], "only 'silu' is supported")
-        for field in _SIZES:
-            if not isinstance(config.get(field), int) or config[field] < 1:
-                raise InputError(field, config.get(field), "config.json must give this as a positive whole number")
+        sizes = {field: _positive(config, field) for field in _SIZES}
         theta, scaling = _read_rope(config)
-        heads = config["num_attention_heads"]
-        eos = config.get("eos_token_id")
+        heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
         return cls(
-            **{field: config[field] for field in _SIZES},
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            **sizes,
+            num_key_value_heads=_positive(config, "num_key_value_heads", heads),
+            head_dim=_positive(config, "head_dim", width // heads),
             rope_theta=theta,
             rope_scaling=scaling,
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            pad_token_id=config.get("pad_token_id"),
+            bos_token_id=next(iter(_token_ids(config, "bos_token_id")), None),
+            eos_token_id=_token_ids(config, "eos_token_id"),
+            pad_token_id=next(iter(_token_ids(config, "pad_token_id")), None),
             head=_read_head(config),
-            **{field: config[field] for field in _OPTIONAL if config.get(field) is not None},
+            **{field: _optional(config, field) for field in _OPTIONAL if config.get(field) is not None},
         )
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
@@ -171,6 +170,36 @@ _OPTIONAL = (
 _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
+def _positive(config: dict[str, Any], field: str, default: int | None = None) -> int:
+    value = default if config.get(field) is None else config[field]
+    if type(value) is not int or not 1 <= value < 2**31:  # arrays are indexed with int32
+        raise InputError(field, value, "config.json must give this as a positive whole number below 2**31")
+    return value
+
+
+def _optional(config: dict[str, Any], field: str) -> Any:
+    """A field that may be absent, of the type of its default."""
+    value, kind = config[field], type(getattr(LlamaConfig, field))
+    if kind is int:
+        return _positive(config, field)
+    if kind is float:
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise InputError(field, value, "config.json must give this as a number, finite and not negative")
+        return float(value)
+    if type(value) is not kind:
+        raise InputError(field, value, "config.json must give this as true or false")
+    return value
+
+
+def _token_ids(config: dict[str, Any], field: str) -> tuple[int, ...]:
+    """The ids that a field gives: none, one or a list of them."""
+    value = config.get(field)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and -(2**31) <= token < 2**31 for token in ids):  # -1 stands for none in some files
+        raise InputError(field, value, "config.json must give this as a token id, or a list of them")
+    return tuple(ids)
+
+
 def _read_head(config: dict[str, Any]) -> Head:
     """A model is a language model unless its architecture is the classifier's."""
     if ARCHITECTURES["score"] not in (config.get("architectures") or ()):
@@ -186,6 +215,8 @@ def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     rope = {**old, **new}
     theta = float(new.get("rope_theta") or config.get("rope_theta") or old.get("rope_theta") or 10000.0)
+    if not 0 < theta < math.inf:
+        raise InputError("rope_theta", theta, "must be > 0 and finite")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise InputError("rope_type", kind, f"supported are {', '.join(ROPE_TYPES)}")
@@ -197,4 +228,8 @@ def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         raise InputError("rope_scaling", rope, f"rope_type {kind!r} also needs {', '.join(missing)}")
     lengths = {"original_max_position_embeddings": int(rope[_LLAMA3[2]])} if kind == "llama3" else {}
     factors = {field: float(rope[field]) for field in needed if field != _LLAMA3[2]}
+    if not all(0 < number < math.inf for number in (*factors.values(), *lengths.values())):
+        raise InputError("rope_scaling", rope, f"{', '.join(needed)} must be > 0 and finite")
+    if kind == "llama3" and not factors["low_freq_factor"] < factors["high_freq_factor"]:
+        raise InputError("rope_scaling", rope, "low_freq_factor must be below high_freq_factor")
     return theta, RopeScaling(kind, **factors, **lengths)

@@ -17,6 +17,10 @@ from typing import Any
 import numpy as np
 
 from lsp_jax.errors import InputError
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.weights import check_weights
+from lsp_jax.paths import check_writable, user_path
+from lsp_jax.text.files import one_line
 
 log = logging.getLogger(__name__)
 
@@ -68,27 +72,29 @@ def convert_gguf(gguf_path: str | Path, directory: str | Path) -> Path:
         The directory.
 
     Raises:
-        InputError: the file is missing, not GGUF or of a kind not supported, or `directory` holds something else.
+        InputError: the file is missing, not GGUF, damaged or of a kind not supported, or `directory` holds something
+            else or cannot be made.
     """
-    target = Path(directory)
+    target = user_path("directory", directory)
     _refuse_other_content(target)
-    reader = _open(Path(gguf_path))
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    if not target.exists():
+        check_writable("directory", target)
+    reader, fields = _open(user_path("gguf_path", gguf_path))
     config = _config(fields, [tensor.name for tensor in reader.tensors])
     if _occupied(target):
         _refuse_other_model(target, config)
         log.info("%s already holds the converted %s", target, Path(gguf_path).name)
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(
-        f".{target.name}.{uuid.uuid4().hex}.tmp"
-    )  # same file system, so that the rename is atomic
+    place = target.resolve()  # `.` has no name to put another one beside
+    place.parent.mkdir(parents=True, exist_ok=True)
+    scratch = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")  # same file system, so that the rename is atomic
     try:
         scratch.mkdir()
         _write_json(scratch / "config.json", config)
         _write_tokenizer(scratch, fields)
         _write_weights(scratch / "model.safetensors", reader, config)
-        _publish(scratch, target, config)
+        check_weights(scratch, LlamaConfig.from_hf(config))  # what is published can be loaded
+        _publish(scratch, place, config)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
@@ -103,17 +109,27 @@ def _demo_gguf() -> Path:
     return files[0]
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The file's reader and the values of its fields."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise InputError("package", "gguf", "is not installed; run pip install gguf") from error
 
+    class WholeReader(GGUFReader):
+        """Reads nothing beyond the end, where GGUFReader finds as many empty values as a damaged length says."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError(f"it ends before byte {offset + np.dtype(dtype).itemsize * int(count)}")
+            return super()._get(offset, dtype, count, override_order)
+
     if not path.is_file():
         raise InputError("gguf_path", str(path), "no such file")
     try:
-        return GGUFReader(str(path))
-    except (ValueError, IndexError, KeyError, OSError) as error:
+        reader = WholeReader(str(path))
+        return reader, {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OSError, RecursionError) as error:
         raise InputError("gguf_path", str(path), f"is not a whole GGUF file ({error}); get it again") from error
 
 
@@ -151,35 +167,60 @@ def _config(fields: dict[str, Any], tensor_names: list[str]) -> dict[str, Any]:
             )
     for name in tensor_names:
         _hf_name(name)
-    heads = fields["llama.attention.head_count"]
-    hidden = fields["llama.embedding_length"]
-    rope_theta = _short_float(fields["llama.rope.freq_base"])
-    return {
+    heads, hidden = (_field(fields, f"llama.{name}", int) for name in ("attention.head_count", "embedding_length"))
+    ids = {role: _token(fields, role)[0] for role in ("bos", "eos", "padding")}
+    config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
-        "head_dim": fields.get("llama.attention.key_length", hidden // heads),
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ids["eos"],
+        "head_dim": fields.get("llama.attention.key_length", hidden // heads if heads > 0 else 0),
         "hidden_act": "silu",
         "hidden_size": hidden,
         "initializer_range": 0.02,
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "max_position_embeddings": fields["llama.context_length"],
+        "intermediate_size": _field(fields, "llama.feed_forward_length", int),
+        "max_position_embeddings": _field(fields, "llama.context_length", int),
         "mlp_bias": False,
         "num_attention_heads": heads,
-        "num_hidden_layers": fields["llama.block_count"],
-        "num_key_value_heads": fields["llama.attention.head_count_kv"],
-        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
-        "rms_norm_eps": _short_float(fields["llama.attention.layer_norm_rms_epsilon"]),
+        "num_hidden_layers": _field(fields, "llama.block_count", int),
+        "num_key_value_heads": _field(fields, "llama.attention.head_count_kv", int),
+        "pad_token_id": ids["padding"],
+        "rms_norm_eps": _short_float(_field(fields, "llama.attention.layer_norm_rms_epsilon", float)),
         "rope_scaling": None,
-        "rope_theta": rope_theta,
+        "rope_theta": _short_float(_field(fields, "llama.rope.freq_base", float)),
         "tie_word_embeddings": "output.weight" not in tensor_names,
         "torch_dtype": "float32",
         "use_cache": True,
-        "vocab_size": fields["llama.vocab_size"],
+        "vocab_size": _field(fields, "llama.vocab_size", int),
     }
+    LlamaConfig.from_hf(config)
+    return config
+
+
+def _field(fields: dict[str, Any], name: str, kind: type) -> Any:
+    """The value of a field; InputError where it is missing or of another type."""
+    value = fields.get(name)
+    if type(value) is not kind:
+        raise InputError(name, value, f"the GGUF file must hold this as {kind.__name__}; get it again")
+    return value
+
+
+def _texts(fields: dict[str, Any], name: str) -> list[str]:
+    values = _field(fields, name, list)
+    if not all(isinstance(text, str) for text in values):
+        raise InputError(name, values, "the GGUF file must hold this as a list of texts; get it again")
+    return values
+
+
+def _token(fields: dict[str, Any], role: str) -> tuple[int, str]:
+    """Id and text of the token that plays a role."""
+    name, texts = f"tokenizer.ggml.{role}_token_id", _texts(fields, "tokenizer.ggml.tokens")
+    token = _field(fields, name, int)
+    if not 0 <= token < len(texts):
+        raise InputError(name, token, f"must be one of the {len(texts)} tokens")
+    return token, texts[token]
 
 
 def _short_float(value: float) -> float:
@@ -214,45 +255,46 @@ def _write_weights(path: Path, reader: Any, config: dict[str, Any]) -> None:
     heads = {"attn_q.weight": config["num_attention_heads"], "attn_k.weight": config["num_key_value_heads"]}
     tensors: dict[str, np.ndarray] = {}
     for tensor in reader.tensors:
-        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         kind = tensor.name.partition(".")[2].partition(".")[2]
-        if kind in heads:
-            weight = _unpermute(weight, heads[kind])
+        try:
+            weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            if kind in heads:
+                weight = _unpermute(weight, heads[kind])
+        except (ValueError, NotImplementedError) as error:  # rows that are no heads, a type that gguf cannot read
+            raise InputError("gguf tensor", tensor.name, f"cannot be read ({error}); get the file again") from error
         tensors[_hf_name(tensor.name)] = np.ascontiguousarray(weight)
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(path.with_name("config.json").stat().st_mode)  # safetensors makes it readable to its owner alone
 
 
 def _write_tokenizer(directory: Path, fields: dict[str, Any]) -> None:
-    texts: list[str] = fields["tokenizer.ggml.tokens"]
-    kinds: list[int] = fields["tokenizer.ggml.token_type"]
+    texts, kinds = _texts(fields, "tokenizer.ggml.tokens"), _field(fields, "tokenizer.ggml.token_type", list)
+    if len(kinds) != len(texts):
+        raise InputError("tokenizer.ggml.token_type", len(kinds), f"there must be one for each of {len(texts)} tokens")
     special = [text for text, kind in zip(texts, kinds, strict=True) if kind == _CONTROL]
-    _fast_tokenizer(texts, fields["tokenizer.ggml.merges"], special).save(str(directory / "tokenizer.json"))
-    ids = {role: fields[f"tokenizer.ggml.{role}_token_id"] for role in ("bos", "eos", "padding", "unknown")}
+    tokenizer = _fast_tokenizer(texts, _texts(fields, "tokenizer.ggml.merges"), special)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    roles = {role: _token(fields, role) for role in ("bos", "eos", "padding", "unknown")}
+    named = {role: text for role, (_, text) in roles.items()}
     _write_json(
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_prefix_space": False,
-            "bos_token": texts[ids["bos"]],
-            "eos_token": texts[ids["eos"]],
-            "pad_token": texts[ids["padding"]],
-            "unk_token": texts[ids["unknown"]],
-            "additional_special_tokens": [
-                text for text in special if text not in {texts[token] for token in ids.values()}
-            ],
+            "bos_token": named["bos"],
+            "eos_token": named["eos"],
+            "pad_token": named["padding"],
+            "unk_token": named["unknown"],
+            "additional_special_tokens": [text for text in special if text not in named.values()],
             "clean_up_tokenization_spaces": False,
             "model_max_length": fields["llama.context_length"],
         },
     )
-    (directory / "chat_template.jinja").write_text(fields["tokenizer.chat_template"], encoding="utf-8")
+    template = _field(fields, "tokenizer.chat_template", str)
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write_json(
         directory / "generation_config.json",
-        {
-            "bos_token_id": ids["bos"],
-            "eos_token_id": ids["eos"],
-            "pad_token_id": ids["padding"],
-        },
+        {f"{name}_token_id": roles[role][0] for name, role in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))},
     )
 
 
@@ -263,7 +305,12 @@ def _fast_tokenizer(texts: list[str], merges: list[str], special: list[str]) -> 
     for merge in merges:
         left, _, right = merge.partition(" ")
         pairs.append((left, right))
-    tokenizer = Tokenizer(models.BPE(vocab={text: token for token, text in enumerate(texts)}, merges=pairs))
+    try:
+        model = models.BPE(vocab={text: token for token, text in enumerate(texts)}, merges=pairs)
+    except Exception as error:  # the Rust library raises bare Exception for a merge of what is no token
+        remedy = f"do not go with its tokens ({one_line(error)}); get the GGUF file again"
+        raise InputError("tokenizer.ggml.merges", len(merges), remedy) from error
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lsp_jax.errors import InputError
 from lsp_jax.model.config import LlamaConfig, RopeScaling
 from lsp_jax.model.weights import read_config
+from lsp_jax.paths import user_path
 
 
 def _llama3(
@@ -69,8 +68,9 @@ def shape_of(name: str, field: str = "model") -> LlamaConfig:
 
     `meta-llama/Llama-3.2-3B-Instruct` is `llama-3.2-3b`. Reads no weights and no network. InputError names `field`.
     """
-    if Path(name).expanduser().is_dir():
-        return read_config(Path(name).expanduser())
+    path = user_path(field, name)
+    if path.is_dir():
+        return read_config(path)
     last = name.rsplit("/", 1)[-1].lower()
     for known in sorted(SHAPES, key=len, reverse=True):
         if known in last:

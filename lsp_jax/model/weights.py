@@ -92,8 +92,7 @@ def _open_checked(directory: Path, config: LlamaConfig, stack: ExitStack) -> lis
     """Every tensor of the model with the open file that holds it; names, types and shapes are checked."""
     handles = {path: stack.enter_context(_open(path)) for path in _weight_files(directory)}
     found = {name: path for path, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
-    tensors = list(file_tensors(config))
-    _check_names(found, tensors, config)
+    tensors = _check_names(found, config)
     sources = [(tensor, handles[found[tensor.name]]) for tensor in tensors]
     for tensor, handle in sources:
         _check_tensor(handle, tensor)
@@ -164,7 +163,7 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(path.name, str(path), f"cannot be read ({error.strerror}); {remedy}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
         raise InputError(path.name, str(path), f"is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(path.name, str(path), "must hold a JSON object")
@@ -179,7 +178,8 @@ def _weight_files(directory: Path) -> list[Path]:
         names = shards.values() if isinstance(shards, dict) else ()
         if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise InputError(INDEX, str(directory), "'weight_map' must map tensor names to files beside it")
-        missing = [name for name in sorted(set(names)) if not (directory / name).is_file()]
+        there = {path.name for path in directory.iterdir() if path.is_file()}
+        missing = sorted(set(names) - there)
         if missing:
             raise InputError(INDEX, missing[0], f"this shard is not in {directory}; download it again")
         return [directory / name for name in sorted(set(names))]
@@ -208,17 +208,22 @@ def _read(handle: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
         raise _damaged(name, error) from error
 
 
-def _check_names(found: dict[str, Path], tensors: list[Tensor], config: LlamaConfig) -> None:
-    for tensor in tensors:
+def _check_names(found: dict[str, Path], config: LlamaConfig) -> list[Tensor]:
+    """Every tensor of the model; InputError for the first that is missing, whatever number of layers comes after it,
+    and for one too many."""
+    tensors: list[Tensor] = []
+    for tensor in file_tensors(config):
         if tensor.name not in found:
             head = "; only with tie_word_embeddings true it may be absent" if tensor.path == "lm_head/weight" else ""
             raise InputError(tensor.name, None, f"missing from the weights; expected shape {tensor.shape}{head}")
+        tensors.append(tensor)
     expected = {tensor.name for tensor in tensors}
     for name in sorted(found):
         tied_head = config.tie_word_embeddings and name == "lm_head.weight"
         if name not in expected and not tied_head and not name.endswith("rotary_emb.inv_freq"):
             shape = tuple(_open(found[name]).get_slice(name).get_shape())
             raise InputError(name, shape, "no tensor of this name belongs to the model that config.json describes")
+    return tensors
 
 
 def _check_tensor(handle: Any, tensor: Tensor) -> None:

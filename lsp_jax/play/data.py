@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from lsp_jax.errors import InputError
+from lsp_jax.errors import LONGEST, InputError, shown
 from lsp_jax.model.sharding import place
+from lsp_jax.paths import user_path
 from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts
 from lsp_jax.play.selfplay import Queries
+from lsp_jax.text.files import check_text
 from lsp_jax.text.tokenizer import Tokenizer
 
 
@@ -102,6 +104,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer) -> PromptData:
     left_out = 0
     for row in _read(config):
         prompt = _prompt(row, config)
+        check_text("data.prompt_fields", prompt)
         encoded = tokenizer.encode(prompt) if prompt else []
         if not 0 < len(encoded) <= config.max_prompt_length:
             left_out += 1
@@ -122,19 +125,19 @@ def _prompt(row: Mapping[str, Any], config: DataConfig) -> str:
     parts = []
     for field in config.prompt_fields:
         if field not in row:
-            known = ", ".join(map(str, row)) or "none"
+            known = ", ".join(map(str, row))[:LONGEST] or "none"
             raise InputError("data.prompt_fields", field, f"a row has no such field (it has {known})")
         value = row[field]
         lines = value if isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(line, str) or line is None for line in lines):
-            raise InputError("data.prompt_fields", field, f"must hold text or a list of texts, not {_short(value)}")
+            raise InputError("data.prompt_fields", field, f"must hold text or a list of texts, not {shown(value, 40)}")
         parts.append("\n".join(line for line in lines if line).strip())
     prompt = "\n\n".join(part for part in parts if part)
     return f"{config.instruction.strip()}\n\n{prompt}".strip() if prompt else ""
 
 
 def _read(config: DataConfig) -> Iterator[Mapping[str, Any]]:
-    path = Path(config.source).expanduser()
+    path = user_path("data.source", config.source)
     if path.is_file():
         return _read_jsonl(path)
     if path.suffix in (".jsonl", ".json") or (config.source.startswith((".", "/", "~")) and not path.is_dir()):
@@ -150,9 +153,9 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise InputError("data.source", f"{path}:{number}", f"must be a JSON object, not {_short(row)}")
+                    raise InputError("data.source", f"{path}:{number}", f"must be a JSON object, not {shown(row, 40)}")
                 yield row
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
             if isinstance(error, InputError):
                 raise
             raise InputError("data.source", str(path), f"is not JSON Lines in UTF-8 ({error})") from error
@@ -174,8 +177,3 @@ def _read_hub(config: DataConfig) -> Any:
             f"could not be loaded from the hub ({type(error).__name__}); check data.source, subset, split, revision"
         )
         raise InputError("data.source", config.source, remedy) from None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:40] + "..."

@@ -254,7 +254,7 @@ class Workers:
                         child = self._child(program)
                         child.give(item, seconds)
                         busy[place] = child
-                    except OSError as error:
+                    except (OSError, ValueError) as error:  # ValueError: a NUL in its command
                         outcomes[place] = Outcome(None, f"could not be started: {printable(str(error))}", False)
                         not_started += 1
                 _attend(list(busy.values()))
@@ -293,7 +293,7 @@ class Workers:
         with self._lock:
             try:
                 child = self._child(program)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 return Outcome(None, f"could not be started: {printable(str(error))}", False)
             if child.ready is None:
                 child.give({}, self.timeout)

@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from lsp_jax.paths import user_path
+
 
 def keep_programs(directory: str) -> None:
     """From here on JAX reads and writes compiled programs in `directory`; nothing for an empty one.
@@ -19,10 +21,10 @@ def keep_programs(directory: str) -> None:
     """
     if not directory:
         return
+    # a program for this processor may end with an illegal instruction on another; which devices there are is not asked,
+    # for that starts them
+    path = user_path("compilation_cache", directory) / _processor()
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        # a program for this processor may end with an illegal instruction on another; which devices there are is not
-        # asked, for that starts them
-        path = Path(directory).expanduser() / _processor()
         jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.model.llama import Params, cast, init_params
 from lsp_jax.model.weights import check_dtype, read_config
+from lsp_jax.paths import check_writable, user_path
 from lsp_jax.policy import Policy, check_replaceable, save_pretrained
 from lsp_jax.run.checkpoint import Checkpoints, Damaged, abstract
 from lsp_jax.run.metrics import FILES
@@ -35,9 +35,7 @@ def check_output(config: TrainConfig, directory: Path) -> None:
     """Raises InputError when the folder cannot be written to, holds another run, or not the one to be resumed."""
     if directory.exists() and not directory.is_dir():
         raise InputError("output_dir", config.output_dir, "is a file; give a directory")
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError("output_dir", config.output_dir, f"{existing} is not a directory that can be written to")
+    check_writable("output_dir", directory)
     check_replaceable(directory / EXPORT)
     found = [name for name in _RUN_FILES if (directory / name).exists()]
     if config.resume == "never" and found:
@@ -74,7 +72,7 @@ def settled(config: TrainConfig, directory: Path) -> TrainConfig:
         if config.init_from == earlier.init_from:
             step = step or earlier.init_step
     if config.init_from:
-        step = _checked_step(Path(config.init_from).expanduser(), step or None, "init_step")
+        step = _checked_step(user_path("init_from", config.init_from), step or None, "init_step")
     return replace(config, date=date or time.strftime("%d %b %Y"), init_step=step)
 
 
@@ -104,7 +102,7 @@ def open_run(run: str | Path) -> Policy:
 
     Raises InputError when the folder holds no run.
     """
-    run = Path(run).expanduser()
+    run = user_path("run", run)
     TrainConfig.load(run / "config.json")
     return Policy(read_config(run / BASE), {}, Tokenizer.from_pretrained(run / BASE), str(run))
 
@@ -112,7 +110,7 @@ def open_run(run: str | Path) -> Policy:
 def load_run_params(run: str | Path, step: int, dtype: str | None = None, mesh: Mesh | None = None) -> Params:
     """The policy's parameters at checkpoint `step` of a run, in `dtype` (None keeps the checkpoint's), spread over
     `mesh`, whatever mesh saved them."""
-    run = Path(run).expanduser()
+    run = user_path("run", run)
     model, stored = read_config(run / BASE), TrainConfig.load(run / "config.json").param_dtype
     shapes = abstract(mesh, lambda: cast(init_params(model, jax.random.key(0)), stored))
     checkpoints = Checkpoints(run / CHECKPOINTS)
@@ -132,8 +130,8 @@ def export_run(run: str | Path, directory: str | Path, step: int | None = None, 
     """
     if dtype is not None:
         check_dtype(dtype)
-    check_replaceable(Path(directory).expanduser())
-    step = _checked_step(Path(run).expanduser(), step, "step")
+    check_replaceable(user_path("directory", directory))
+    step = _checked_step(user_path("run", run), step, "step")
     policy = open_run(run)
     save_pretrained(replace(policy, params=load_run_params(run, step)), directory, dtype)
     return step

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from lsp_jax.errors import InputError, RunError
+from lsp_jax.errors import InputError, RunError, printable
 
 PHASES = ("handover", "challenge", "solve", "reward", "reference", "update", "log")
 
@@ -231,24 +231,6 @@ def _open_tracker(name: str, module: Any, directory: Path) -> tuple[_Log, Callab
         return scalars, board.close
     module.init(project="lsp_jax", name=directory.name)  # wandb, and trackio has its interface
     return lambda iteration, values: module.log(values, step=iteration), module.finish
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """`text` on one line of at most `limit` characters, harmless on a terminal.
-
-    Whatever Python does not call printable is shown as its escape: line ends, ANSI and C1 control characters, bidi
-    overrides, zero-width and private characters, lone surrogates. A longer text ends in "...".
-    """
-    pieces = [
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text[: limit + 1]
-    ]
-    if sum(map(len, pieces)) <= limit:
-        return "".join(pieces)
-    room = limit - len("...")
-    while pieces and sum(map(len, pieces)) > room:
-        pieces.pop()
-    return "".join(pieces) + "..."[: max(limit, 0)]
 
 
 def summary(metrics: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from lsp_jax.errors import InputError
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.shapes import shape_of
 from lsp_jax.model.sharding import AXES, check_model, make_mesh
+from lsp_jax.paths import user_path
 from lsp_jax.run import placeholders
 from lsp_jax.run.ahead import Phase, Say, compile_run, device_bytes
 from lsp_jax.run.memory import fitted
@@ -206,7 +207,7 @@ def table(plan: Plan) -> str:
 
 def check_output(path: str | Path) -> None:
     """InputError where `write` could not write there, before long work."""
-    path = Path(path).expanduser()
+    path = user_path("output", path)
     if path.is_dir() or not path.parent.is_dir():
         raise InputError("output", str(path), "must be a file in a directory that exists")
 

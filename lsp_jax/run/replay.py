@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.model.sharding import MeshConfig, use_mesh
+from lsp_jax.paths import user_path
 from lsp_jax.policy import Policy
 from lsp_jax.processes import ProcessConfig
 from lsp_jax.reward.base import Reward
@@ -46,7 +47,7 @@ def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: P
     """
     if step < 1:
         raise InputError("step", step, "must be an iteration, from 1")
-    folder = Path(run).expanduser()
+    folder = user_path("run", run)
     config = TrainConfig.load(folder / "config.json")
     # here and alone, whatever the machine was that the run is played on
     config = replace(config, output_dir=str(folder), resume="auto", mesh=MeshConfig(), processes=ProcessConfig())

@@ -16,6 +16,7 @@ from lsp_jax.errors import InputError
 from lsp_jax.model.llama import Params, cast
 from lsp_jax.model.sharding import check_model, make_mesh, park, place, shardings, use_mesh
 from lsp_jax.model.weights import load_params
+from lsp_jax.paths import user_path
 from lsp_jax.play.data import PromptData, load_data
 from lsp_jax.policy import Policy, open_pretrained
 from lsp_jax.reward.base import DeviceReward, Reward, RewardSpec
@@ -69,7 +70,7 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     check_same(config)
     check_trackers(config.report_to)
     check_metric(config.metric_for_best_model)
-    directory = Path(config.output_dir).expanduser()
+    directory = user_path("output_dir", config.output_dir)
     config = settled(config, directory)
     check_output(config, directory)
     # midnight, or another run's save, may lie between two processes; and from here on the folder may be written to

@@ -94,7 +94,7 @@ def open_topology(name: str) -> Topology:
     """
     kind, _, shape = name.partition(":")
     chip = CHIPS.get(kind)
-    if chip is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    if chip is None or not re.fullmatch(r"[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})*", shape):
         raise InputError("topology", name, f"must be a chip and its number or grid, as in {EXAMPLES}")
     package, extra = _PLUGIN[chip.platform]
     if importlib.util.find_spec(package) is None:

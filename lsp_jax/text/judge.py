@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lsp_jax.errors import InputError
+from lsp_jax.paths import user_path
 from lsp_jax.text.prompts import SLOT, Message, template_pieces, text_tags
 from lsp_jax.text.tokenizer import Tokenizer
 
@@ -81,12 +82,12 @@ def load_criteria(path: str | Path = "") -> tuple[str, ...]:
 
     Raises InputError when the file is missing, is not TOML, or does not hold seven texts in `criteria`.
     """
-    file = Path(path).expanduser() if path else RUBRIC_FILE
+    file = user_path("rubric", path) if path else RUBRIC_FILE
     try:
         content: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError("rubric", str(path), f"cannot be read ({error.strerror}); give a TOML file") from error
-    except ValueError as error:  # not UTF-8, or not TOML
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested too deep
         raise InputError("rubric", str(path), f"is not TOML in UTF-8 ({error}); see text/rubric.toml") from error
     criteria = content.get("criteria")
     if set(content) != {"criteria"} or not isinstance(criteria, list) or len(criteria) != CRITERIA:

@@ -27,13 +27,13 @@ class SentencePieceBackend:
 
         try:
             self._model: Any = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-        except (OSError, RuntimeError) as error:
+            pieces = [self._model.id_to_piece(token) for token in range(self._model.get_piece_size())]
+        except (OSError, RuntimeError, ValueError) as error:  # ValueError: a piece that is not UTF-8
             remedy = f"cannot be read ({one_line(error)}); restore the original file"
             raise InputError("tokenizer.model", str(directory), remedy) from error
         config = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
-        size: int = self._model.get_piece_size()
-        is_control, is_unknown, piece = self._model.is_control, self._model.is_unknown, self._model.id_to_piece
-        control = {piece(token): token for token in range(size) if is_control(token) or is_unknown(token)}
+        size, is_control, is_unknown = len(pieces), self._model.is_control, self._model.is_unknown
+        control = {text: token for token, text in enumerate(pieces) if is_control(token) or is_unknown(token)}
         extra = added_tokens(directory, config)
         self._added = {**control, **{text: token for text, (token, _) in extra.items()}}
         self.special_ids = frozenset(control.values()) | {token for token, special in extra.values() if special}
@@ -43,7 +43,7 @@ class SentencePieceBackend:
         self.vocab_size = max(size, *(token + 1 for token in self._added.values()))
         defaults = {role: getattr(self._model, f"{role}_id")() for role in ("bos", "eos", "unk", "pad")}
         self.names = {
-            role: token_text(config.get(f"{role}_token"), piece(token) if token >= 0 else None)
+            role: token_text(config.get(f"{role}_token"), pieces[token] if token >= 0 else None)
             for role, token in defaults.items()
         }
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = (self._id_of(name) for name in self.names.values())

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lsp_jax.errors import InputError
-from lsp_jax.text.files import one_line, stop_ids_of
+from lsp_jax.text.files import check_text, one_line, stop_ids_of
 from lsp_jax.text.sentencepiece import SentencePieceBackend
 
 TEXT, BLANK, SPECIAL = 0, 1, 2  # the values of Tokenizer.token_kinds
@@ -75,8 +75,18 @@ class Tokenizer:
         Text that spells a special token is ordinary text, so that what a model wrote cannot end a turn or open one;
         `allow_special=True` parses it as transformers does, for text from a chat template. Text that the vocabulary
         cannot spell may still give the unknown token's id.
+
+        Raises:
+            InputError: `text` holds half a surrogate pair, or the tokenizer's files are at odds with one another.
         """
-        ids = self._backend.encode(text, allow_special)
+        check_text("text", text)
+        try:
+            ids = self._backend.encode(text, allow_special)
+        except InputError:
+            raise
+        except Exception as error:  # the libraries raise what they like when an unknown token is not in the vocabulary
+            remedy = f"cannot encode a text ({one_line(error)}); restore the original files"
+            raise InputError("tokenizer", str(self.directory), remedy) from error
         if allow_special or self._control_ids.isdisjoint(ids):
             return ids
         # A vocabulary whose merges build a control token out of plain characters: spell it character by character.
@@ -122,12 +132,14 @@ class Tokenizer:
                 f"add chat_template.jinja to {self.directory}, or chat_template to its "
                 "tokenizer_config.json (base models have none: use the instruct model's)",
             )
-        from jinja2 import TemplateError
-
+        for text in (*self._template_arguments.values(), *(message.get("content", "") for message in messages)):
+            check_text("messages", text)
         try:
             return self._backend.chat_ids(messages, add_generation_prompt, self._template_arguments)
-        except TemplateError as error:
-            raise InputError("messages", messages, f"the chat template refuses them: {error}") from error
+        except InputError:
+            raise
+        except Exception as error:  # a template is a program: it may also divide by zero, or call what is not there
+            raise InputError("messages", messages, f"the chat template refuses them: {one_line(error)}") from error
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -168,19 +180,18 @@ class _FastBackend:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-            template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+            self.chat_template: str | None = tokenizer.get_chat_template() if tokenizer.chat_template else None
+            self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
+            self.bos_id: int | None = tokenizer.bos_token_id
+            self.eos_id: int | None = tokenizer.eos_token_id
+            self.pad_id: int | None = tokenizer.pad_token_id
+            self.unk_id: int | None = tokenizer.unk_token_id
+            added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+            self.special_ids = frozenset(added | set(tokenizer.all_special_ids)) - {None}  # None: of an empty text
         except Exception as error:  # the Rust library raises bare Exception for a file it cannot parse
             remedy = f"cannot be read ({one_line(error)}); restore the original file"
             raise InputError("tokenizer.json", str(directory), remedy) from error
         self._tokenizer: Any = tokenizer
-        self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
-        self.bos_id: int | None = tokenizer.bos_token_id
-        self.eos_id: int | None = tokenizer.eos_token_id
-        self.pad_id: int | None = tokenizer.pad_token_id
-        self.unk_id: int | None = tokenizer.unk_token_id
-        added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-        self.special_ids = frozenset(added | set(tokenizer.all_special_ids))
-        self.chat_template: str | None = template
 
     def vocabulary(self) -> dict[str, int]:
         return self._tokenizer.get_vocab()
