@@ -14,10 +14,10 @@ import tyro
 
 from lsp_jax.errors import LOST_STATUS, InputError, ProcessError, RunError, Stopped, printable
 
-LONGEST_LINE = 1000  # characters of an error on the terminal
-
 if TYPE_CHECKING:
     from lsp_jax.config import TrainConfig
+
+LONGEST_LINE = 1000  # characters of an error on the terminal
 
 
 def train(arguments: Sequence[str]) -> None:

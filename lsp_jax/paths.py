@@ -27,10 +27,15 @@ def user_path(field: str, text: str | Path) -> Path:
     return path
 
 
+def existing_part(path: Path) -> Path:
+    """`path`, or the nearest of its parents that is there."""
+    whole = path.absolute()
+    return next(place for place in (whole, *whole.parents) if place.exists())
+
+
 def check_writable(field: str, path: Path) -> None:
     """InputError naming `field` unless the directory `path` is there, or can be made, and can be written to."""
-    whole = path.absolute()
-    existing = next(place for place in (whole, *whole.parents) if place.exists())
+    whole, existing = path.absolute(), existing_part(path)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(field, str(path), f"{existing} is not a directory that can be written to")
     longest = os.pathconf(existing, "PC_NAME_MAX") - BESIDE

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "arithmetic")
 
 import evaluate
 import problems
+import rows
 import study
 
 from lsp_jax.reward.arithmetic import parse_arithmetic
@@ -90,3 +91,13 @@ def test_examples_of_the_control_are_of_no_part_that_is_asked():
     asked = {problem.expression for name in PARTS[:2] for problem in problems.part(name)}
     assert not shown & asked
     assert all(parse_arithmetic(question) == int(answer) for question, answer in evaluate.FEW_SHOT)
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kinds in rows.STAGES.values() for kind in kinds}))
+def test_every_stage_is_a_run_that_can_be_made(kind: str, tmp_path: Path):
+    config = rows.stage(kind, 8, 1, tmp_path / f"1-{kind}")
+    config.check()
+    assert bool(config.data.source) == (config.loss.alpha_challenger == 0) == (kind in ("grpo", "format"))
+    assert (config.reward.quality_weight > 0) == (kind == "lsp") and (config.seed, config.max_steps) == (1, 8)
+    if config.data.source:
+        assert len(Path(config.data.source).read_text().splitlines()) == len(problems.part(problems.TRAINING))

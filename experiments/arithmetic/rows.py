@@ -19,14 +19,10 @@ from pathlib import Path
 
 from problems import TRAINING, part
 
+from lsp_jax import presets
 from lsp_jax.config import RewardConfig, TrainConfig
-from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.play.data import DataConfig
-from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
-from lsp_jax.presets import DEMO_MODEL
-from lsp_jax.text import tasks
 from lsp_jax.text.prompts import PromptConfig
 
 HERE = Path(__file__).parent
@@ -43,21 +39,15 @@ ROWS = (*UNTRAINED, *STAGES)
 
 
 def common(steps: int, seed: int) -> TrainConfig:
-    """What all trained rows share: 8 queries, 8 answers of up to 16 tokens."""
-    return TrainConfig(
-        model=DEMO_MODEL,
+    """What all trained rows share: quickstart's game, with 8 queries and 8 answers of up to 16 tokens."""
+    return replace(
+        presets.quickstart(),
         max_steps=steps,
         save_steps=max(steps // 4, 1),
-        save_total_limit=1,
         resume="auto",
         seed=seed,
         play=PlayConfig(num_queries=8, num_generations=8, max_query_length=12, max_completion_length=16),
-        prompts=PromptConfig(challenger=tasks.ARITHMETIC, query_prefix="What is "),
-        sampling=SamplingConfig(temperature=0.8),
-        challenger_sampling=SamplingConfig(temperature=0.8),
         reward=RewardConfig(quality_weight=0.0, arithmetic_weight=1.0),
-        loss=LossConfig(beta=0.02, invalid_query_penalty=-1.5),
-        optimizer=OptimizerConfig(learning_rate=3e-5, micro_batch_size=16),
     )
 
 

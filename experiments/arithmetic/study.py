@@ -26,6 +26,7 @@ import rows
 from problems import DEVELOPMENT, HELD_OUT, Expression
 
 import lsp_jax as lsp
+from lsp_jax.presets import DEMO_MODEL
 from lsp_jax.run.identity import versions
 
 HERE = Path(__file__).parent
@@ -41,7 +42,7 @@ SAMPLES = 6
 def train(row: str, steps: int, seed: int, folder: Path) -> tuple[lsp.Policy, dict[str, Any]]:
     """The row's policy, and what its training was like."""
     kinds, told = rows.STAGES[row], []
-    started, policy = time.perf_counter(), lsp.load_pretrained(rows.DEMO_MODEL)
+    started, policy = time.perf_counter(), lsp.load_pretrained(DEMO_MODEL)
     for number, kind in enumerate(kinds):
         part = folder / f"{number + 1}-{kind}"
         config = rows.stage(kind, steps // len(kinds), seed, part)
@@ -159,7 +160,7 @@ def main() -> None:
     name = options.name or f"{options.row}-{options.seed}"
     folder = Path("runs/arithmetic") / name
     if options.row in rows.UNTRAINED:
-        policy, told = lsp.load_pretrained(rows.DEMO_MODEL), {}
+        policy, told = lsp.load_pretrained(DEMO_MODEL), {}
     else:
         policy, told = train(options.row, options.steps, options.seed, folder)
     asked = problems.part(options.part)

@@ -18,6 +18,7 @@ from lsp_jax import host
 from lsp_jax.errors import InputError
 from lsp_jax.learn.losses import kl_terms
 from lsp_jax.learn.update import init_state
+from lsp_jax.paths import existing_part
 from lsp_jax.run.folder import CHECKPOINTS
 from lsp_jax.run.memory import USED, device_memory, host_memory, update_bytes
 from lsp_jax.run.metrics import printable
@@ -220,7 +221,7 @@ def _disk(run: Run) -> Finding:
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     export = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
     folder = run.directory / CHECKPOINTS
-    existing = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
+    existing = existing_part(run.directory)
     try:
         there = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
         free = shutil.disk_usage(existing).free

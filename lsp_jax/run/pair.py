@@ -35,17 +35,16 @@ def examine_all(config: TrainConfig) -> list[Finding]:
 
 
 def examine_rewards(run: Run) -> list[Finding]:
-    """Has every compiled component score a right and a senseless answer; compiles what they need for that.
+    """Has every compiled component score a right and a senseless answer; compiles what they need for that. Call it
+    inside the run's mesh.
 
     What scores on the host has been asked already (`probe_callable`).
     """
-    findings = []
-    with use_mesh(run.mesh):
-        episode = pair(run.policy.tokenizer, max(row_shards(), 1))
-        for reward in run.rewards:
-            if not isinstance(reward, HostReward):
-                values, valid, _ = host.to_host(score_episode(reward, episode))
-                findings.append(_finding(reward.name, values[0], valid[0]))
+    findings, episode = [], pair(run.policy.tokenizer, row_shards())
+    for reward in run.rewards:
+        if not isinstance(reward, HostReward):
+            values, valid, _ = host.to_host(score_episode(reward, episode))
+            findings.append(_finding(reward.name, values[0], valid[0]))
     return findings
 
 
