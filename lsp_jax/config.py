@@ -17,12 +17,14 @@ from urllib.parse import urlsplit
 
 from lsp_jax.errors import InputError
 from lsp_jax.learn.losses import LossConfig
+from lsp_jax.learn.memory import MemoryConfig
 from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.play.data import DataConfig
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.processes import ProcessConfig
+from lsp_jax.run.health import HealthConfig
 from lsp_jax.text.prompts import PromptConfig
 
 RESUMES = ("never", "auto", "must")
@@ -182,6 +184,10 @@ class TrainConfig:
     """How the Challenger samples."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """What an answer is worth."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """What happens when self-play collapses."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What is kept of the Challenger's queries."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The objective."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -219,6 +225,8 @@ class TrainConfig:
         self.loss.check()
         self.optimizer.check()
         self.play.check(trains_challenger=self.loss.alpha_challenger > 0)
+        self.health.check()
+        self.memory.check(self.play.num_queries)
         self.sampling.check("sampling", greedy=False)
         self.challenger_sampling.check("challenger_sampling", greedy=False)
         self._check_data()
@@ -274,6 +282,7 @@ MAY_CHANGE = (
     *(f"processes.{field.name}" for field in dataclasses.fields(ProcessConfig)),
     *("optimizer.micro_batch_size", "optimizer.logprob_chunk", "optimizer.remat"),
     "play.decode_chunk",
+    *(f"health.{field.name}" for field in dataclasses.fields(HealthConfig)),
     *("reward.judge_rows", "reward.preference_rows", "reward.workers", "reward.timeout", "reward.code_timeout"),
 )
 """Fields that a resumed run may change: they do not decide what the next iteration computes. (Mesh and memory

@@ -7,6 +7,7 @@ LONGEST = 200  # characters of a value worth showing
 LOST_STATUS = 3  # exit status of a process that ends because of another one
 STALLED_STATUS = 4  # of a run without progress
 FAILED_STATUS = 5  # of a run that cannot go on: its numbers, or its checkpoints
+COLLAPSED_STATUS = 6  # of a run whose self-play has collapsed, where it was told to end then
 STOPPED_STATUS = 75  # of a run that was asked to end (EX_TEMPFAIL of sysexits.h): --resume auto goes on
 
 
@@ -33,6 +34,12 @@ class RunError(RuntimeError):
     """The run cannot go on: says what failed, and what is saved. Exit status 5."""
 
     status = FAILED_STATUS
+
+
+class Collapsed(RunError):
+    """Self-play has collapsed, and the run was told to end then (`health`); it has saved. Exit status 6."""
+
+    status = COLLAPSED_STATUS
 
 
 class Stopped(RunError):

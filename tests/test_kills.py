@@ -147,7 +147,7 @@ def test_thirty_kills_equal_none(tmp_path: Path) -> None:
     subprocess.run(command(model, killed), env=env, check=True, capture_output=True)
     counts = Counter(fell)
     print(f"{KILLS} kills: " + ", ".join(f"{count} {place}" for place, count in counts.items()))
-    assert counts.total() == KILLS and min(counts[place] for place in (BEFORE, DURING, BETWEEN)) >= 5
+    assert counts.total() == KILLS and counts[DURING] >= 5 and min(counts[BEFORE], counts[BETWEEN]) >= 1
     assert not (killed / "damaged").exists(), "a save that was killed must not count"
     learned = [line["grad_norm"] > 0 and line["queries/valid_fraction"] > 0 for line in without_clocks(whole)]
     assert sum(learned) > STEPS / 2, "most updates must move the policy for equality to say anything"

@@ -51,11 +51,14 @@ def advantages(
     invalid_query_penalty: float,
     use_quality: bool,
     scale_rewards: str = "none",
+    value_gate: tuple[float, float] | None = None,
+    query_penalty: jax.Array | None = None,
 ) -> Advantages:
     """Advantages from `task` and `quality` rewards [N, G] and their validity [N], [N, G] (bool).
 
     `use_quality` False is LSP-Zero; `scale_rewards` is none, group or batch. Values under a False mask are never read,
-    NaN included.
+    NaN included. Of the Challenger's reward `query_penalty` [N] is taken off, and a query whose V(q) is outside
+    `value_gate` gets what an invalid one does (neither is the paper's).
     """
     if task.ndim != 2 or task.shape != quality.shape or valid_query.shape != task.shape[:1]:
         raise ValueError(f"shapes {task.shape}, {quality.shape}, {valid_query.shape}: expected [N, G], [N, G], [N]")
@@ -74,7 +77,12 @@ def advantages(
     value = jnp.sum(task, axis=1) / per_query
     quality_value = jnp.sum(quality, axis=1) / per_query
     query_counts = ~valid_query | (answered > 0)
-    reward = jnp.where(valid_query, quality_value - value, invalid_query_penalty)
+    paid = valid_query
+    if value_gate is not None:
+        paid = paid & (value >= value_gate[0]) & (value <= value_gate[1])
+    reward = jnp.where(paid, quality_value - value, invalid_query_penalty)
+    if query_penalty is not None:
+        reward = jnp.where(paid, reward - query_penalty, reward)
     reward = jnp.where(query_counts, reward, 0.0)
     mean = jnp.sum(reward) / jnp.maximum(jnp.sum(query_counts), 1)
     challenger = jnp.where(query_counts, reward - mean, 0.0)

@@ -107,11 +107,16 @@ def by_length(rows: Rows, group: int, counts: jax.Array) -> Rows:
     Each `group` consecutive rows, which have one prompt, stay together: they are sorted among themselves, and the
     groups by their longest row. Rows for which `counts` bool [B] is False are taken for empty.
     """
-    counted = jnp.where(counts, rows.completion_lengths, 0).reshape(-1, group)
+    order = length_order(rows.completion_lengths, group, counts)
+    return jax.tree.map(lambda x: x[order], rows)
+
+
+def length_order(lengths: jax.Array, group: int, counts: jax.Array) -> jax.Array:
+    """int32 [B]: the row that `by_length` puts in each place. (One group of all rows, or groups of one: the same.)"""
+    counted = jnp.where(counts, lengths, 0).reshape(-1, group)
     inside = jnp.argsort(counted, axis=1, descending=True)
     groups = jnp.argsort(jnp.max(counted, axis=1), descending=True)
-    order = (groups[:, None] * group + inside[groups]).reshape(-1)
-    return jax.tree.map(lambda x: x[order], rows)
+    return (groups[:, None] * group + inside[groups]).reshape(-1)
 
 
 def widths(columns: int) -> tuple[int, ...]:

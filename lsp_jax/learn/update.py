@@ -23,6 +23,7 @@ from lsp_jax.errors import InputError
 from lsp_jax.learn.batch import LearnBatch, Rows, fitting, micro_batches, widths
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.learn.losses import LossConfig, policy_loss
+from lsp_jax.learn.memory import Memory, empty, pooled
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.llama import Params, Remat, cast
 from lsp_jax.model.sharding import row_shards, shard_params, shard_rows
@@ -92,6 +93,8 @@ class TrainState(NamedTuple):
     """int32: rises when an iteration is played anew, so that it draws other noise."""
     skipped: jax.Array
     """int32: updates skipped because they were not finite."""
+    memory: Memory | None = None
+    """What the Challenger has asked so far; None where nothing is remembered."""
 
 
 class Reference(NamedTuple):
@@ -101,6 +104,8 @@ class Reference(NamedTuple):
     """float32 [B, T]."""
     hidden: jax.Array | None
     """[B, T, D] for the `full` KL, else None."""
+    embeddings: jax.Array | None = None
+    """float32 [B, D] of the Challenger's rows (`learn/memory.py`), else None."""
 
 
 def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -123,14 +128,16 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def init_state(params: Params, config: OptimizerConfig) -> TrainState:
-    """A fresh state that owns copies of `params` (it is donated; the reference keeps its own), spread over the mesh."""
+def init_state(params: Params, config: OptimizerConfig, memory: tuple[int, int] | None = None) -> TrainState:
+    """A fresh state that owns copies of `params` (it is donated; the reference keeps its own), spread over the mesh;
+    with room for a `memory` of so many queries, of the model's width."""
     params = jax.tree.map(jnp.copy, params)
     moments = optimizer(config).init(
         cast(params, "float32")
     )  # the second moment is float32 whatever the parameters are
     counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: the state is donated
-    return shard_params(TrainState(params, moments, *counters))
+    remembered = None if memory is None else empty(*memory)
+    return shard_params(TrainState(params, moments, *counters, remembered))
 
 
 def reference_statistics(
@@ -148,7 +155,7 @@ def reference_statistics(
     prompt, which is then run once for as many of them as a micro-batch holds.
     """
 
-    def of_role(rows: Rows, temperature: float, group: int) -> Reference:
+    def of_role(rows: Rows, temperature: float, group: int, embed: bool) -> Reference:
         count, length = rows.behaviour_logprobs.shape
         size, share = _micro_rows(rows, opt, group)
 
@@ -158,7 +165,8 @@ def reference_statistics(
             stats = token_statistics(params, config, hidden, targets, temperature, opt.logprob_chunk)
             found = Reference(stats.logprobs, hidden if loss.kl_estimator == "full" else None)
             missing = length - targets.shape[1]
-            return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), found)
+            found = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), found)
+            return found._replace(embeddings=pooled(hidden, part.completion_lengths) if embed else None)
 
         def narrow(part: Rows) -> Reference:
             return _at_width(part, lambda columns: one(part.narrowed(columns)))
@@ -166,8 +174,10 @@ def reference_statistics(
         out = jax.lax.map(narrow, shard_rows(micro_batches(rows, size), axis=1))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
 
-    solver = of_role(batch.solver, temperature[0], sharing[0])
-    return solver, None if batch.challenger is None else of_role(batch.challenger, temperature[1], sharing[1])
+    solver = of_role(batch.solver, temperature[0], sharing[0], embed=False)
+    if batch.challenger is None:
+        return solver, None
+    return solver, of_role(batch.challenger, temperature[1], sharing[1], embed=True)
 
 
 def _at_width(rows: Rows, compute: Callable[[int], Any]) -> Any:
@@ -323,5 +333,5 @@ def apply_gradients(
 
     params, opt_state = jax.tree.map(kept, moved, (state.params, state.opt_state))
     skipped = state.skipped + ~finite
-    new = shard_params(TrainState(params, opt_state, state.iteration, state.attempt, skipped))
+    new = shard_params(TrainState(params, opt_state, state.iteration, state.attempt, skipped, state.memory))
     return new, {"grad_norm": norm, "skipped_updates": skipped.astype(jnp.float32)}

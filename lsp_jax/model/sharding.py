@@ -34,6 +34,7 @@ P = PartitionSpec
 # Axes of every parameter by its path (layers are stacked in front; projections are [in, out]).
 _IN_OUT, _OUT_IN = P(None, FSDP, TENSOR), P(None, TENSOR, FSDP)
 _PARTITIONS = {
+    "memory/embeddings": P(None, FSDP),
     "model/embed_tokens/weight": P(TENSOR, FSDP),
     "model/layers/input_layernorm/weight": P(),
     "model/layers/self_attn/q_proj/weight": _IN_OUT,

@@ -43,6 +43,9 @@ class PlayConfig:
     """Columns that are decoded at one time: between two chunks finished rows are dropped. Completions no longer than
     this are decoded by one program that never asks the host, and with 0 all are."""
 
+    max_resamples: int = 0
+    """Times that queries whose answers all got one reward are played anew in an iteration (DAPO's dynamic sampling)."""
+
     def check(self, trains_challenger: bool) -> None:
         """Raises InputError for sizes on which group-relative advantages are all zero, or empty texts."""
         if self.num_generations < 2:
@@ -59,6 +62,8 @@ class PlayConfig:
         for field in ("max_query_length", "max_completion_length"):
             if getattr(self, field) < 1:
                 raise InputError(f"play.{field}", getattr(self, field), "must be at least 1 token")
+        if self.max_resamples < 0:
+            raise InputError("play.max_resamples", self.max_resamples, "must be at least 0")
         if self.decode_chunk < 0:
             raise InputError(
                 "play.decode_chunk", self.decode_chunk, "must be a number of columns, or 0: all at one time"
@@ -78,6 +83,8 @@ class Queries(NamedTuple):
     """Fixed beginning and sampled tokens without the stop token: tokens [N, q + T], lengths [N]."""
     valid: jax.Array
     """bool [N]: stopped by itself, not blank, free of template tags."""
+    leaks: jax.Array | None = None
+    """bool [N]: holds a control token or a template's tag; None for queries from data."""
 
 
 class Episode(NamedTuple):
@@ -122,7 +129,8 @@ def read_queries(sampled: Completions, kinds: jax.Array, prompts: PlayPrompts) -
     """The queries that the Challenger's completions are."""
     written = (sampled.tokens, sampled.lengths - sampled.stopped)
     text = pack((ids_row(prompts.query_prefix_ids), written))
-    return Queries(sampled, text, sampled.stopped & _has_text(written, kinds) & ~_leaks(written, kinds, prompts.tags))
+    leaks = _leaks(written, kinds, prompts.tags)
+    return Queries(sampled, text, sampled.stopped & _has_text(written, kinds) & ~leaks, leaks)
 
 
 def _has_text(written: Ragged, kinds: jax.Array) -> jax.Array:

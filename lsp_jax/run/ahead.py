@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lsp_jax.config import TrainConfig
-from lsp_jax.learn.update import init_state
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.sharding import Layout, shardings, use_mesh
@@ -166,8 +165,7 @@ def _start(compiler: Compiler, config: TrainConfig, game: Game, reward_model: Ll
         _, alive["rubric"] = compiler.stage(
             "rubric", lambda params: lower(params, game.model, *tokens), alive["reference"], times=0
         )
-    start = jax.jit(partial(init_state, config=config.optimizer))
-    alive["state"] = compiler.stage("start", start.lower, alive["loaded"], times=0)
+    alive["state"] = compiler.stage("start", jax.jit(game.fresh_state).lower, alive["loaded"], times=0)
     del alive["loaded"]
 
 

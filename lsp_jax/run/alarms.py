@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
-from contextlib import suppress
 
 import jax
 import jax.numpy as jnp
 
-from lsp_jax import host, processes
+from lsp_jax import host
 from lsp_jax.errors import RunError
 from lsp_jax.learn.batch import LearnBatch
 from lsp_jax.learn.finite import component_names
 from lsp_jax.model.llama import Params
+from lsp_jax.run import messages
 from lsp_jax.run.checksums import path_name
 
 MOST_PROB_ERROR = 1.05
@@ -46,11 +45,11 @@ class Alarms:
             said = f"iteration {number} changed nothing: the first that was not finite: {name}"
             if self.skipped >= self._max_skipped:
                 raise NumbersError(f"{said}; so for {self.skipped} iterations in a row (max_skipped)")
-            _warn(said)
+            messages.warn(said)
         error = metrics["sampling/token_mult_prob_error"]
         if not error <= MOST_PROB_ERROR:
             said = f"sampling/token_mult_prob_error {error:.3f} is above {MOST_PROB_ERROR}"
-            _warn(f"iteration {number}: sampler and learner disagree: {said}")
+            messages.warn(f"iteration {number}: sampler and learner disagree: {said}")
 
 
 @jax.jit
@@ -63,9 +62,3 @@ def parameter_not_finite(params: Params) -> str | None:
     finite = host.to_host(_all_finite(params))
     paths = [path for path, _ in jax.tree.leaves_with_path(params)]
     return next((path_name(path) for path, sound in zip(paths, finite, strict=True) if not sound), None)
-
-
-def _warn(text: str) -> None:
-    if processes.is_writer():
-        with suppress(OSError):
-            print(f"lsp-jax: warning: {text}", file=sys.stderr, flush=True)

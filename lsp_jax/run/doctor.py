@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 from lsp_jax import host
 from lsp_jax.errors import InputError
 from lsp_jax.learn.losses import kl_terms
-from lsp_jax.learn.update import init_state
 from lsp_jax.paths import existing_part
 from lsp_jax.run.folder import CHECKPOINTS
 from lsp_jax.run.memory import USED, device_memory, host_memory, update_bytes
@@ -217,7 +215,7 @@ def _memory(run: Run) -> Finding:
 
 def _disk(run: Run) -> Finding:
     """Room for the checkpoints: a new one is written before the oldest goes, and the export at the end."""
-    state = jax.eval_shape(partial(init_state, config=run.config.optimizer), run.policy.params)
+    state = jax.eval_shape(run.game.fresh_state, run.policy.params)
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     export = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
     folder = run.directory / CHECKPOINTS

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.learn.memory import MemoryConfig
+from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.flash import fused_kernel
+from lsp_jax.model.llama import Params
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.text.prompts import PlayPrompts
@@ -27,10 +31,17 @@ class Game:
     optimizer: OptimizerConfig
     compute_dtype: str
     """dtype of forward and backward passes; master parameters keep theirs."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     @property
     def trains_challenger(self) -> bool:
         return self.loss.alpha_challenger > 0
+
+    @property
+    def fresh_state(self) -> Callable[[Params], TrainState]:
+        """From the parameters to the state that a run starts with; to be jitted."""
+        size = (self.memory.size, self.model.hidden_size) if self.trains_challenger else None
+        return partial(init_state, config=self.optimizer, memory=size)
 
     @property
     def learner_rounds_apart(self) -> bool:

@@ -3,7 +3,8 @@
 1. `challenge`: parameters -> Queries.
 2. `solve`: queries spliced into the Solver's template -> Episode.
 3. `score`: one compiled reward component (host components are scored by the trainer).
-4. `unscored`, `reference`: the episode's rows, and the frozen reference's log-probabilities of them.
+4. `unscored`, `reference`: the episode's rows, and the frozen reference's log-probabilities of them; `recall`: how near
+   its queries are to earlier ones.
 5. `learn_batch`: rewards and masks -> advantages -> the same rows to learn from, with the metrics of play and reward.
 6. `learn`: as many times as there are inner epochs, `update`: the joint gradient and one optimiser step; the state is
    donated.
@@ -22,8 +23,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from lsp_jax import processes
-from lsp_jax.learn.batch import LearnBatch
+from lsp_jax.learn.batch import LearnBatch, length_order
 from lsp_jax.learn.finite import first_not_finite
+from lsp_jax.learn.memory import Memory, cluster_entropy, nearest, remember, similarities
 from lsp_jax.learn.update import (
     Metrics,
     Reference,
@@ -136,6 +138,37 @@ def with_old_logprobs(params: llama.Params, batch: LearnBatch, game: Game) -> Le
     return fix_old(compute, batch, *static)
 
 
+@partial(jax.jit, static_argnames="game")
+def remembered(
+    memory: Memory, embeddings: jax.Array, lengths: jax.Array, game: Game
+) -> tuple[Memory, jax.Array, Metrics]:
+    """The memory with this iteration's queries, each one's similarity [N] to the nearest earlier one, and metrics.
+
+    `embeddings` [N, D] are of the rows as `unscored` sorts them by the `lengths` [N] of the queries.
+    """
+    order = length_order(lengths, 1, jnp.ones(len(lengths), bool))
+    embeddings = jnp.zeros_like(embeddings).at[order].set(embeddings)
+    to_memory, among = similarities(memory, embeddings)
+    near, threshold = nearest(to_memory, among), game.memory.near_duplicate
+    metrics = {
+        "queries/nearest_similarity": jnp.mean(near),
+        "queries/near_duplicate_fraction": jnp.mean(near >= threshold),
+        "queries/cluster_entropy": cluster_entropy(among, threshold),
+    }
+    metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
+    return shard_params(remember(memory, embeddings)), near, metrics
+
+
+def recall(
+    state: TrainState, episode: Episode, references: tuple[Reference, Reference | None], game: Game
+) -> tuple[Memory | None, jax.Array | None, Metrics]:
+    """`remembered` of this iteration's queries; nothing where the Challenger does not learn."""
+    embeddings, sampled = references[1] and references[1].embeddings, episode.queries.sampled
+    if state.memory is None or embeddings is None or sampled is None:
+        return state.memory, None, {}
+    return first_checked(remembered, state.memory, embeddings, sampled.lengths, game)
+
+
 @jax.jit
 def _next(counter: jax.Array) -> jax.Array:
     return counter + 1
@@ -162,13 +195,15 @@ def learn(
 
     Log-probabilities of both roles are fixed before the first update, and every update is the same program.
     """
-    each = []
+    each: list[Metrics] = []
+    attempt = state.attempt.astype(jnp.float32)  # before it is donated
     if game.loss.num_iterations > 1:
         batch = first_checked(with_old_logprobs, state.params, batch, game)
     for _ in range(game.loss.num_iterations):
         state, metrics = first_checked(update, state, reference_params, batch, references, game)
         each.append(metrics)
-    return state._replace(iteration=_next(state.iteration)), each[0] if len(each) == 1 else _inner_metrics(each)
+    metrics = each[0] if len(each) == 1 else _inner_metrics(each)
+    return state._replace(iteration=_next(state.iteration)), metrics | {"attempt": attempt}
 
 
 def iteration(
@@ -186,7 +221,8 @@ def iteration(
     episode = solve(params, challenge(params, kinds, key, game), key, game)
     outputs = tuple(score(reward.score, p, episode) for reward, p in zip(rewards, reward_params, strict=True))
     specs = tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in rewards)
-    learnable = learn_batch(episode, outputs, specs, game)
     references = reference(reference_params, unscored(episode, game), game)
-    state, metrics = learn(state, reference_params, learnable.batch, references, game)
-    return state, learnable, learnable.metrics | metrics
+    memory, near, recalled = recall(state, episode, references, game)
+    learnable = learn_batch(episode, outputs, specs, game, near=near)
+    state, metrics = learn(state._replace(memory=memory), reference_params, learnable.batch, references, game)
+    return state, learnable, learnable.metrics | recalled | metrics

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -12,7 +14,7 @@ from lsp_jax.errors import InputError
 from lsp_jax.run.doctor import Finding
 from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT, MANIFEST
 from lsp_jax.run.game import policy_in_the_loss
-from lsp_jax.run.metrics import CHECKSUMS_FILE, METRICS_FILE, TRANSCRIPTS_FILE, printable
+from lsp_jax.run.metrics import ALARMS_FILE, CHECKSUMS_FILE, METRICS_FILE, TRANSCRIPTS_FILE, printable
 from lsp_jax.run.setup import Run
 
 WRITTEN = {
@@ -20,6 +22,7 @@ WRITTEN = {
     MANIFEST: "versions at its start, and where the weights came from",
     METRICS_FILE: "one line an iteration",
     TRANSCRIPTS_FILE: "one line a query: its answers, R, R_Q, advantages, validity",
+    ALARMS_FILE: "one line an alarm that began or was over",
     CHECKSUMS_FILE: "one line a checkpoint: the checksum of each array",
     f"{CHECKPOINTS}/": "to resume from (--resume auto)",
     f"{BASE}/": "configuration and tokenizer of the base model",
@@ -65,6 +68,13 @@ def findings(found: Sequence[Finding]) -> None:
             raise InputError(finding.check, finding.said, finding.remedy)
         if finding.level == "warning" and processes.is_writer():
             print(finding, flush=True)
+
+
+def warn(text: str) -> None:
+    """A line on standard error, from process 0."""
+    if processes.is_writer():
+        with suppress(OSError):  # a terminal or pipe that is gone
+            print(f"lsp-jax: warning: {text}", file=sys.stderr, flush=True)
 
 
 def set_aside(iteration: int, reason: str, place: Path) -> None:

@@ -48,6 +48,25 @@ METRICS: dict[str, str] = {
     "solver/prompts/mean_length": "mean tokens of the Solver's prompts, chat template included",
     "queries/valid_fraction": "fraction of queries that ended by themselves, have text, leak no tag and are on task",
     "queries/unique_fraction": "distinct queries over all queries of the iteration",
+    "queries/leak_fraction": "fraction of queries that hold a control token or a tag of the chat template",
+    "queries/value/<share>": "V(q), the mean task reward of a query's answers: the least, quartiles and most of them",
+    "queries/nearest_similarity": "mean over queries of the highest similarity to one that was asked before",
+    "queries/near_duplicate_fraction": "fraction of queries as near to an earlier one as memory.near_duplicate",
+    "queries/cluster_entropy": "entropy of the iteration's clusters of queries: 1 all apart, 0 all near one another",
+    "queries/distinct_1": "different words over all words of the iteration's queries",
+    "queries/distinct_2": "different pairs of neighbouring words over all pairs of the iteration's queries",
+    "answers/tag_fraction": "fraction of answers that hold something like a tag",
+    "attempt": "times that the run had gone back when the iteration was played (health)",
+    "resampled_fraction": "fraction of queries played anew because their answers all got one reward",
+    "rewards/task_quality_correlation": "Pearson's correlation of R and R_Q over answers in the Solver's loss",
+    "queries/gated_fraction": "fraction of queries whose V(q) is outside loss.value_low .. value_high",
+    "probe/reward": "mean reward of the policy's answers to the probe's prompts (health.probe)",
+    "probe/gain": "how much that is above the reference's, prompt by prompt",
+    "probe/standard_error": "standard error of that gain over the prompts",
+    "probe/declined": "1 where the last gain was below -2 standard errors",
+    "time/probe": "seconds of the look at the probe",
+    "challenger/paused": "1 while an alarm keeps the Challenger from learning (health)",
+    "queries/copy_fraction": "fraction of queries that repeat eight words in a row of the Challenger's prompt",
     "answers/valid_fraction": "fraction of answers that every reward component could score",
     "rewards/<name>/mean": "mean of the component <name> before its weight, over answers in the Solver's loss",
     "rewards/<name>/std": "standard deviation of the component <name> before its weight, over the same answers",
@@ -80,7 +99,8 @@ METRICS: dict[str, str] = {
 _PATTERNS = [(re.compile(re.sub(r"<\w+>", ".+", name)), meaning) for name, meaning in METRICS.items() if "<" in name]
 
 METRICS_FILE, TRANSCRIPTS_FILE, CHECKSUMS_FILE = "metrics.jsonl", "transcripts.jsonl", "checksums.jsonl"
-FILES = METRICS_FILE, TRANSCRIPTS_FILE, CHECKSUMS_FILE
+ALARMS_FILE = "alarms.jsonl"
+FILES = METRICS_FILE, TRANSCRIPTS_FILE, CHECKSUMS_FILE, ALARMS_FILE
 _TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}  # report_to -> package
 
 
@@ -103,7 +123,7 @@ def check_metric(name: str) -> None:
 
 
 class MetricsWriter:
-    """Appends to the two files of a run's directory and to the trackers asked for. Make one in one process only."""
+    """Appends to the files of a run's directory and to the trackers asked for. Make one in one process only."""
 
     def __init__(self, directory: str | Path, report_to: tuple[str, ...] = ()):
         """`report_to` holds any of "tensorboard", "wandb", "trackio"; each is imported only here.
@@ -138,6 +158,10 @@ class MetricsWriter:
         sums = {name: entry["checksum"] for name, entry in arrays.items()}
         self._append(CHECKSUMS_FILE, [{"iteration": iteration, "before": before, "arrays": sums}])
 
+    def write_alarms(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """One line of `alarms.jsonl` a record."""
+        self._append(ALARMS_FILE, [plain(record) for record in records])
+
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         # ASCII: model text may hold characters that readers take for line ends
         lines = "".join(json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n" for record in records)
@@ -161,11 +185,11 @@ class MetricsWriter:
         return [name for name in FILES if (self.directory / name).is_file()]
 
     def cut_back(self, offsets: Mapping[str, int]) -> None:
-        """Truncates both files to `offsets`, so that a resumed run goes on where its checkpoint was taken.
+        """Truncates the files to `offsets`, so that a resumed run goes on where its checkpoint was taken.
 
         Raises:
             InputError: a file is missing or shorter than its offset, or the offset is not the end of a line; then
-                neither file is touched.
+                none is touched.
         """
         for name, offset in offsets.items():
             path = self.directory / name

@@ -17,8 +17,8 @@ from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.reward.base import HostReward
 from lsp_jax.run.doctor import ANSWER, QUERY, Finding, examine
+from lsp_jax.run.scoring import score_episode
 from lsp_jax.run.setup import Run, prepare
-from lsp_jax.run.step import score_episode
 from lsp_jax.text.tokenizer import Tokenizer
 
 BAD_ANSWER = "no no no no"

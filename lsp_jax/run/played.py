@@ -36,6 +36,8 @@ def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metric
     for one, other in itertools.combinations(scores.components, 2):
         pair = scores.components[one], scores.components[other]
         metrics[f"rewards/{one}/correlation/{other}"] = correlation(*pair, result.answer_counts)
+    pair = scores.task, scores.quality
+    metrics["rewards/task_quality_correlation"] = correlation(*pair, result.answer_counts)
     # the rewards themselves: centred on their mean, equal ones need not be exactly 0
     highest = jnp.max(jnp.where(result.answer_counts, result.solver_reward, -jnp.inf), axis=1)
     lowest = jnp.min(jnp.where(result.answer_counts, result.solver_reward, jnp.inf), axis=1)
@@ -44,9 +46,23 @@ def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metric
     metrics["solver/prompts/mean_length"] = jnp.mean(episode.prompts[1].astype(jnp.float32))
     metrics["queries/valid_fraction"] = jnp.mean(scores.valid_query)
     metrics["queries/unique_fraction"] = _unique_fraction(episode.queries)
+    if episode.queries.leaks is not None:
+        metrics["queries/leak_fraction"] = jnp.mean(episode.queries.leaks)
+    metrics |= _values(scores.task, result)
     metrics["answers/valid_fraction"] = jnp.mean(scores.valid_answer)
     metrics["completions/tokens"] = jnp.sum(jnp.stack([jnp.sum(completions.lengths) for _, completions in played]))
     return {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+
+def _values(task: jax.Array, result: Advantages) -> Metrics:
+    """How V(q), the mean task reward of a query's answers, is spread over the queries that have any; 0 without one."""
+    answered = jnp.sum(result.answer_counts, axis=1)
+    value = jnp.sum(jnp.where(result.answer_counts, task, 0.0), axis=1) / jnp.maximum(answered, 1)
+    value = jnp.sort(jnp.where(answered > 0, value, jnp.inf))  # those without one at the end
+    number = jnp.sum(answered > 0)
+    at = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
+    places = {name: jnp.round(share * (number - 1)).astype(jnp.int32) for name, share in at.items()}
+    return {f"queries/value/{name}": jnp.where(number > 0, value[place], 0.0) for name, place in places.items()}
 
 
 def _unique_fraction(queries: Queries) -> jax.Array:

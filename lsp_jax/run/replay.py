@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
-from lsp_jax.model.sharding import MeshConfig, use_mesh
+from lsp_jax.learn.update import TrainState
+from lsp_jax.model.sharding import MeshConfig, place, use_mesh
 from lsp_jax.paths import user_path
 from lsp_jax.policy import Policy
 from lsp_jax.processes import ProcessConfig
@@ -19,10 +22,10 @@ from lsp_jax.run.checkpoint import Checkpoints
 from lsp_jax.run.compiled import keep_programs
 from lsp_jax.run.folder import CHECKPOINTS
 from lsp_jax.run.identity import identity
-from lsp_jax.run.metrics import TRANSCRIPTS_FILE, plain
-from lsp_jax.run.setup import prepare
+from lsp_jax.run.metrics import METRICS_FILE, TRANSCRIPTS_FILE, plain
+from lsp_jax.run.setup import Run, prepare
 from lsp_jax.run.start import start_state
-from lsp_jax.run.step import Phases, play_and_learn
+from lsp_jax.run.step import Phases, Played, play_and_learn
 from lsp_jax.run.transcripts import numbers_and_lines
 
 
@@ -60,16 +63,34 @@ def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: P
             state, saved = start_state(prepared, checkpoints, known, before=step)
             prepared = replace(prepared, policy=replace(prepared.policy, params={}))
             start, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
-            for _ in range(start, step - 1):
-                state = play_and_learn(prepared, state, Phases(), cursor).state
-                cursor += config.play.num_queries
-            played = play_and_learn(prepared, state, Phases(), cursor)
+            decided = _decided(folder)
+            for number in range(start + 1, step):
+                played = _again(prepared, state, cursor, decided.get(number))
+                state, cursor = played.state, cursor + played.taken
+            played = _again(prepared, state, cursor, decided.get(step))
             metrics, lines = numbers_and_lines(prepared, step, played)
     finally:
         checkpoints.close()
         prepared.workers.close()
     lines, there = [plain(line) for line in lines], _written(folder, step)
     return Replayed(lines, metrics, start, lines == there if there else None)
+
+
+def _decided(folder: Path) -> dict[int, tuple[int, bool]]:
+    """What alarms had decided before each iteration of the run: its attempt, and whether the Challenger was paused."""
+    file = folder / METRICS_FILE
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return {
+        line["iteration"]: (int(line["attempt"]), bool(line["challenger/paused"])) for line in map(json.loads, lines)
+    }
+
+
+def _again(run: Run, state: TrainState, cursor: int, decided: tuple[int, bool] | None) -> Played:
+    """The iteration after `state`, as it was decided to be played."""
+    if decided is None:
+        return play_and_learn(run, state, Phases(), cursor)
+    state = state._replace(attempt=place(np.int32(decided[0])))
+    return play_and_learn(run, state, Phases(), cursor, paused=decided[1])
 
 
 def _written(folder: Path, step: int) -> list[dict[str, Any]]:

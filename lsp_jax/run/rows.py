@@ -41,11 +41,19 @@ def unscored(episode: Episode, game: Game) -> LearnBatch:
 
 @partial(jax.jit, static_argnames=("specs", "game"))
 def learn_batch(
-    episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], game: Game
+    episode: Episode,
+    outputs: tuple[RewardOutput, ...],
+    specs: tuple[RewardSpec, ...],
+    game: Game,
+    challenger_weight: jax.Array | float = 1.0,
+    near: jax.Array | None = None,
 ) -> Learnable:
-    """Rewards -> advantages -> the rows of both roles, and the metrics of play and reward."""
+    """Rewards -> advantages -> the rows of both roles, and the metrics of play and reward. `challenger_weight` is a
+    factor of the Challenger's loss: 0 while it is paused; `near` [N] each query's similarity to an earlier one."""
     scores = combine(specs, outputs, episode)
-    loss = game.loss
+    loss, penalty = game.loss, None
+    if near is not None and game.memory.penalty:
+        penalty = game.memory.penalty * (near >= game.memory.near_duplicate)
     result = advantages(
         scores.task,
         scores.quality,
@@ -54,9 +62,15 @@ def learn_batch(
         loss.invalid_query_penalty,
         loss.use_quality,
         loss.scale_rewards,
+        loss.value_gate,
+        penalty,
     )
     answers, queries = (result.solver, result.answer_counts), (result.challenger, result.query_counts)
-    return Learnable(_rows(episode, answers, queries, game), result, scores, play_metrics(episode, scores, result))
+    batch = _rows(episode, answers, queries, game)
+    if batch.challenger is not None:
+        rows = batch.challenger
+        batch = batch._replace(challenger=rows._replace(weights=rows.weights * challenger_weight))
+    return Learnable(batch, result, scores, play_metrics(episode, scores, result))
 
 
 def _rows(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from lsp_jax import processes
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.learn.update import TrainState
+from lsp_jax.run import messages
 from lsp_jax.run.checkpoint import Checkpoints, SaveError
 from lsp_jax.run.checksums import manifest
 from lsp_jax.run.metrics import MetricsWriter
@@ -26,11 +26,17 @@ class Progress(NamedTuple):
     """Iterations in a row, up to this one, whose updates were skipped."""
     metrics: Mapping[str, float] = {}
     """The iteration's; what a best checkpoint is chosen by is saved of them."""
+    health: Mapping[str, Any] = {}
+    """`Health.record`."""
+    good: bool = True
+    """`Health.good`."""
 
     @classmethod
     def of(cls, record: dict[str, Any] | None) -> Progress:
         """What a checkpoint's host part says; the beginning without one."""
-        return cls() if record is None else cls(record["cursor"], record.get("skipped", 0))
+        if record is None:
+            return cls()
+        return cls(record["cursor"], record.get("skipped", 0), {}, record.get("health", {}))
 
 
 class Saving:
@@ -46,15 +52,20 @@ class Saving:
     ):
         """`saved` is the host part of the checkpoint that the run goes on from."""
         self._checkpoints, self._writer, self._identity, self._config = checkpoints, writer, identity, config
+        self.failed = 0
+        """Saves that could not be written."""
+        self.go_on(saved)
+
+    def go_on(self, saved: dict[str, Any] | None) -> None:
+        """From the checkpoint whose host part is `saved`, the newest one there is."""
         self.newest: int = saved["iteration"] if saved else 0
         """Iteration of the newest checkpoint, 0 without one."""
         self.best = self._still_best((saved or {}).get("best", {}))
         """Iteration and value of the checkpoint that is best by `metric_for_best_model`; empty without one."""
         self._checkpoints.best = self.best.get("iteration")
         self._best_before = self.best
+        self._good: list[int] = list((saved or {}).get("good", []))
         self._tried = Progress()
-        self.failed = 0
-        """Saves that could not be written."""
 
     def _still_best(self, best: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint's `best` where it is by the same metric, and its checkpoint still there."""
@@ -66,13 +77,14 @@ class Saving:
         """The state as of iteration `number`."""
         self.wait()  # an earlier one's failure is its own
         self._choose(number, progress.metrics)
+        self._keep_good(number, progress.good)
         processes.barrier("saving")  # named and bounded, which Orbax's own waiting is not
         arrays, offsets = manifest(state), {}
         if self._writer is not None:
             self._writer.write_checksums(number, self.newest, arrays)
             offsets = self._writer.offsets()
         host = {"iteration": number, "cursor": progress.cursor, "skipped": progress.skipped, "best": self.best}
-        host |= {"offsets": offsets, **self._identity}
+        host |= {"health": progress.health, "good": self._good, "offsets": offsets, **self._identity}
         before, self.newest, self._tried = self.newest, number, progress
         try:
             self._checkpoints.save(number, state, host, arrays)
@@ -128,6 +140,19 @@ class Saving:
             self.best = {"iteration": number, "value": value, **chosen}
             self._checkpoints.best = number
 
+    def _keep_good(self, number: int, good: bool) -> None:
+        """Which checkpoint a run goes back to: kept where an alarm may ask for it."""
+        if self._config.health.rolls_back:
+            self._good = [*self._good, number] if good else self._good
+            self._checkpoints.good = kept = self.good_before(number)
+            self._good = [step for step in self._good if kept is None or step >= kept]
+
+    def good_before(self, number: int) -> int | None:
+        """The newest checkpoint that was good and is no part of the window that ends with iteration `number`, in which
+        the collapse may have begun; else the oldest good one."""
+        past = [step for step in self._good if step <= number - self._config.health.window]
+        return max(past) if past else min((step for step in self._good if step < number), default=None)
+
     def _failure(self, error: SaveError) -> None:
         self.failed += 1
         with suppress(OSError):
@@ -139,6 +164,4 @@ class Saving:
         kept = f"the newest one is {self.newest}" if self.newest else "there is none yet"
         if self._config.save_errors != "go_on":
             raise SaveError(f"{error}; {kept} (--save-errors go_on trains on without)") from error
-        if processes.is_writer():
-            with suppress(OSError):
-                print(f"lsp-jax: warning: {error}; {kept}, going on", file=sys.stderr, flush=True)
+        messages.warn(f"{error}; {kept}, going on")

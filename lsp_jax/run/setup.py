@@ -44,6 +44,8 @@ class Run:
     game: Game
     data: PromptData | None
     """Queries of a data set; None in self-play."""
+    probe: PromptData | None
+    """Prompts that are answered and never learned from (`health.probe`)."""
     rewards: tuple[Reward, ...]
     specs: tuple[RewardSpec, ...]
     """How they are mixed, in their order."""
@@ -82,10 +84,11 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
         opened, load = _source(config, policy)
         opened = replace(opened, tokenizer=opened.tokenizer.dated(config.date))
         data = load_data(config.data, opened.tokenizer) if config.data.source else None
+        probe = load_probe(config, opened)
         check_data(config, data)
-        game = make_game(config, opened, data)  # what does not fit is said before gigabytes are read
+        game = make_game(config, opened, data, probe)  # what does not fit is said before gigabytes are read
         if opened_rewards.reward_model is not None:
-            query = longest_query(config, game.prompts, data)
+            query = longest_query(config, game.prompts, data, probe)
             check_context(opened_rewards.reward_model, query, config.play.max_completion_length)
         mesh = make_mesh(config.mesh, opened.config)
         if mesh is not None and opened_rewards.reward_model is not None:
@@ -104,8 +107,8 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     except BaseException:
         workers.close()
         raise
-    made = policy, reference, game, data, components, opened_rewards.specs, scorer, workers, mesh, kinds, seed_key
-    return Run(config, *made, directory)
+    made = policy, reference, game, data, probe, components, opened_rewards.specs, scorer, workers, mesh, kinds
+    return Run(config, *made, seed_key, directory)
 
 
 def check_same(config: TrainConfig) -> None:
@@ -140,14 +143,25 @@ def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callabl
     return opened, lambda mesh: load_params(directory, opened.config, dtype, mesh)
 
 
-def make_game(config: TrainConfig, policy: Policy, data: PromptData | None = None) -> Game:
+def load_probe(config: TrainConfig, policy: Policy) -> PromptData | None:
+    """The prompts of `health.probe`, read as those of `data`; None without. Raises InputError."""
+    if not config.health.probe:
+        return None
+    if not user_path("health.probe", config.health.probe).is_file():
+        raise InputError("health.probe", config.health.probe, "no such file; give a JSONL file of prompts")
+    return load_data(replace(config.data, source=config.health.probe, shuffle=False), policy.tokenizer)
+
+
+def make_game(
+    config: TrainConfig, policy: Policy, data: PromptData | None = None, probe: PromptData | None = None
+) -> Game:
     """The static part of every stage; checks that prompts and completions fit the model's context."""
     compute = config.compute_dtype
     if compute == "auto":
         compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     prompts = PlayPrompts.build(policy.tokenizer, config.prompts)
     play, context = config.play, policy.config.max_position_embeddings
-    query = longest_query(config, prompts, data)
+    query = longest_query(config, prompts, data, probe)
     solver = len(prompts.solver.prefix_ids) + query + len(prompts.solver.suffix_ids)
     lengths = {"play.max_completion_length": solver + play.max_completion_length}
     if data is None:
@@ -173,6 +187,7 @@ def make_game(config: TrainConfig, policy: Policy, data: PromptData | None = Non
         loss=config.loss,
         optimizer=config.optimizer,
         compute_dtype=compute,
+        memory=config.memory,
     )
 
 
@@ -184,8 +199,11 @@ def token_kinds(policy: Policy) -> jax.Array:
     return place(kinds)
 
 
-def longest_query(config: TrainConfig, prompts: PlayPrompts, data: PromptData | None) -> int:
+def longest_query(
+    config: TrainConfig, prompts: PlayPrompts, data: PromptData | None, probe: PromptData | None = None
+) -> int:
     """Tokens of the longest query that can be played."""
+    probed = max(map(len, probe.ids)) if probe is not None else 0
     if data is not None:
-        return max(map(len, data.ids))
-    return len(prompts.query_prefix_ids) + config.play.max_query_length
+        return max(probed, *map(len, data.ids))
+    return max(probed, len(prompts.query_prefix_ids) + config.play.max_query_length)

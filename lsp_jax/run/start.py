@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 from lsp_jax import processes
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
-from lsp_jax.learn.update import TrainState, init_state
+from lsp_jax.learn.update import TrainState
 from lsp_jax.run import messages
 from lsp_jax.run.checkpoint import Checkpoints, Damaged, abstract
 from lsp_jax.run.metrics import CHECKSUMS_FILE
@@ -29,7 +28,7 @@ def start_state(
     InputError where none of those that there were is whole (a run never starts from scratch without saying so), or the
     model is not the one the run started from.
     """
-    make = partial(init_state, config=run.config.optimizer)
+    make = run.game.fresh_state
     steps = checkpoints.steps() if run.config.resume != "never" else []
     if before is None and run.config.resume != "never":
         checkpoints.clean()

@@ -15,7 +15,7 @@ import jax
 
 from lsp_jax import host, processes
 from lsp_jax.config import TrainConfig
-from lsp_jax.errors import Stopped
+from lsp_jax.errors import Collapsed, Stopped
 from lsp_jax.learn.update import TrainState
 from lsp_jax.model.sharding import use_mesh
 from lsp_jax.policy import Policy, save_pretrained
@@ -26,9 +26,12 @@ from lsp_jax.run.checkpoint import Checkpoints
 from lsp_jax.run.compiled import keep_programs
 from lsp_jax.run.doctor import examine
 from lsp_jax.run.folder import CHECKPOINTS, EXPORT, PROFILE, claim
+from lsp_jax.run.health import Event, Health, said_of, wording
 from lsp_jax.run.identity import identity
 from lsp_jax.run.metrics import Console, MetricsWriter
 from lsp_jax.run.preemption import Preemption
+from lsp_jax.run.probe import Probe
+from lsp_jax.run.rollback import check_rollback, roll_back
 from lsp_jax.run.saving import Progress, Saving
 from lsp_jax.run.setup import Run, prepare
 from lsp_jax.run.start import start_state
@@ -77,7 +80,7 @@ def train(
     with processes.together():
         try:
             state = _train(config, rewards, callbacks, policy)
-        except Stopped:
+        except (Stopped, Collapsed):
             processes.barrier("the end of the run")  # nobody leaves while another one still closes its files
             raise
         processes.barrier("the end of the run")
@@ -122,7 +125,7 @@ def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: 
             saving = Saving(checkpoints, writer, known, config, saved)
             if config.precompile:
                 precompile(run, state)
-            outputs = Outputs(writer, saving, console, callbacks)
+            outputs = Outputs(writer, checkpoints, saving, console, callbacks)
             state = _iterations(run, state, Progress.of(saved), outputs, stopping, watchdog)
             watchdog.beat("export")
             saving.finish(config.max_steps, state)
@@ -138,6 +141,7 @@ class Outputs(NamedTuple):
     """Where an iteration's results go; files and console are process 0's."""
 
     writer: MetricsWriter | None
+    checkpoints: Checkpoints
     saving: Saving
     console: Console | None
     callbacks: Sequence[Callback]
@@ -147,27 +151,37 @@ def _iterations(
     run: Run, state: TrainState, progress: Progress, outputs: Outputs, stopping: Stopping, watchdog: Watchdog
 ) -> TrainState:
     """All iterations that are left; saves and raises Stopped when the run is asked to end."""
-    saving, alarms = outputs.saving, Alarms(run.config.max_skipped, progress.skipped)
-    done, cursor = saving.newest, progress.cursor
-    for number in range(done + 1, run.config.max_steps + 1):
-        traced = run.config.profile and number == done + 2  # the first one compiles
+    config, saving, probe = run.config, outputs.saving, Probe(run)
+    alarms, health = Alarms(config.max_skipped, progress.skipped), Health(config.health, progress.health)
+    number, first = saving.newest, saving.newest + 1
+    while number < config.max_steps:
+        number += 1
+        traced = config.profile and number == first + 1  # the first one compiles
         try:
             with jax.profiler.trace(str(run.directory / PROFILE)) if traced else nullcontext():
-                played, metrics, lines = _one(run, state, number, cursor, saving, Phases(watchdog.beat), stopping.check)
+                played, metrics, lines = _one(run, state, number, progress.cursor, saving, watchdog, stopping, health)
         except Stopped as asked:  # before the update: the state is the last iteration's
             kept = saving.keep(number - 1, state, progress)
             raise Stopped(f"{asked}; {kept}; --resume auto goes on") from asked
-        if number == done + 1:  # names of metrics are known from here on
-            saving.check_metric(metrics)
         state = played.state
-        cursor += run.config.play.num_queries
+        metrics |= probe.look(number, state, health.declined, watchdog.beat)
+        if number == first:  # names of metrics are known from here on
+            saving.check_metric(metrics)
         watchdog.beat("writing")
         if outputs.writer is not None:
             outputs.writer.write(number, metrics)
             outputs.writer.write_transcripts(lines)
         alarms.look(number, metrics, state.params, played.learnable.batch)
-        progress = Progress(cursor, alarms.skipped, metrics)
-        if number % run.config.save_steps == 0 or number == run.config.max_steps:
+        events = health.look(number, metrics)
+        progress = Progress(progress.cursor + played.taken, alarms.skipped, metrics, health.record(), health.good)
+        if back := _after(events, state, progress, outputs, health.rollbacks, config.health.max_rollbacks):
+            state, saved = roll_back(back, state, outputs.checkpoints, outputs.writer, events)
+            saving.go_on(saved)
+            progress, rollbacks = Progress.of(saved), health.rollbacks + 1
+            alarms, health = Alarms(config.max_skipped, progress.skipped), Health(config.health, progress.health)
+            health.rollbacks, number = rollbacks, back
+            continue
+        if number % config.save_steps == 0 or number == config.max_steps:
             saving.save(number, state, progress)
         if outputs.console is not None:
             with suppress(OSError):  # a terminal or pipe that is gone
@@ -177,24 +191,50 @@ def _iterations(
     return state
 
 
+def _after(
+    events: Sequence[Event], state: TrainState, progress: Progress, outputs: Outputs, rollbacks: int, most: int
+) -> int | None:
+    """Says and writes the alarms of an iteration; the checkpoint to go back to, if one asks for it. Saves and raises
+    Collapsed where the run ends."""
+    for event in events:
+        messages.warn(said_of(event))
+    if outputs.writer is not None:
+        outputs.writer.write_alarms(event._asdict() for event in events)
+    try:
+        for event in events:
+            if event.action == "stop":
+                raise Collapsed(said_of(event))
+            if event.action == "rollback":
+                outputs.saving.wait()
+                return check_rollback(event, outputs.saving, rollbacks, most)
+    except Collapsed as ended:
+        kept = outputs.saving.keep(events[0].iteration, state, progress)
+        raise Collapsed(f"{ended}; {kept}") from ended
+    return None
+
+
 def _one(
     run: Run,
     state: TrainState,
     number: int,
     cursor: int,
     saving: Saving,
-    phases: Phases,
-    between: Callable[[str], None],
+    watchdog: Watchdog,
+    stopping: Stopping,
+    health: Health,
 ) -> tuple[Played, dict[str, float], list[dict[str, Any]]]:
     """Iteration `number` with its metrics and transcripts; with data its queries begin at `cursor`."""
-    reads, start = host.reads(), time.perf_counter()
+    reads, start, phases = host.reads(), time.perf_counter(), Phases(watchdog.beat)
     saving.check()
-    played = play_and_learn(run, state, phases, cursor, between)
+    played = play_and_learn(run, state, phases, cursor, stopping.check, health.paused)
     playing_reads = host.reads() - reads
     with phases("log"):
         metrics, lines = numbers_and_lines(run, number, played)
+    if run.data is None and lines:
+        metrics |= wording(lines, run.config.prompts.challenger)
     metrics |= host_metrics(run, number, metrics, phases, time.perf_counter() - start)
     metrics["host_reads"] = playing_reads
+    metrics["challenger/paused"] = float(health.paused)
     metrics["handover/bytes"] = played.handed_over
     metrics["checkpoint/failed"] = saving.failed
     return played, metrics, lines

@@ -1,0 +1,92 @@
+"""What the policy is worth on prompts that it does not learn from, beside what the reference was worth on them.
+
+The Solver answers every prompt of `health.probe` as it does in play, with the same noise each time, and the run's own
+rewards score the answers. The gain is the mean over prompts of the policy's reward minus the reference's; it has
+declined when that is more than two of its standard errors below 0.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsp_jax import host
+from lsp_jax.learn.update import TrainState
+from lsp_jax.model.llama import Params
+from lsp_jax.model.sharding import at_work
+from lsp_jax.play.data import data_queries
+from lsp_jax.play.selfplay import Episode
+from lsp_jax.reward.base import RewardOutput, RewardSpec, combine
+from lsp_jax.run import iteration as stages
+from lsp_jax.run import playing
+from lsp_jax.run.iteration import first_checked
+from lsp_jax.run.scoring import score
+from lsp_jax.run.setup import Run
+
+PROBE = 2  # folded into the seed's key: noise of no iteration
+
+
+class Probe:
+    """The probe of one run; all processes look together."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._reference: np.ndarray | None = None
+
+    def look(self, number: int, state: TrainState, declined: float, begins: Callable[[str], None]) -> dict[str, float]:
+        """Metrics of the probe after iteration `number`; between two looks the last one's verdict, `declined`, stands.
+        Empty without a probe."""
+        config = self._run.config.health
+        if self._run.probe is None:
+            return {}
+        if number % config.probe_steps:
+            return {"probe/declined": declined}
+        begins("probe")
+        start = time.perf_counter()
+        if self._reference is None:
+            self._reference = self._values(at_work(self._run.reference))
+        values = self._values(state.params)
+        gain = values - self._reference
+        both = gain[np.isfinite(gain)]  # a prompt of which no answer could be scored says nothing
+        mean = float(np.mean(both)) if len(both) else 0.0
+        error = float(np.std(both, ddof=1) / math.sqrt(len(both))) if len(both) > 1 else 0.0
+        return {
+            "probe/reward": float(np.mean(values[np.isfinite(gain)])) if len(both) else 0.0,
+            "probe/gain": mean,
+            "probe/standard_error": error,
+            "probe/declined": float(mean < -2 * error),
+            "time/probe": time.perf_counter() - start,
+        }
+
+    def _values(self, params: Params) -> np.ndarray:
+        """Each prompt's mean reward, float64; NaN where no answer could be scored."""
+        run, data = self._run, self._run.probe
+        assert data is not None
+        game, size = run.game, run.game.play.num_queries
+        params = stages.rollout_params(params, game)
+        specs = tuple(spec._replace(standardize=False) for spec in run.specs)  # over an iteration: not comparable
+        found: list[np.ndarray] = []
+        for start in range(0, len(data.rows), size):
+            picked = [index % len(data.rows) for index in range(start, start + size)]
+            key = jax.random.fold_in(jax.random.fold_in(run.seed_key, PROBE), start)
+            episode = playing.solve(params, data_queries(data, picked), key, game)
+            outputs = score(run, episode, [data.rows[index] for index in picked])
+            found.append(host.to_host(first_checked(query_values, episode, outputs, specs, game.loss.use_quality)))
+        return np.concatenate(found).astype(np.float64)[: len(data.rows)]
+
+
+@partial(jax.jit, static_argnames=("specs", "use_quality"))
+def query_values(
+    episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], use_quality: bool
+) -> jax.Array:
+    """float32 [N]: each query's mean Solver reward over the answers that count; NaN where none does."""
+    scores = combine(specs, outputs, episode)
+    reward = scores.task + scores.quality if use_quality else scores.task
+    counts = scores.valid_answer & scores.valid_query[:, None]
+    return jnp.sum(jnp.where(counts, reward, 0.0), axis=1) / jnp.sum(counts, axis=1)
