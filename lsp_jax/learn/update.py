@@ -132,12 +132,11 @@ def init_state(params: Params, config: OptimizerConfig, memory: tuple[int, int] 
     """A fresh state that owns copies of `params` (it is donated; the reference keeps its own), spread over the mesh;
     with room for a `memory` of so many queries, of the model's width."""
     params = jax.tree.map(jnp.copy, params)
-    moments = optimizer(config).init(
-        cast(params, "float32")
-    )  # the second moment is float32 whatever the parameters are
-    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: the state is donated
+    # the second moment is float32 whatever the parameters are
+    moments = optimizer(config).init(cast(params, "float32"))
+    iteration, attempt, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: the state is donated
     remembered = None if memory is None else empty(*memory)
-    return shard_params(TrainState(params, moments, *counters, remembered))
+    return shard_params(TrainState(params, moments, iteration, attempt, skipped, remembered))
 
 
 def reference_statistics(
