@@ -115,20 +115,25 @@ class Hang(BaseException):
 def limits() -> Iterator[None]:
     """`SECONDS` of processor time, so that a busy machine is no hang, and `MEMORY` more than there is now."""
 
+    armed = False
+
     def late(*_: Any) -> None:
-        raise Hang
+        if armed:  # never outside of the input's own doing, such as in pytest's report of it
+            raise Hang
 
     handler = signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     most, pages = resource.getrlimit(resource.RLIMIT_AS), Path("/proc/self/statm").read_text().split()[0]
-    resource.setrlimit(resource.RLIMIT_AS, (int(pages) * resource.getpagesize() + MEMORY, most[1]))
     try:
+        resource.setrlimit(resource.RLIMIT_AS, (int(pages) * resource.getpagesize() + MEMORY, most[1]))
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        armed = True
         yield
     except Hang:
         raise AssertionError(f"takes over {SECONDS} s") from None
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, most)
+        armed = False
         signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, most)
         signal.signal(signal.SIGPROF, handler)
 
 

@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 import lsp_jax as lsp  # noqa: E402
 from lsp_jax.config import RewardConfig  # noqa: E402
-from lsp_jax.learn.update import OptimizerConfig, init_state  # noqa: E402
+from lsp_jax.learn.update import OptimizerConfig  # noqa: E402
 from lsp_jax.model import llama  # noqa: E402
 from lsp_jax.model.sharding import HOST_MEMORY, MeshConfig, at_work, make_mesh, partitions, use_mesh  # noqa: E402
 from lsp_jax.play.selfplay import Episode, PlayConfig  # noqa: E402
@@ -95,7 +94,7 @@ def is_spec(value: Any) -> bool:
 
 
 def start(run: setup.Run) -> Any:
-    return jax.jit(partial(init_state, config=run.config.optimizer))(run.policy.params)
+    return jax.jit(run.game.fresh_state)(run.policy.params)
 
 
 def specs(tree: Any) -> list[str]:

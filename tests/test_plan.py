@@ -16,7 +16,7 @@ import pytest
 from lsp_jax import cli, presets
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.errors import InputError
-from lsp_jax.learn.update import OptimizerConfig, init_state
+from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.model import llama
 from lsp_jax.model.shapes import SHAPES, shape_of
 from lsp_jax.model.sharding import MeshConfig, make_mesh, use_mesh
@@ -198,7 +198,7 @@ def test_a_whole_iteration_compiles_as_one_program_for_tpus(tmp_path: Path):
     game, judge = placeholders.game(config, model), placeholders.judge(config, model)
     compiler = Compiler(machine, mesh, lambda line: None)
     shapes = llama.params_shape(model)
-    start = jax.eval_shape(partial(init_state, config=config.optimizer), shapes)
+    start = jax.eval_shape(game.fresh_state, shapes)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
     state, reference = compiler.put(start, "train"), compiler.put(frozen, "train")
     kinds = compiler.put(jax.ShapeDtypeStruct((model.vocab_size,), jnp.uint8))

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from lsp_jax.learn.memory import MemoryConfig
 from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
 from lsp_jax.model.llama import init_params
 from lsp_jax.model.sharding import partitions
@@ -40,7 +41,8 @@ def runs(game_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def shapes(model: Path) -> Any:
     """Of the state of a run with that model, on this process's one device."""
     config = read_config(model)
-    return abstract(None, lambda: init_state(init_params(config, jax.random.key(0)), OptimizerConfig()))
+    memory = (MemoryConfig().size, config.hidden_size)
+    return abstract(None, lambda: init_state(init_params(config, jax.random.key(0)), OptimizerConfig(), memory))
 
 
 def saved_state(directory: Path, model: Path, step: int) -> tuple[TrainState, dict[str, Any]]:

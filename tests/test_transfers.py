@@ -13,7 +13,7 @@ import pytest
 
 import lsp_jax as lsp
 from lsp_jax import host
-from lsp_jax.learn.update import TrainState, init_state
+from lsp_jax.learn.update import TrainState
 from lsp_jax.play.generate import PROMPT_BUCKETS
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import DeviceReward, RewardOutput
@@ -49,7 +49,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Warm:
     model = game_dir(tmp_path_factory.mktemp("model") / "tiny")
     reward = DeviceReward("low", "task", 1.5, low_ids, jax.device_put(np.int32(80)))
     run = prepare(game_config(model, tmp_path_factory.mktemp("run") / "run"), [reward])
-    state = jax.jit(partial(init_state, config=run.config.optimizer))(run.policy.params)
+    state = jax.jit(run.game.fresh_state)(run.policy.params)
     for _ in range(2):
         state = play_and_learn(run, state, Phases()).state
     copied(state)  # and the tests' own copying

@@ -230,7 +230,7 @@ def _one(
     playing_reads = host.reads() - reads
     with phases("log"):
         metrics, lines = numbers_and_lines(run, number, played)
-    if run.data is None and lines:
+    if lines:
         metrics |= wording(lines, run.config.prompts.challenger)
     metrics |= host_metrics(run, number, metrics, phases, time.perf_counter() - start)
     metrics["host_reads"] = playing_reads
