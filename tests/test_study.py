@@ -98,6 +98,7 @@ def test_every_stage_is_a_run_that_can_be_made(kind: str, tmp_path: Path):
     config = rows.stage(kind, 8, 1, tmp_path / f"1-{kind}")
     config.check()
     assert bool(config.data.source) == (config.loss.alpha_challenger == 0) == (kind in ("grpo", "format"))
-    assert (config.reward.quality_weight > 0) == (kind == "lsp") and (config.seed, config.max_steps) == (1, 8)
+    assert (config.reward.quality_weight > 0) == (kind not in ("grpo", "format", "lsp_zero"))
+    assert (config.seed, config.max_steps) == (1, 8)
     if config.data.source:
         assert len(Path(config.data.source).read_text().splitlines()) == len(problems.part(problems.TRAINING))

@@ -9,6 +9,9 @@
 | lsp_zero | self-play, verifier alone |
 | lsp | self-play, verifier and the reference's quality score |
 | grpo_then_lsp, lsp_then_grpo | two stages, the second from the first one's policy, half the iterations each |
+| lsp_penalty | lsp, and a near-duplicate of an earlier query costs the Challenger 0.5 |
+| lsp_gate | lsp, and only queries that one to seven of the eight answers solve pay |
+| lsp_resample | lsp, and queries whose answers all got one reward are played anew, once |
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ STAGES = {
     "lsp": ("lsp",),
     "grpo_then_lsp": ("grpo", "lsp"),
     "lsp_then_grpo": ("lsp", "grpo"),
+    **{name: (name,) for name in ("lsp_penalty", "lsp_gate", "lsp_resample")},
 }
 ROWS = (*UNTRAINED, *STAGES)
 
@@ -54,8 +58,8 @@ def common(steps: int, seed: int) -> TrainConfig:
 def stage(kind: str, steps: int, seed: int, folder: Path) -> TrainConfig:
     """The configuration of one stage, run in `folder`."""
     config = replace(common(steps, seed), output_dir=str(folder))
-    if kind == "lsp":
-        return replace(config, reward=replace(config.reward, quality_weight=0.1))
+    if kind.startswith("lsp") and kind != "lsp_zero":
+        return _remedied(replace(config, reward=replace(config.reward, quality_weight=0.1)), kind)
     if kind == "lsp_zero":
         return config
     config = replace(
@@ -67,6 +71,17 @@ def stage(kind: str, steps: int, seed: int, folder: Path) -> TrainConfig:
     if kind == "format":
         callable_ = f"{HERE / 'format_reward.py'}:any_number"
         return replace(config, reward=RewardConfig(quality_weight=0.0, callable=callable_))
+    return config
+
+
+def _remedied(config: TrainConfig, kind: str) -> TrainConfig:
+    """LSP with the remedy that the row is an ablation of."""
+    if kind == "lsp_penalty":
+        return replace(config, memory=replace(config.memory, penalty=0.5))
+    if kind == "lsp_gate":
+        return replace(config, loss=replace(config.loss, value_low=0.1, value_high=0.9))
+    if kind == "lsp_resample":
+        return replace(config, play=replace(config.play, max_resamples=1))
     return config
 
 

@@ -32,7 +32,8 @@ from lsp_jax.run.identity import versions
 HERE = Path(__file__).parent
 CURVES = (
     *("solver/reward", "challenger/reward", "rewards/arithmetic/mean", "rewards/quality/mean"),
-    *("queries/valid_fraction", "queries/unique_fraction", "solver/frac_reward_zero_std"),
+    *("queries/valid_fraction", "queries/unique_fraction", "queries/near_duplicate_fraction"),
+    *("queries/value/median", "solver/frac_reward_zero_std", "resampled_fraction"),
     *("solver/kl", "challenger/kl", "solver/entropy", "challenger/entropy"),
 )
 SAMPLES = 6
@@ -89,6 +90,7 @@ def history(folder: Path) -> dict[str, Any]:
         "curves": {name: [line.get(name) for line in metrics] for name in CURVES if any(name in m for m in metrics)},
         "development": [development[number] for number in sorted(development)],
         "difficulty": difficulty(records),
+        "alarms": _lines(folder / "alarms.jsonl"),
         "samples": [
             {
                 "iteration": record["iteration"],
