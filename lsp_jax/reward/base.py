@@ -172,6 +172,12 @@ def combine(specs: Sequence[RewardSpec], outputs: Sequence[RewardOutput], episod
     return Scores(totals["task"], totals["quality"], valid_query, valid_answer, components, failed)
 
 
+def solver_rewards(scores: Scores, use_quality: bool) -> tuple[jax.Array, jax.Array]:
+    """float32 [N, G] what each answer is worth to the Solver, and bool [N, G] which of them count."""
+    reward = scores.task + scores.quality if use_quality else scores.task
+    return reward, scores.valid_answer & scores.valid_query[:, None]
+
+
 def mean_std(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation (divided by n) of the values that count; 0 and 0 when none does."""
     number = jnp.maximum(jnp.sum(counts), 1)

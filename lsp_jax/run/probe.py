@@ -22,7 +22,7 @@ from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import at_work
 from lsp_jax.play.data import data_queries
 from lsp_jax.play.selfplay import Episode
-from lsp_jax.reward.base import RewardOutput, RewardSpec, combine
+from lsp_jax.reward.base import RewardOutput, RewardSpec, combine, solver_rewards
 from lsp_jax.run import iteration as stages
 from lsp_jax.run import playing
 from lsp_jax.run.iteration import first_checked
@@ -86,7 +86,5 @@ def query_values(
     episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], use_quality: bool
 ) -> jax.Array:
     """float32 [N]: each query's mean Solver reward over the answers that count; NaN where none does."""
-    scores = combine(specs, outputs, episode)
-    reward = scores.task + scores.quality if use_quality else scores.task
-    counts = scores.valid_answer & scores.valid_query[:, None]
+    reward, counts = solver_rewards(combine(specs, outputs, episode), use_quality)
     return jnp.sum(jnp.where(counts, reward, 0.0), axis=1) / jnp.sum(counts, axis=1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsp_jax.play.selfplay import Episode
-from lsp_jax.reward.base import RewardOutput, RewardSpec, combine
+from lsp_jax.reward.base import RewardOutput, RewardSpec, combine, solver_rewards
 
 RESAMPLE = 16  # folded into the iteration's key, one more each time: roles have their own places below
 
@@ -26,9 +26,7 @@ def groups(
     episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], use_quality: bool
 ) -> jax.Array:
     """bool [2, N]: valid queries whose answers that count all have one reward, and those whose have several."""
-    scores = combine(specs, outputs, episode)
-    reward = scores.task + scores.quality if use_quality else scores.task
-    counts = scores.valid_answer & scores.valid_query[:, None]
+    reward, counts = solver_rewards(combine(specs, outputs, episode), use_quality)
     highest = jnp.max(jnp.where(counts, reward, -jnp.inf), axis=1)
     lowest = jnp.min(jnp.where(counts, reward, jnp.inf), axis=1)
     return jnp.stack([jnp.any(counts, axis=1) & (highest <= lowest), highest > lowest])
