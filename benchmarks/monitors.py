@@ -4,7 +4,7 @@
 
 Quickstart's game, four iterations of it, and each monitor alone on what was played: the mean of the reference's hidden
 states, the memory with its similarities (full, of 4096 queries), words counted, alarms looked at. Their sum over a
-steady iteration. The probe is not among them: it is a part of an iteration's play, each `health.probe_steps` iterations.
+steady iteration. The probe is not among them: it is part of an iteration's play, each `health.probe_steps` iterations.
 
 Writes `results/monitors.json` and `results/monitors.md`.
 """

@@ -147,14 +147,18 @@ def small(config: TrainConfig, models: dict[str, Path], output_dir: Path) -> Tra
 needs_sandbox = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap is not on PATH")
 
 
+EACH_TIME = "paper_lsp", "paper_grpo_maths", "recommended_lsp_1b"
+"""One of self-play, of data with a sandbox, and of ours; the others, half a minute each, only in `make test-slow`."""
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    sandboxed = [needs_sandbox] if name in ("paper_grpo_maths", "paper_grpo_mbpp") else []
+    return sandboxed if name in EACH_TIME else [*sandboxed, pytest.mark.slow]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[needs_sandbox] if name in ("paper_grpo_maths", "paper_grpo_mbpp") else [])
-        for name in presets.PRESETS
-        if name != "quickstart"
-    ],
+    "name", [pytest.param(name, marks=marks(name)) for name in presets.PRESETS if name != "quickstart"]
 )
 def test_three_iterations(name: str, models: dict[str, Path], tmp_path: Path):
     config = small(presets.get(name), models, tmp_path / "run")

@@ -110,7 +110,14 @@ def test_the_unclipped_gradient_and_the_saved_states_are_the_same(runs: Runs):
     assert host_two["offsets"]["metrics.jsonl"] == len((runs.two / "metrics.jsonl").read_bytes().splitlines(True)[0])
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (1, 4), (2, 4)], ids=["1 device", "4 devices", "2 x 4 devices"])
+@pytest.mark.parametrize(
+    ("data", "fsdp"),
+    [
+        pytest.param(1, 1, id="1 device"),
+        pytest.param(1, 4, id="4 devices", marks=pytest.mark.slow),
+        pytest.param(2, 4, id="2 x 4 devices", marks=pytest.mark.slow),
+    ],
+)
 def test_what_8_devices_saved_goes_on_on_others(data: int, fsdp: int, runs: Runs, tmp_path: Path):
     """Parameters and moments are the bits that the run of 8 devices ended with, spread as the new mesh has it."""
     copy = shutil.copytree(runs.one, tmp_path / "run")
