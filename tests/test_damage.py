@@ -210,6 +210,7 @@ def test_what_a_checkpoint_records(run: Path):
         "metrics.jsonl",
         "transcripts.jsonl",
         "checksums.jsonl",
+        "alarms.jsonl",
     }
     assert record["config"]["play.num_queries"] == 4 and record["versions"]["jax"] == jax.__version__
     assert len(record["reference"]["digest"]) == len(record["config_digest"]) == 64

@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 import lsp_jax as lsp
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import COLLAPSED_STATUS, Collapsed, InputError
+from lsp_jax.run.checkpoint import Checkpoints, SaveError
 from lsp_jax.run.health import RULES, Action, Event, Health, HealthConfig, said_of, wording
 from lsp_jax.run.metrics import describe
 from lsp_jax.run.replay import replay
+from lsp_jax.run.saving import Progress, Saving
 from test_resume import assert_same_run, config_of, without_clocks
 from test_trainer import host_reward, read_lines, same_bits
 
@@ -84,7 +87,8 @@ def test_actions(action: Any):
     health = Health(HealthConfig(window=2, repetition=action))
     collapsed = [SOUND | {"queries/unique_fraction": 0.1}] * 4
     events = watched(health, *[SOUND] * 2, *collapsed)
-    assert [event.action for event in events] == ([] if action == "off" else [action])
+    times = {"off": 0, "rollback": 3, "stop": 3}.get(action, 1)  # as long as it is on, or once
+    assert [event.action for event in events] == [action] * times
     assert health.paused == (action == "pause") and health.good == (action == "off")
     watched(health, *[SOUND] * 3)
     assert not health.paused and health.good
@@ -107,6 +111,84 @@ def test_a_restored_one_decides_alike():
             rest.append(again.paused)
         assert rest == decided[cut:]
     assert any(decided) and not decided[-1]
+
+
+@pytest.mark.parametrize("action", ["rollback", "stop"])
+def test_what_ends_a_run_does_so_again_when_it_is_resumed(action: Any):
+    """Unless what it is resumed with says otherwise; then the alarm is on and not told twice."""
+    first = Health(HealthConfig(window=2, repetition=action))
+    bad = SOUND | {"queries/unique_fraction": 0.1}
+    watched(first, *[SOUND] * 2, *[bad] * 4)
+    again = Health(HealthConfig(window=2, repetition=action), first.record())
+    assert [event.action for event in again.look(7, bad)] == [action]
+    assert Health(HealthConfig(window=2), first.record()).look(7, bad) == []
+
+
+def test_what_is_not_finite_is_neither_an_alarm_nor_its_end():
+    """An iteration whose update was skipped may have no KL: the first window is not spoiled, a pause is not lifted."""
+    nan = SOUND | {"solver/kl": float("nan")}
+    health = Health(HealthConfig(window=3, drift="pause"))
+    watched(health, SOUND, nan, SOUND)
+    drifted = SOUND | {"solver/kl": 3.0}
+    for number in range(4, 8):
+        health.look(number, drifted)
+    assert health.paused
+    assert health.look(8, nan) == [] and health.paused
+    events = [event for number in range(9, 13) for event in health.look(number, SOUND)]
+    assert [event.action for event in events] == ["over"] and not health.paused
+
+
+def test_a_wider_window_does_not_make_a_new_beginning():
+    health = Health(HealthConfig(window=2, entropy="warn"))
+    for number in range(1, 5):
+        health.look(number, SOUND)
+    wider = Health(HealthConfig(window=4), json.loads(json.dumps(health.record())))
+    events = [event for number in range(5, 12) for event in wider.look(number, SOUND | {"solver/entropy": 0.0})]
+    assert [event.alarm for event in events] == ["entropy"]
+
+
+class OnDisk(Checkpoints):
+    """Checkpoints in a list, with the retention of the real ones."""
+
+    def __init__(self, keep: int, fails: int = 0):
+        super().__init__("nowhere", keep)
+        self.there: list[int] = []
+        self._fails = fails
+
+    def steps(self) -> list[int]:
+        return sorted(self.there)
+
+    def save(self, iteration: int, state: Any, host_state: dict[str, Any], arrays: Any) -> None:
+        if iteration == self._fails:
+            raise SaveError("full")
+        steps = [*self.there, iteration]
+        self.there = [step for step, stays in zip(steps, self.preserved(steps), strict=True) if stays]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+@pytest.mark.parametrize("every", [1, 3, 7, 12])
+def test_there_is_a_checkpoint_to_go_back_to(every: int, limit: int, capfd: pytest.CaptureFixture[str]):
+    """At each iteration an older one than the window, where there was any; few are kept; stops between two saves and a
+    save that fails change nothing of it."""
+    config = TrainConfig(
+        model="m",
+        save_steps=every,
+        save_total_limit=limit,
+        save_errors="go_on",
+        health=HealthConfig(repetition="rollback"),
+    )
+    disk = OnDisk(limit, fails=4 * every)
+    saving = Saving(disk, None, {}, config, None)
+    for number in range(1, 100):
+        good = number % 5 != 0
+        if number % every == 0 or number == 50:
+            saving.save(number, {"x": jnp.zeros(1)}, Progress(good=good))  # pyright: ignore[reportArgumentType]
+        target = saving.good_before(number)
+        assert target is None or (target in disk.there and target % 5 and target % every == 0)
+        assert len(disk.there) <= limit + 2
+        if number > 60 and every < 7:
+            assert target is not None and 10 <= number - target <= 10 + 10 * every
+    capfd.readouterr()
 
 
 def test_wording_by_hand():

@@ -41,7 +41,7 @@ def test_pooled_is_the_mean_of_real_tokens():
 
 @pytest.mark.parametrize("known", [0, 3, 6])
 def test_similarities_against_numpy(known: int):
-    """About the mean of all; what is not filled yet has no part in it."""
+    """About the mean of all while there are few; what is not filled yet has no part in it."""
     old, new = unit(RNG.normal(size=(known, 8)) + 3), unit(RNG.normal(size=(4, 8)) + 3)
     new[2] = new[0]
     memory = memories.remember(memories.empty(6, 8), jnp.asarray(old, jnp.float32))
@@ -50,11 +50,37 @@ def test_similarities_against_numpy(known: int):
     a, b = unit(new - mean), unit(old - mean) if known else np.zeros((0, 8))
     np.testing.assert_allclose(np.asarray(to_memory)[:, :known], a @ b.T, atol=1e-5)
     assert (np.asarray(to_memory)[:, known:] == -1).all()
-    np.testing.assert_allclose(among, a @ a.T, atol=1e-5)
+    np.testing.assert_allclose(among, np.where(new @ new.T > memories.SAME, 1, a @ a.T), atol=1e-5)
     near = np.asarray(memories.nearest(to_memory, among))
     expected = [max([-1.0, *(a[n] @ b.T), *(a[n] @ a[:n].T)]) for n in range(4)]
     np.testing.assert_allclose(near, expected, atol=1e-5)
     assert near[2] == pytest.approx(1, abs=1e-5), "the second of two equal ones"
+
+
+def test_a_collapse_does_not_hide_itself():
+    """Varied queries for a while, then paraphrases of one until nothing else is remembered: they stay near."""
+    common = np.ones(16) * 2
+    memory = memories.empty(64, 16)
+    for _ in range(20):
+        varied = unit(RNG.normal(size=(8, 16)) + common)
+        memory = memories.remember(memory, jnp.asarray(varied, jnp.float32))
+    one = RNG.normal(size=16) + common
+    for _ in range(50):
+        alike = jnp.asarray(unit(one + 0.05 * RNG.normal(size=(8, 16))), jnp.float32)
+        to_memory, among = memories.similarities(memory, alike)
+        memory = memories.remember(memory, alike)
+    assert float(memories.nearest(to_memory, among).min()) > 0.9
+    assert float(memories.cluster_entropy(among, 0.9)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_same_query_from_the_start_is_the_same():
+    """With nothing else asked the centre is the query itself, and what is left of it is rounding."""
+    memory, same = memories.empty(64, 16), jnp.tile(jnp.asarray(unit(RNG.normal(size=(1, 16))), jnp.float32), (4, 1))
+    for _ in range(3):
+        to_memory, among = memories.similarities(memory, same)
+        memory = memories.remember(memory, same)
+    assert (np.asarray(memories.nearest(to_memory, among)) == 1).all()
+    assert float(memories.cluster_entropy(among, 0.9)) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 An embedding is the mean of the frozen reference's last hidden states over a query's tokens, at unit length: the
 reference's pass makes it in passing, and since the reference does not move, old and new queries stay comparable.
-Hidden states of one prompt all point much the same way, so similarities are taken after the mean of what is remembered
-is subtracted.
+Hidden states of one prompt all point much the same way, so similarities are taken after a centre is subtracted: the
+mean of the first queries. It stays, for a mean that followed a collapse would tell the queries of one apart again.
 
 The ring lies in the train state: a resumed run remembers what it would have remembered.
 """
@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from lsp_jax.errors import InputError
+
+LARGEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class MemoryConfig:
 
     def check(self, num_queries: int) -> None:
         """Raises InputError naming the field."""
-        if self.size < num_queries:
-            raise InputError("memory.size", self.size, f"must hold the {num_queries} queries of an iteration at least")
+        if not num_queries <= self.size <= LARGEST:
+            remedy = f"must be {num_queries} (the queries of an iteration) .. {LARGEST} queries"
+            raise InputError("memory.size", self.size, remedy)
         if not -1 < self.near_duplicate <= 1:
             raise InputError("memory.near_duplicate", self.near_duplicate, "must be a cosine in (-1, 1]")
         if not 0 <= self.penalty < math.inf:
@@ -41,14 +44,22 @@ class MemoryConfig:
 
 
 Memory = dict[str, jax.Array]
-"""`memory/embeddings` float32 [M, D], and `memory/count` int32: queries remembered since the start."""
+"""`memory/embeddings` float32 [M, D]; `memory/count` int32: queries remembered since the start; `memory/centre` [D]:
+the mean of the first `CENTRED` of them."""
 
-EMBEDDINGS, COUNT = "memory/embeddings", "memory/count"
+EMBEDDINGS, COUNT, CENTRE = "memory/embeddings", "memory/count", "memory/centre"
+CENTRED = 128
+SAME = 1 - 1e-5
+"""Cosine, nothing subtracted, from which two are one query whatever the centre."""
 
 
 def empty(size: int, width: int) -> Memory:
     """Room for the newest `size` queries' embeddings of `width`."""
-    return {EMBEDDINGS: jnp.zeros((size, width), jnp.float32), COUNT: jnp.zeros((), jnp.int32)}
+    return {
+        EMBEDDINGS: jnp.zeros((size, width), jnp.float32),
+        COUNT: jnp.zeros((), jnp.int32),
+        CENTRE: jnp.zeros(width, jnp.float32),
+    }
 
 
 def pooled(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -66,17 +77,30 @@ def remember(memory: Memory, embeddings: jax.Array) -> Memory:
     """With the `embeddings` [N, D] in place of the oldest; N is at most M."""
     size, number = memory[EMBEDDINGS].shape[0], embeddings.shape[0]
     places = (memory[COUNT] + jnp.arange(number)) % size
-    return {EMBEDDINGS: memory[EMBEDDINGS].at[places].set(embeddings), COUNT: memory[COUNT] + number}
+    return {
+        EMBEDDINGS: memory[EMBEDDINGS].at[places].set(embeddings),
+        COUNT: memory[COUNT] + number,
+        CENTRE: centre(memory, embeddings),
+    }
+
+
+def centre(memory: Memory, embeddings: jax.Array) -> jax.Array:
+    """float32 [D]: the mean of the first `CENTRED` queries, or of all with the `embeddings` while there are fewer."""
+    seen, number = memory[COUNT], embeddings.shape[0]
+    mean = (memory[CENTRE] * seen + jnp.sum(embeddings, axis=0)) / jnp.maximum(seen + number, 1)
+    return jnp.where(seen < CENTRED, mean, memory[CENTRE])
 
 
 def similarities(memory: Memory, embeddings: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines of `embeddings` [N, D] to what is remembered [N, M], and among themselves [N, N]; all about the mean of
-    both together. -1 where nothing is remembered."""
+    """Cosines of `embeddings` [N, D] to what is remembered [N, M], and among themselves [N, N], about the centre; 1 for
+    the same query, -1 where nothing is remembered."""
+    middle = centre(memory, embeddings)[None]
     known = jnp.arange(memory[EMBEDDINGS].shape[0]) < memory[COUNT]
-    total = jnp.sum(jnp.where(known[:, None], memory[EMBEDDINGS], 0.0), axis=0) + jnp.sum(embeddings, axis=0)
-    mean = total / (jnp.sum(known) + embeddings.shape[0])
-    new, old = _unit(embeddings - mean[None]), _unit(memory[EMBEDDINGS] - mean[None])
-    return jnp.where(known[None], new @ old.T, -1.0), new @ new.T
+
+    def to(others: jax.Array) -> jax.Array:
+        return jnp.where(embeddings @ others.T >= SAME, 1.0, _unit(embeddings - middle) @ _unit(others - middle).T)
+
+    return jnp.where(known[None], to(memory[EMBEDDINGS]), -1.0), to(embeddings)
 
 
 def nearest(to_memory: jax.Array, among: jax.Array) -> jax.Array:

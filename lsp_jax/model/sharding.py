@@ -35,6 +35,7 @@ P = PartitionSpec
 _IN_OUT, _OUT_IN = P(None, FSDP, TENSOR), P(None, TENSOR, FSDP)
 _PARTITIONS = {
     "memory/embeddings": P(None, FSDP),
+    "memory/centre": P(),
     "model/embed_tokens/weight": P(TENSOR, FSDP),
     "model/layers/input_layernorm/weight": P(),
     "model/layers/self_attn/q_proj/weight": _IN_OUT,
@@ -225,8 +226,9 @@ def place(tree: Any) -> Any:
     whole = NamedSharding(mesh, P())
 
     def put(x: Any) -> jax.Array:
-        if mesh.is_multi_process and isinstance(x, np.ndarray):
+        if mesh.is_multi_process and isinstance(x, (np.ndarray, np.generic)):
             # device_put would first compare the processes' arrays, and NaN with NaN
+            x = np.asarray(x)
             return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
         return jax.device_put(x, whole)
 

@@ -37,7 +37,7 @@ class SaveError(RunError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them, the best and a good one, written in the background."""
+    """The checkpoints of one run, newest `keep` of them, the best and good ones, written in the background."""
 
     def __init__(self, directory: str | Path, keep: int = 2):
         # the directory is made by the first save, so that looking for checkpoints leaves nothing behind
@@ -45,8 +45,8 @@ class Checkpoints:
         self._keep = keep
         self.best: int | None = None
         """Iteration of a checkpoint that stays whatever its age."""
-        self.good: int | None = None
-        """Another one: where a run that collapses goes back to."""
+        self.good: set[int] = set()
+        """Others: where a run that collapses goes back to."""
         self._manager: ocp.CheckpointManager | None = None
         self._under_way: int | None = None
 
@@ -65,7 +65,7 @@ class Checkpoints:
 
     def preserved(self, steps: Sequence[int]) -> list[bool]:
         """Which of the checkpoints `steps`, oldest first, stay."""
-        return [step in steps[-self._keep :] or step in (self.best, self.good) for step in steps]
+        return [step in steps[-self._keep :] or step in {self.best, *self.good} for step in steps]
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's iteration, None without one."""
@@ -197,8 +197,9 @@ class Checkpoints:
         processes.barrier("checkpoints looked at")
         if processes.is_writer():
             for step in reversed(later):
-                shutil.rmtree(self.directory / str(step))
-        processes.barrier("checkpoints removed")
+                # at once: half a checkpoint would be taken for a damaged one
+                (self.directory / str(step)).rename(self.directory / f"{step}.orbax-checkpoint-tmp-gone")
+        self.clean()
 
     def set_aside(self, iteration: int) -> Path:
         """Moves that checkpoint to where no run looks for one, and returns its place; all processes together."""

@@ -228,6 +228,7 @@ def _disk(run: Run) -> Finding:
     if max(there, default=0) >= run.config.max_steps:
         one = 0  # nothing is left to save but the export
     kept = run.config.save_total_limit + 1 + bool(run.config.metric_for_best_model)
+    kept += 2 * run.config.health.rolls_back
     wanted = max(kept - len(there), 1) * one + export
     said = f"{one / GIB:.2f} GiB a checkpoint, {wanted / GIB:.2f} wanted, {free / GIB:.2f} free in {existing}"
     if free >= wanted:

@@ -14,6 +14,7 @@ All that decides lies in the checkpoint, so a resumed run is the run that never 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -160,7 +161,9 @@ class Health:
     def record(self) -> dict[str, Any]:
         """What the next iteration's decision depends on, for the checkpoint."""
         lasting = {"rollbacks": self.rollbacks, "declined": self.declined}
-        return {"first": self._first, "recent": self._recent, "on": sorted(self._on), **lasting}
+        # copies: it is written to disk while the next iteration is looked at
+        rows = {"first": list(self._first), "recent": list(self._recent)}
+        return {**rows, "on": sorted(self._on), **lasting}
 
     @property
     def paused(self) -> bool:
@@ -175,21 +178,29 @@ class Health:
     def look(self, number: int, metrics: Mapping[str, float]) -> list[Event]:
         """At the metrics of iteration `number`, of which only process 0 need have them all; alarms that begin or are
         over."""
-        mine = [float(metrics[rule.metric]) if rule.metric in metrics else None for rule in RULES]
+        found = [float(metrics.get(rule.metric, math.nan)) for rule in RULES]
+        mine = [value if math.isfinite(value) else None for value in found]
         values, self.declined = processes.gather("health", [mine, metrics.get("probe/declined", 0.0)])[0]
         window = self._config.window
-        if len(self._first) < window:
+        if number <= window:
             self._first.append(values)
         self._recent = [*self._recent, values][-window:]
         if len(self._recent) < window:
             return []
         firing = {rule.name: self._said(place, rule) for place, rule in enumerate(RULES) if self._fires(place, rule)}
         firing = {name: said for name, said in firing.items() if getattr(self._config, name) != "off"}
-        new = sorted(firing.keys() - self._on)
+        # one that ends a run or sends it back does so for as long as it is on, also after a resume
+        told = {name for name in self._on if getattr(self._config, name) not in ("rollback", "stop")}
+        new = sorted(firing.keys() - told)
         begun = [Event(number, name, getattr(self._config, name), firing[name]) for name in new]
-        over = [Event(number, name, "over", f"the alarm {name} is over") for name in sorted(self._on - firing.keys())]
-        self._on = set(firing)
-        return begun + over
+        unknown = {rule.name for place, rule in enumerate(RULES) if self._unknown(place)}
+        over = sorted(self._on - firing.keys() - unknown)
+        self._on = (self._on & unknown) | set(firing)
+        return begun + [Event(number, name, "over", f"the alarm {name} is over") for name in over]
+
+    def _unknown(self, place: int) -> bool:
+        """Whether a metric that the run has was not finite somewhere in the window: neither an alarm nor its end."""
+        return any(row[place] is None for row in self._recent) and any(row[place] is not None for row in self._first)
 
     def _means(self, place: int) -> tuple[float, float] | None:
         recent, first = (

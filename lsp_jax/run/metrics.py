@@ -59,7 +59,6 @@ METRICS: dict[str, str] = {
     "attempt": "times that the run had gone back when the iteration was played (health)",
     "resampled_fraction": "fraction of queries played anew because their answers all got one reward",
     "rewards/task_quality_correlation": "Pearson's correlation of R and R_Q over answers in the Solver's loss",
-    "queries/gated_fraction": "fraction of queries whose V(q) is outside loss.value_low .. value_high",
     "probe/reward": "mean reward of the policy's answers to the probe's prompts (health.probe)",
     "probe/gain": "how much that is above the reference's, prompt by prompt",
     "probe/standard_error": "standard error of that gain over the prompts",

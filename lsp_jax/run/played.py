@@ -50,8 +50,16 @@ def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metric
         metrics["queries/leak_fraction"] = jnp.mean(episode.queries.leaks)
     metrics |= _values(scores.task, result)
     metrics["answers/valid_fraction"] = jnp.mean(scores.valid_answer)
-    metrics["completions/tokens"] = jnp.sum(jnp.stack([jnp.sum(completions.lengths) for _, completions in played]))
+    metrics["completions/tokens"] = tokens_of(episode)
     return {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+
+@jax.jit
+def tokens_of(episode: Episode) -> jax.Array:
+    """float32: tokens sampled by both roles."""
+    sampled = episode.queries.sampled
+    asked = 0 if sampled is None else jnp.sum(sampled.lengths)
+    return (jnp.sum(episode.answers.lengths) + asked).astype(jnp.float32)
 
 
 def _values(task: jax.Array, result: Advantages) -> Metrics:

@@ -24,12 +24,12 @@ from lsp_jax.play.data import data_queries
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import RewardOutput, RewardSpec, combine, solver_rewards
 from lsp_jax.run import iteration as stages
-from lsp_jax.run import playing
+from lsp_jax.run import messages, playing
 from lsp_jax.run.iteration import first_checked
 from lsp_jax.run.scoring import score
 from lsp_jax.run.setup import Run
 
-PROBE = 2  # folded into the seed's key: noise of no iteration
+PROBE = np.uint32(2**32 - 1)  # folded into the seed's key: noise of no iteration
 
 
 class Probe:
@@ -47,24 +47,26 @@ class Probe:
             return {}
         if number % config.probe_steps:
             return {"probe/declined": declined}
-        begins("probe")
         start = time.perf_counter()
         if self._reference is None:
-            self._reference = self._values(at_work(self._run.reference))
-        values = self._values(state.params)
+            self._reference = self._values(at_work(self._run.reference), begins)
+        values = self._values(state.params, begins)
         gain = values - self._reference
         both = gain[np.isfinite(gain)]  # a prompt of which no answer could be scored says nothing
-        mean = float(np.mean(both)) if len(both) else 0.0
+        if not len(both):
+            messages.warn(f"iteration {number}: no answer to the probe's prompts could be scored (health.probe)")
+            return {"probe/declined": declined, "time/probe": time.perf_counter() - start}
+        mean = float(np.mean(both))
         error = float(np.std(both, ddof=1) / math.sqrt(len(both))) if len(both) > 1 else 0.0
         return {
-            "probe/reward": float(np.mean(values[np.isfinite(gain)])) if len(both) else 0.0,
+            "probe/reward": float(np.mean(values[np.isfinite(gain)])),
             "probe/gain": mean,
             "probe/standard_error": error,
             "probe/declined": float(mean < -2 * error),
             "time/probe": time.perf_counter() - start,
         }
 
-    def _values(self, params: Params) -> np.ndarray:
+    def _values(self, params: Params, begins: Callable[[str], None]) -> np.ndarray:
         """Each prompt's mean reward, float64; NaN where no answer could be scored."""
         run, data = self._run, self._run.probe
         assert data is not None
@@ -73,6 +75,7 @@ class Probe:
         specs = tuple(spec._replace(standardize=False) for spec in run.specs)  # over an iteration: not comparable
         found: list[np.ndarray] = []
         for start in range(0, len(data.rows), size):
+            begins("probe")
             picked = [index % len(data.rows) for index in range(start, start + size)]
             key = jax.random.fold_in(jax.random.fold_in(run.seed_key, PROBE), start)
             episode = playing.solve(params, data_queries(data, picked), key, game)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: P
     config = TrainConfig.load(folder / "config.json")
     # here and alone, whatever the machine was that the run is played on
     config = replace(config, output_dir=str(folder), resume="auto", mesh=MeshConfig(), processes=ProcessConfig())
+    config = replace(config, health=replace(config.health, probe=""))  # not a part of an iteration
     keep_programs(config.compilation_cache)
     prepared = prepare(config, rewards, policy)
     checkpoints = Checkpoints(folder / CHECKPOINTS)
@@ -80,9 +82,12 @@ def _decided(folder: Path) -> dict[int, tuple[int, bool]]:
     """What alarms had decided before each iteration of the run: its attempt, and whether the Challenger was paused."""
     file = folder / METRICS_FILE
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return {
-        line["iteration"]: (int(line["attempt"]), bool(line["challenger/paused"])) for line in map(json.loads, lines)
-    }
+    found = {}
+    for text in lines:
+        with suppress(ValueError, KeyError, TypeError):  # half a line of a run that is at work; an earlier version's
+            line = json.loads(text)
+            found[line["iteration"]] = int(line["attempt"]), bool(line["challenger/paused"])
+    return found
 
 
 def _again(run: Run, state: TrainState, cursor: int, decided: tuple[int, bool] | None) -> Played:

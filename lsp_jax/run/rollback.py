@@ -16,7 +16,6 @@ import numpy as np
 from lsp_jax import host
 from lsp_jax.errors import Collapsed, RunError
 from lsp_jax.learn.update import TrainState
-from lsp_jax.model.sharding import place
 from lsp_jax.run.checkpoint import Checkpoints, Damaged
 from lsp_jax.run.health import Event
 from lsp_jax.run.metrics import MetricsWriter
@@ -42,12 +41,14 @@ def roll_back(
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     for leaf in jax.tree.leaves(state):
         leaf.delete()  # there is room for one state
-    checkpoints.remove_after(target)
     try:
         state, saved = checkpoints.restore(target, wanted)
-    except Damaged as error:
-        raise RunError(f"checkpoint {target}, to which a collapsed run goes back, is damaged: {error}") from error
+        checkpoints.remove_after(target)
+    except (Damaged, OSError) as error:
+        raise RunError(f"a collapsed run cannot go back to checkpoint {target}: {error}") from error
     if writer is not None:
         writer.cut_back(saved["offsets"])
         writer.write_alarms({**event._asdict(), "back_to": target, "attempt": attempt + 1} for event in events)
-    return state._replace(attempt=place(np.int32(attempt + 1))), saved
+    raised = np.asarray(attempt + 1, np.int32)
+    raised = jax.make_array_from_callback((), state.attempt.sharding, lambda index: raised[index])
+    return state._replace(attempt=raised), saved

@@ -64,14 +64,18 @@ class Saving:
         """Iteration and value of the checkpoint that is best by `metric_for_best_model`; empty without one."""
         self._checkpoints.best = self.best.get("iteration")
         self._best_before = self.best
-        self._good: list[int] = list((saved or {}).get("good", []))
+        there = self._there()
+        self._good: list[int] = [step for step in (saved or {}).get("good", []) if step in there]
         self._tried = Progress()
 
     def _still_best(self, best: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint's `best` where it is by the same metric, and its checkpoint still there."""
         chosen = {"metric": self._config.metric_for_best_model, "greater": self._config.greater_is_better}
-        there = processes.gather("checkpoints", self._checkpoints.steps())[0]
-        return best if best and {**best, **chosen} == best and best["iteration"] in there else {}
+        return best if best and {**best, **chosen} == best and best["iteration"] in self._there() else {}
+
+    def _there(self) -> list[int]:
+        """Checkpoints on disk, as process 0 sees them."""
+        return processes.gather("checkpoints", self._checkpoints.steps())[0]
 
     def save(self, number: int, state: TrainState, progress: Progress) -> None:
         """The state as of iteration `number`."""
@@ -124,7 +128,8 @@ class Saving:
     def check_metric(self, metrics: Mapping[str, float]) -> None:
         """Raises InputError when there is no metric of the name by which the best checkpoint is chosen."""
         name = self._config.metric_for_best_model
-        if name and name not in metrics:
+        probed = name.startswith("probe/") and self._config.health.probe
+        if name and name not in metrics and not probed:
             remedy = f"no such metric; there are {', '.join(sorted(metrics))}"
             raise InputError("metric_for_best_model", name, remedy)
 
@@ -132,7 +137,7 @@ class Saving:
         """Whether this checkpoint is the best so far: then it stays, however many newer ones come."""
         self._best_before = self.best
         name, sign = self._config.metric_for_best_model, 1 if self._config.greater_is_better else -1
-        if not name or not metrics:
+        if not name or name not in metrics:  # the probe's are not of every iteration
             return
         value = float(metrics[name])
         if math.isfinite(value) and (not self.best or sign * value > sign * self.best["value"]):
@@ -141,11 +146,19 @@ class Saving:
             self._checkpoints.best = number
 
     def _keep_good(self, number: int, good: bool) -> None:
-        """Which checkpoint a run goes back to: kept where an alarm may ask for it."""
-        if self._config.health.rolls_back:
-            self._good = [*self._good, number] if good else self._good
-            self._checkpoints.good = kept = self.good_before(number)
-            self._good = [step for step in self._good if kept is None or step >= kept]
+        """Which checkpoints a run goes back to: two are kept where an alarm may ask for one, that to go back to now and
+        the next. Those between two `save_steps` do not count: an uninterrupted run has none."""
+        if not self._config.health.rolls_back:
+            self._good, self._checkpoints.good = [], set()
+            return
+        if good and number % self._config.save_steps == 0:
+            self._good.append(number)
+        since = number - self._config.health.window
+        past, ahead = ([step for step in self._good if (step <= since) == old] for old in (True, False))
+        self._checkpoints.good = {*past[-1:], *ahead[:1]}
+        steps = sorted({*self._there(), number})
+        stay = {step for step, stays in zip(steps, self._checkpoints.preserved(steps), strict=True) if stays}
+        self._good = [step for step in self._good if step in stay]
 
     def good_before(self, number: int) -> int | None:
         """The newest checkpoint that was good and is no part of the window that ends with iteration `number`, in which
@@ -158,6 +171,7 @@ class Saving:
         with suppress(OSError):
             self.newest = max(self._checkpoints.steps(), default=0)
         self.newest = processes.gather("newest checkpoint", self.newest)[0]  # file systems may show them differently
+        self._good = [step for step in self._good if step <= self.newest]
         if self.best.get("iteration", 0) > self.newest:
             self.best = self._best_before
             self._checkpoints.best = self.best.get("iteration")

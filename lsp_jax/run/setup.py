@@ -85,7 +85,8 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
         opened = replace(opened, tokenizer=opened.tokenizer.dated(config.date))
         data = load_data(config.data, opened.tokenizer) if config.data.source else None
         probe = load_probe(config, opened)
-        check_data(config, data)
+        for rows in (data, probe):
+            check_data(config, rows)
         game = make_game(config, opened, data, probe)  # what does not fit is said before gigabytes are read
         if opened_rewards.reward_model is not None:
             query = longest_query(config, game.prompts, data, probe)

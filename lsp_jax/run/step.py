@@ -24,6 +24,7 @@ from lsp_jax.reward.base import EpisodeTexts, RewardOutput
 from lsp_jax.run import iteration as stages
 from lsp_jax.run import playing, scoring
 from lsp_jax.run.iteration import first_checked
+from lsp_jax.run.played import tokens_of
 from lsp_jax.run.resample import RESAMPLE, groups, replaced, sources
 from lsp_jax.run.rows import Learnable
 from lsp_jax.run.setup import Run
@@ -87,8 +88,7 @@ def play_and_learn(
     between("reward")
     taken, outputs, texts, seen = game.play.num_queries, None, None, {}
     if game.play.max_resamples:
-        episode, outputs, taken, changed = _resampled(run, params, key, cursor, phases, episode, rows)
-        seen = {"resampled_fraction": place(np.float32(changed))}
+        episode, outputs, taken, seen = _resampled(run, params, key, cursor, phases, episode, rows)
     del params
     if outputs is None:
         with phases("reward"):
@@ -145,27 +145,28 @@ def _resampled(
     phases: Phases,
     episode: Episode,
     rows: Sequence[Mapping[str, Any]],
-) -> tuple[Episode, tuple[RewardOutput, ...], int, float]:
+) -> tuple[Episode, tuple[RewardOutput, ...], int, dict[str, jax.Array]]:
     """The play with queries that teach nothing replaced (`run/resample.py`), its scores, the prompts taken of the data
-    set, and the fraction of queries that were replaced."""
+    set, and metrics: the fraction of queries that were replaced, and the tokens of all plays."""
     play, static = run.game.play, (run.specs, run.game.loss.use_quality)
     with phases("reward"):
         outputs = scoring.score(run, episode, rows)
     changed = np.zeros(play.num_queries, bool)
-    taken = play.num_queries
+    taken, tokens = play.num_queries, tokens_of(episode)
     for number in range(play.max_resamples):
         flat, _ = host.to_host(first_checked(groups, episode, outputs, *static))
         if not flat.any():
             break
         more, fresh_rows = _play(run, params, jax.random.fold_in(key, RESAMPLE + number), cursor + taken, phases)
-        taken += play.num_queries
+        taken, tokens = taken + play.num_queries, tokens + tokens_of(more)
         with phases("reward"):
             fresh = scoring.score(run, more, fresh_rows)
             _, differ = host.to_host(first_checked(groups, more, fresh, *static))
             source = sources(flat, differ)
             episode, outputs = first_checked(replaced, (episode, outputs), (more, fresh), place(source))
         changed |= source >= 0
-    return episode, outputs, taken, float(changed.mean())
+    seen = {"resampled_fraction": place(np.float32(changed.mean())), "completions/tokens": tokens}
+    return episode, outputs, taken, seen
 
 
 def precompile(run: Run, state: TrainState) -> None:

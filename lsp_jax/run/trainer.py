@@ -175,6 +175,7 @@ def _iterations(
         events = health.look(number, metrics)
         progress = Progress(progress.cursor + played.taken, alarms.skipped, metrics, health.record(), health.good)
         if back := _after(events, state, progress, outputs, health.rollbacks, config.health.max_rollbacks):
+            watchdog.beat("rollback")
             state, saved = roll_back(back, state, outputs.checkpoints, outputs.writer, events)
             saving.go_on(saved)
             progress, rollbacks = Progress.of(saved), health.rollbacks + 1
@@ -201,12 +202,12 @@ def _after(
     if outputs.writer is not None:
         outputs.writer.write_alarms(event._asdict() for event in events)
     try:
-        for event in events:
-            if event.action == "stop":
-                raise Collapsed(said_of(event))
-            if event.action == "rollback":
-                outputs.saving.wait()
-                return check_rollback(event, outputs.saving, rollbacks, most)
+        acts = {event.action: event for event in reversed(events)}
+        if "stop" in acts:
+            raise Collapsed(said_of(acts["stop"]))
+        if "rollback" in acts:
+            outputs.saving.wait()
+            return check_rollback(acts["rollback"], outputs.saving, rollbacks, most)
     except Collapsed as ended:
         kept = outputs.saving.keep(events[0].iteration, state, progress)
         raise Collapsed(f"{ended}; {kept}") from ended
@@ -230,8 +231,8 @@ def _one(
     playing_reads = host.reads() - reads
     with phases("log"):
         metrics, lines = numbers_and_lines(run, number, played)
-    if lines:
-        metrics |= wording(lines, run.config.prompts.challenger)
+    words = wording(lines, run.config.prompts.challenger) if lines else {}  # only process 0 has lines
+    metrics |= processes.gather("wording", words)[0]
     metrics |= host_metrics(run, number, metrics, phases, time.perf_counter() - start)
     metrics["host_reads"] = playing_reads
     metrics["challenger/paused"] = float(health.paused)
