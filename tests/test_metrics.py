@@ -104,7 +104,7 @@ def test_an_unlisted_or_unwritable_metric_writes_nothing(tmp_path: Path):
 
 def test_cut_back_restores_the_files_of_the_checkpoint(tmp_path: Path):
     writer = MetricsWriter(tmp_path)
-    assert writer.offsets() == {"metrics.jsonl": 0, "transcripts.jsonl": 0, "checksums.jsonl": 0}
+    assert writer.offsets() == {"metrics.jsonl": 0, "transcripts.jsonl": 0, "checksums.jsonl": 0, "alarms.jsonl": 0}
     writer.write(1, {"loss": 1.0})
     writer.write_transcripts([{"query": "é"}])
     writer.write_checksums(1, 0, {"a/w": {"shape": [2], "dtype": "float32", "checksum": 7}})

@@ -165,7 +165,7 @@ def test_a_repeated_query_costs_its_price(game_model: Path, tmp_path: Path):
 def test_the_probe_against_the_reference(game_model: Path, tmp_path: Path):
     """At a learning rate of almost nothing the policy is the reference and gains nothing; a reward turned round later
     makes it worse than the reference, which is seen, and what was saved then is not good."""
-    probe = str(questions(tmp_path / "probe.jsonl", 6))  # not a multiple of the 4 queries of an iteration
+    probe = str(questions(tmp_path / "probe.jsonl", 26))  # not a multiple of the 4 queries of an iteration
     health = HealthConfig(probe=probe, probe_steps=2, window=2)
     still = config_of(game_model, tmp_path / "still", health=health)
     still = replace(still, optimizer=replace(still.optimizer, learning_rate=1e-12))
@@ -179,11 +179,11 @@ def test_the_probe_against_the_reference(game_model: Path, tmp_path: Path):
         sign = 1.0 if any("plus 1" in query for query in queries) else -1.0  # the probe is paid for what play is not
         return [[sign * sum(c < "N" for c in text) / max(len(text), 1) for text in group] for group in answers]
 
-    config = config_of(game_model, tmp_path / "run", health=health, max_steps=12)
+    config = config_of(game_model, tmp_path / "run", health=health, max_steps=20)
     config = replace(config, optimizer=replace(config.optimizer, learning_rate=1e-2))
     lsp.train(config, rewards=[callable_reward(worse, "worse")])
     lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "probe/gain" in line]
-    assert len(lines) == 6
+    assert len(lines) == 10
     for line in lines:
         assert line["probe/declined"] == (line["probe/gain"] < -2 * line["probe/standard_error"])
     assert any(alarm["alarm"] == "decline" for alarm in read_lines(tmp_path / "run" / "alarms.jsonl"))
