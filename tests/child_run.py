@@ -5,6 +5,7 @@ Tests call `run`; the child is `python tests/child_run.py CONFIG.json [SCENE ARG
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -104,15 +105,40 @@ def read_only_after(config: TrainConfig, iteration: str) -> Callable[[Any], None
     return callback
 
 
+class _MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
 def watched(config: TrainConfig, path: str) -> Callable[[Any], None]:
-    """A JSON line an iteration: resident bytes and open file descriptors of this process."""
+    """A JSON line an iteration: resident bytes, those that malloc has given out and not got back (of its one heap), and
+    open file descriptors of this process."""
     page = os.sysconf("SC_PAGE_SIZE")
+    heap = ctypes.CDLL(None).mallinfo2
+    heap.restype = _MallInfo
 
     def callback(event: Any) -> None:
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+        given = heap()
         found = {
             "iteration": event.iteration,
             "resident": resident,
+            "heap": given.uordblks + given.hblkhd,
             "files": sum(1 for _ in Path("/proc/self/fd").iterdir()),
         }
         with Path(path).open("a") as file:

@@ -176,9 +176,7 @@ def test_the_command_plans_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixt
     parameters = sum(leaf.size for leaf in jax.tree.leaves(llama.params_shape(shape_of(str(model)))))
     memory = 4 * (MemoryConfig().size + 1) * shape_of(str(model)).hidden_size  # of queries, and its centre
     assert made["checkpoint"] == pytest.approx(3 * 4 * parameters + memory, abs=64)  # float32, two moments, counters
-    assert (
-        parameters * 12 / 4 <= made["resident"]["state"] - memory / 4 <= 1.02 * parameters * 12 / 4
-    )
+    assert parameters * 12 / 4 <= made["resident"]["state"] - memory / 4 <= 1.02 * parameters * 12 / 4
     assert made["sizes"]["generated_tokens"] == 4 * 8 + 4 * 2 * 16
     for entry in made["phases"]:
         assert entry["failure"] == "" and entry["work"]["unknown_loops"] == 0
