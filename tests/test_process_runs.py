@@ -38,10 +38,10 @@ def runs(game_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(game_model, tmp_path_factory.mktemp("runs"))
 
 
-def shapes(model: Path) -> Any:
-    """Of the state of a run with that model, on this process's one device."""
+def shapes(model: Path, remembers: bool = True) -> Any:
+    """Of the state of a run with that model, on this process's one device; `remembers`: the Challenger's queries."""
     config = read_config(model)
-    memory = (MemoryConfig().size, config.hidden_size)
+    memory = (MemoryConfig().size, config.hidden_size) if remembers else None
     return abstract(None, lambda: init_state(init_params(config, jax.random.key(0)), OptimizerConfig(), memory))
 
 
@@ -49,7 +49,8 @@ def saved_state(directory: Path, model: Path, step: int) -> tuple[TrainState, di
     """A checkpoint on this process's one device."""
     checkpoints = Checkpoints(directory / "checkpoints")
     try:
-        return checkpoints.restore(step, shapes(model))
+        remembers = TrainConfig.load(directory / "config.json").loss.alpha_challenger > 0
+        return checkpoints.restore(step, shapes(model, remembers))
     finally:
         checkpoints.close()
 

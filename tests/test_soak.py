@@ -54,8 +54,8 @@ def test_nothing_compiles_after_the_first_iterations(soak: Soak) -> None:
 def test_memory_is_flat(soak: Soak) -> None:
     """A state that were kept each iteration would be 150 KiB of it, a batch of rows with its texts about 10.
 
-    TensorStore keeps about 50 KiB a save (what it says of itself as JSON), here 6 an iteration. Resident memory grows by
-    steps of 4 MiB at odd times, which a slope of 200 iterations takes for one: it is bounded as a whole.
+    TensorStore keeps about 50 KiB a save (what it says of itself as JSON), here 6 an iteration. Resident memory grows
+    by steps of 4 MiB at odd times, which a slope of 200 iterations takes for one: it is bounded as a whole.
     """
     resident, heap = (
         np.asarray([seen[name] for seen in soak.seen[WARM:]], np.float64) for name in ("resident", "heap")
