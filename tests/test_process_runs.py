@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from lsp_jax.config import TrainConfig
 from lsp_jax.learn.memory import MemoryConfig
 from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
 from lsp_jax.model.llama import init_params
