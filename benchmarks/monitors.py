@@ -60,10 +60,8 @@ def main() -> None:
     key = jax.random.key(0)
     hidden = jax.random.normal(key, (play.num_queries, play.max_query_length, model.hidden_size))
     lengths = jnp.full(play.num_queries, play.max_query_length)
-    full = {
-        EMBEDDINGS: jax.random.normal(key, (config.memory.size, model.hidden_size)),
-        COUNT: jnp.asarray(10**5, jnp.int32),
-    }
+    full = memory.empty(config.memory.size, model.hidden_size)
+    full |= {EMBEDDINGS: jax.random.normal(key, full[EMBEDDINGS].shape), COUNT: jnp.asarray(10**5, jnp.int32)}
     embeddings, health = jax.jit(memory.pooled)(hidden, lengths), Health(HealthConfig())
     contestants: dict[str, Callable[[], Any]] = {
         "pooled states": lambda: jax.jit(memory.pooled)(hidden, lengths),
