@@ -235,8 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; a fault in the input is one line on standard error and exit status 2.
 
     A run of several processes of which another one is late or dead ends with a line that names it, and exit status 3; a
-    run without progress with 4, one that cannot go on with 5, one whose
-    self-play has collapsed with 6, one that was asked to end and has saved with 75.
+    run without progress with 4, one that cannot go on with 5, one whose self-play has collapsed with 6, one that was
+    asked to end and has saved with 75.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -73,3 +73,9 @@ def printable(text: str, limit: int = 200) -> str:
     while pieces and sum(map(len, pieces)) > room:
         pieces.pop()
     return "".join(pieces) + "..."[: max(limit, 0)]
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises InputError naming the field `name` unless its value is one of those that are `allowed`."""
+    if value not in allowed:
+        raise InputError(name, value, f"must be one of {', '.join(allowed)}")

@@ -25,7 +25,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.errors import InputError
+from lsp_jax.errors import InputError, one_of
 from lsp_jax.learn.batch import Rows
 from lsp_jax.learn.logprobs import TokenStatistics
 
@@ -65,7 +65,6 @@ class LossConfig:
     invalid_query_penalty: float = -1.0
     """Challenger reward of a truncated, blank, tag-leaking or off-task query. Valid ones get -V(q) (+ V_Q(q)): keep
     this below minus the largest task reward, or broken queries pay best."""
-
     value_low: float = 0.0
     """Least V(q) of a query that the Challenger is paid for; what lies outside gets the invalid-query penalty."""
     value_high: float = 0.0
@@ -84,8 +83,7 @@ class LossConfig:
                 raise InputError(f"loss.{field}", getattr(self, field), "must be finite")
         choices = (("kl_estimator", KL_ESTIMATORS), ("loss_type", LOSS_TYPES), ("scale_rewards", SCALES))
         for field, allowed in choices:
-            if getattr(self, field) not in allowed:
-                raise InputError(f"loss.{field}", getattr(self, field), f"must be one of {', '.join(allowed)}")
+            one_of(f"loss.{field}", getattr(self, field), allowed)
         for field in ("beta", "alpha_challenger", "clip_epsilon_high"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise InputError(f"loss.{field}", getattr(self, field), "must be >= 0 and finite")

@@ -42,7 +42,6 @@ class PlayConfig:
     decode_chunk: int = 32
     """Columns that are decoded at one time: between two chunks finished rows are dropped. Completions no longer than
     this are decoded by one program that never asks the host, and with 0 all are."""
-
     max_resamples: int = 0
     """Times that queries whose answers all got one reward are played anew in an iteration (DAPO's dynamic sampling)."""
 

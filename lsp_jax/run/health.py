@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 from lsp_jax import processes
-from lsp_jax.errors import InputError
+from lsp_jax.errors import InputError, one_of
 
 COPIED_WORDS = 8
 _TAG = re.compile(r"<[/|]?[A-Za-z_]{2,20}[|]?>|\[/?[A-Z_]{3,20}\]")
@@ -69,10 +69,8 @@ class HealthConfig:
                 raise InputError(f"health.{name}", getattr(self, name), "must be at least 1 iteration")
         if self.max_rollbacks < 0:
             raise InputError("health.max_rollbacks", self.max_rollbacks, "must be at least 0")
-        actions = typing.get_args(Action)
         for name in ALARMS:
-            if getattr(self, name) not in actions:
-                raise InputError(f"health.{name}", getattr(self, name), f"must be one of {', '.join(actions)}")
+            one_of(f"health.{name}", getattr(self, name), typing.get_args(Action))
 
     @property
     def rolls_back(self) -> bool:
