@@ -34,7 +34,7 @@ test-fast: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(PYTEST) --dist worksteal -n $(PYTEST_WORKERS) -m "not slow and not full" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test-installed-$(TEST_EXTRA)
-	$(PYTEST) -n 0 --timeout 0 -m slow $(PYTEST_ARGS)
+	$(PYTEST) -n 0 --timeout 0 -o faulthandler_timeout=0 -m slow $(PYTEST_ARGS)
 
 test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pytest -n 0 tests/test_trl_parity.py $(PYTEST_ARGS)
