@@ -1,4 +1,4 @@
-"""The command line, thin: `lsp-jax train | doctor | generate | export | replay | plan | demo-model` read and call."""
+"""The command line, thin: `lsp-jax train | doctor | generate | export | evaluate | replay | plan | demo-model` read and call."""
 
 from __future__ import annotations
 
@@ -148,6 +148,17 @@ def export(arguments: Sequence[str]) -> None:
     print(f"{options.directory}: the policy of {options.run} after iteration {step}")
 
 
+def evaluate(arguments: Sequence[str]) -> None:
+    """Measure runs and models: `lsp-jax evaluate RUN_OR_MODEL --tasks gsm8k --winrate-against MODEL`."""
+    from lsp_jax.evaluate.settings import EvaluateConfig
+    from lsp_jax.evaluate.tables import results_table
+    from lsp_jax.run.evaluation import evaluate as run
+
+    config = tyro.cli(EvaluateConfig, args=list(arguments), prog="lsp-jax evaluate")
+    print(results_table(run(config)))
+    print(f"wrote {config.output_dir}/: results.json, results.md, answers and verdicts by content")
+
+
 @dataclasses.dataclass(frozen=True)
 class ReplayOptions:
     """Play an iteration of a run once more, from its checkpoint and key, and print its queries and answers as JSON."""
@@ -225,6 +236,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "doctor": doctor,
     "generate": generate,
     "export": export,
+    "evaluate": evaluate,
     "replay": replay,
     "plan": plan,
     "demo-model": demo_model,

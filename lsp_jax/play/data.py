@@ -102,7 +102,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer) -> PromptData:
     rows: list[Mapping[str, Any]] = []
     ids: list[list[int]] = []
     left_out = 0
-    for row in _read(config):
+    for row in read_rows(config):
         prompt = _prompt(row, config)
         check_text("data.prompt_fields", prompt)
         encoded = tokenizer.encode(prompt) if prompt else []
@@ -136,16 +136,17 @@ def _prompt(row: Mapping[str, Any], config: DataConfig) -> str:
     return f"{config.instruction.strip()}\n\n{prompt}".strip() if prompt else ""
 
 
-def _read(config: DataConfig) -> Iterator[Mapping[str, Any]]:
-    path = user_path("data.source", config.source)
+def read_rows(config: DataConfig, field: str = "data.source") -> Iterator[Mapping[str, Any]]:
+    """The rows of a JSONL file or of a hub data set. InputError names `field`."""
+    path = user_path(field, config.source)
     if path.is_file():
-        return _read_jsonl(path)
+        return _read_jsonl(path, field)
     if path.suffix in (".jsonl", ".json") or (config.source.startswith((".", "/", "~")) and not path.is_dir()):
-        raise InputError("data.source", config.source, "no such file; give a JSONL file or a hub data set's id")
-    return iter(_read_hub(config))
+        raise InputError(field, config.source, "no such file; give a JSONL file or a hub data set's id")
+    return iter(_read_hub(config, field))
 
 
-def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+def _read_jsonl(path: Path, field: str) -> Iterator[Mapping[str, Any]]:
     with path.open(encoding="utf-8") as file:
         try:
             for number, line in enumerate(file, 1):
@@ -153,27 +154,25 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise InputError("data.source", f"{path}:{number}", f"must be a JSON object, not {shown(row, 40)}")
+                    raise InputError(field, f"{path}:{number}", f"must be a JSON object, not {shown(row, 40)}")
                 yield row
         except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
             if isinstance(error, InputError):
                 raise
-            raise InputError("data.source", str(path), f"is not JSON Lines in UTF-8 ({error})") from error
+            raise InputError(field, str(path), f"is not JSON Lines in UTF-8 ({error})") from error
 
 
-def _read_hub(config: DataConfig) -> Any:
+def _read_hub(config: DataConfig, field: str) -> Any:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         remedy = "is no file, and hub data sets need the package datasets: pip install 'lsp-jax[data]'"
-        raise InputError("data.source", config.source, remedy) from error
+        raise InputError(field, config.source, remedy) from error
     try:
         # data sets that are programs are refused by the package itself
         return datasets.load_dataset(
             config.source, config.subset or None, split=config.split, revision=config.revision or None
         )
     except Exception as error:  # network, unknown id, unknown split: its text may quote the token's header, left out
-        remedy = (
-            f"could not be loaded from the hub ({type(error).__name__}); check data.source, subset, split, revision"
-        )
-        raise InputError("data.source", config.source, remedy) from None
+        remedy = f"could not be loaded from the hub ({type(error).__name__}); check its id, subset, split and revision"
+        raise InputError(field, config.source, remedy) from None

@@ -44,7 +44,7 @@ def check_output(config: TrainConfig, directory: Path) -> None:
             config.output_dir,
             f"holds another run ({found[0]}); give a new directory, or --resume auto to go on with it",
         )
-    if config.resume == "must" and not _saved_steps(directory):
+    if config.resume == "must" and not saved_steps(directory):
         raise InputError("resume", "must", f"no checkpoint in {directory / CHECKPOINTS}; use auto or never to start")
     if found and "config.json" not in found:
         raise InputError("output_dir", config.output_dir, f"holds {found[0]} but no config.json; give a new directory")
@@ -140,13 +140,14 @@ def export_run(run: str | Path, directory: str | Path, step: int | None = None, 
 def _checked_step(run: Path, step: int | None, field: str) -> int:
     """`step`, or the newest checkpoint; InputError where there is no run or no such checkpoint."""
     TrainConfig.load(run / "config.json")
-    saved = _saved_steps(run)
+    saved = saved_steps(run)
     if not saved or (step is not None and step not in saved):
         raise InputError(field, step, f"{run} has checkpoints {saved or 'none'}; give one of them or none")
     return max(saved) if step is None else step
 
 
-def _saved_steps(run: Path) -> list[int]:
+def saved_steps(run: Path) -> list[int]:
+    """Iterations of the checkpoints in that run's folder, the oldest first."""
     checkpoints = Checkpoints(run / CHECKPOINTS)
     try:
         return checkpoints.steps()

@@ -1,0 +1,281 @@
+"""An OpenAI-compatible endpoint that is asked many questions: few at a time, again where it was busy, never twice.
+
+The key comes from the environment and goes into one header; redirects are not followed, so it reaches no one else.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2 as httpx
+
+from lsp_jax.errors import InputError, RunError, printable
+from lsp_jax.evaluate.store import digest
+
+BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+"""Statuses after which the same question may be answered later."""
+LONGEST_WAIT = 60.0
+"""Seconds between two tries at most, also where the endpoint asks for more."""
+LARGEST_REPLY = 4 << 20
+"""Bytes."""
+FAILURES = 10
+"""Questions without a reply, one after another, after which the rest is left for another time."""
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """A model behind an OpenAI-compatible endpoint."""
+
+    url: str = ""
+    """Base of the endpoint, as in https://api.openai.com/v1."""
+    model: str = ""
+    """The model's name there; give a dated or versioned one, for results name it."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; an endpoint on this machine needs none."""
+    allow_local_http: bool = False
+    """Allow http:// for an endpoint on this machine (localhost, 127.0.0.0/8, ::1)."""
+    concurrency: int = 8
+    """Questions asked at one time."""
+    retries: int = 6
+    """Tries after the first where the endpoint is busy, cannot be reached or answers nonsense."""
+    timeout: float = 120.0
+    """Seconds for one reply."""
+    max_tokens: int = 1024
+    """Longest reply in tokens."""
+    input_price: float = 0.0
+    """US dollars for a million tokens of prompts, for the estimate; 0: unknown."""
+    output_price: float = 0.0
+    """US dollars for a million tokens of replies; 0: unknown."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the endpoint is on this machine."""
+        name = httpx.URL(self.url).host
+        try:
+            return name == "localhost" or ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def key(self) -> str:
+        """The key, "" where there is none."""
+        return os.environ.get(self.key_variable, "").strip()
+
+    def check(self, field: str = "judge") -> None:
+        """Raises InputError naming `field`.<name>; asks nobody."""
+        try:
+            url = httpx.URL(self.url)
+            scheme, place, user = url.scheme, url.host, url.userinfo
+        except httpx.InvalidURL as error:
+            raise InputError(f"{field}.url", self.url, f"is no URL ({error})") from error
+        if user or url.query or url.fragment:
+            remedy = f"must be a base such as https://HOST/v1; a key belongs into the environment ({self.key_variable})"
+            raise InputError(f"{field}.url", f"{scheme}://{place}...", remedy)
+        if not place or scheme not in ("https", "http"):
+            raise InputError(f"{field}.url", self.url, "must begin with https:// and name a host")
+        if scheme == "http" and not (self.is_local and self.allow_local_http):
+            remedy = f"must be https://; http:// only on this machine, with --{field}.allow-local-http"
+            raise InputError(f"{field}.url", self.url, remedy)
+        if not self.model:
+            raise InputError(f"{field}.model", self.model, "give the model's name at the endpoint")
+        if not self.key and not self.is_local:
+            remedy = "holds no key: set this environment variable, or name another with "
+            raise InputError(f"{field}.key_variable", self.key_variable, remedy + f"--{field}.key-variable")
+        for name, least in (("concurrency", 1), ("retries", 0), ("max_tokens", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{field}.{name}", getattr(self, name), f"must be at least {least}")
+        if not 0 < self.timeout < float("inf"):
+            raise InputError(f"{field}.timeout", self.timeout, "must be a number of seconds above 0")
+
+
+class _NoReply(Exception):
+    """Why a question has no reply; `wait` seconds until another try, None for no other try."""
+
+    def __init__(self, why: str, wait: float | None):
+        super().__init__(why)
+        self.wait = wait
+
+
+class Endpoint:
+    """Asks questions of one message each. Not for several threads."""
+
+    def __init__(self, config: EndpointConfig, field: str = "judge"):
+        """`config` has passed `check`."""
+        self.config, self._field = config, field
+        self.name = f"{config.model} at {httpx.URL(config.url).host}"
+        self.identity = digest(config.url.rstrip("/"), config.model, config.max_tokens)
+        self.counts: Counter[str] = Counter()
+        """What happened: `asked`, `tokens in`, `tokens out`, and each kind of failure."""
+        self.models: Counter[str] = Counter()
+        """The model's name as replies give it."""
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        headers = {"Authorization": f"Bearer {config.key}"} if config.key else {}
+        # a proxy of the environment would be asked for what is on this machine
+        self._client = httpx.Client(
+            headers=headers, timeout=config.timeout, follow_redirects=False, trust_env=not config.is_local
+        )
+
+    def close(self) -> None:
+        """Ends what is being asked."""
+        self._stop.set()
+        self._client.close()
+
+    def check(self) -> None:
+        """Asks for the endpoint's models, so that a wrong address, key or name shows before any long work.
+
+        Raises InputError; an endpoint without such a list is taken as it is.
+        """
+        try:
+            reply = self._client.get(f"{self.config.url.rstrip('/')}/models")
+        except httpx.HTTPError as error:
+            remedy = f"cannot be reached ({type(error).__name__}); check the address and the network"
+            raise InputError(f"{self._field}.url", self.config.url, remedy) from None
+        self._refuse(reply)
+        try:
+            names = [model["id"] for model in reply.json()["data"]] if reply.status_code == 200 else []
+        except (ValueError, TypeError, KeyError):
+            names = []
+        if names and self.config.model not in names:
+            listed = printable(", ".join(map(str, names[:10])))
+            raise InputError(
+                f"{self._field}.model", self.config.model, f"the endpoint has no such model; it has {listed}"
+            )
+
+    def estimate(self, questions: Sequence[str]) -> str:
+        """What asking will take, in a line: four characters are taken for a token, replies for as long as may be."""
+        taken, given = sum(map(len, questions)) // 4, len(questions) * self.config.max_tokens
+        line = f"{self.name}: {len(questions)} questions, about {taken:,} tokens in, at most {given:,} out"
+        prices = self.config.input_price, self.config.output_price
+        if any(prices):
+            dollars = (taken * prices[0] + given * prices[1]) / 1e6
+            line += f", at most about ${dollars:,.2f}"
+        return line
+
+    def ask(self, questions: Sequence[str]) -> Iterator[tuple[int, str | None, str]]:
+        """(index, reply or None, why there is none), as they come; each reply once, whatever the number of tries.
+
+        Raises InputError where the endpoint refuses the key or the model, RunError after `FAILURES` questions in a row
+        without a reply: what was said before has been yielded.
+        """
+        waiting, in_a_row = iter(enumerate(questions)), 0
+        pool = ThreadPoolExecutor(self.config.concurrency, thread_name_prefix="endpoint")
+        try:
+            busy: dict[Future[str], int] = {}
+            while True:
+                while len(busy) < self.config.concurrency and (following := next(waiting, None)) is not None:
+                    index, text = following
+                    busy[pool.submit(self._reply, text)] = index
+                if not busy:
+                    return
+                for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                    index = busy.pop(future)
+                    try:
+                        reply, why, in_a_row = future.result(), "", 0
+                    except _NoReply as error:
+                        reply, why, in_a_row = None, str(error), in_a_row + 1
+                        self._count("failed")
+                    yield index, reply, why
+                    if in_a_row >= FAILURES:
+                        remedy = f"{in_a_row} questions in a row had no reply ({why}); what was answered is kept: run it again"
+                        raise RunError(f"judge {self.name}: {remedy}")
+        finally:
+            self._stop.set()  # nobody waits for another try
+            pool.shutdown(wait=True, cancel_futures=True)
+            self._stop.clear()
+
+    def _reply(self, question: str) -> str:
+        for number in range(self.config.retries + 1):
+            try:
+                return self._once(question)
+            except _NoReply as error:
+                if error.wait is None or number == self.config.retries:
+                    raise
+                # apart from one another, or all would come back at one time
+                pause = max(error.wait, min(2.0**number, LONGEST_WAIT) * random.uniform(0.5, 1.0))
+                self._count("tried again")
+                if self._stop.wait(min(pause, LONGEST_WAIT)):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _once(self, question: str) -> str:
+        self._count("asked")
+        request = {
+            "model": self.config.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0.0,
+            "max_tokens": self.config.max_tokens,
+            "stream": False,
+        }
+        try:
+            status, headers, body = self._post(request)
+        except httpx.HTTPError as error:
+            self._count(kind := type(error).__name__)
+            raise _NoReply(kind, 0.0) from None
+        if status in BUSY:
+            self._count(f"status {status}")
+            raise _NoReply(f"status {status}", _seconds(headers.get("retry-after", "")))
+        if status != 200:
+            self._count(f"status {status}")
+            raise _NoReply(f"status {status}", None)
+        return self._read(body)
+
+    def _post(self, request: dict[str, Any]) -> tuple[int, Any, bytes]:
+        """Status, headers and at most `LARGEST_REPLY` bytes, all of it within the time for one reply."""
+        end, body = time.monotonic() + self.config.timeout, bytearray()
+        with self._client.stream("POST", f"{self.config.url.rstrip('/')}/chat/completions", json=request) as reply:
+            self._refuse(reply)
+            for part in reply.iter_bytes():
+                body += part
+                if len(body) > LARGEST_REPLY or time.monotonic() > end:
+                    raise httpx.ReadTimeout("a reply without end")
+            return reply.status_code, reply.headers, bytes(body)
+
+    def _read(self, body: bytes) -> str:
+        try:
+            reply = httpx.Response(200, content=body).json()
+            text = reply["choices"][0]["message"]["content"]
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            text = reply = None
+        if not isinstance(text, str):
+            self._count("nonsense")
+            raise _NoReply("a reply that is no chat completion", 0.0)
+        usage = reply.get("usage") or {}
+        with self._lock:
+            self.models[printable(str(reply.get("model", "")))] += 1
+            for name, field in (("tokens in", "prompt_tokens"), ("tokens out", "completion_tokens")):
+                value = usage.get(field) if isinstance(usage, dict) else None
+                self.counts[name] += value if isinstance(value, int) else 0
+        return text
+
+    def _refuse(self, reply: httpx.Response) -> None:
+        """InputError for what no other try can mend."""
+        config, status = self.config, reply.status_code
+        if status in (401, 403):
+            raise InputError(
+                f"{self._field}.key_variable", config.key_variable, f"the endpoint refuses its key ({status})"
+            )
+        if 300 <= status < 400:
+            raise InputError(
+                f"{self._field}.url", config.url, f"redirects ({status}), which is not followed: give its target"
+            )
+
+    def _count(self, kind: str) -> None:
+        with self._lock:
+            self.counts[kind] += 1
+
+
+def _seconds(retry_after: str) -> float:
+    """Of a Retry-After header; 0 where it is a date or missing."""
+    try:
+        return min(max(float(retry_after), 0.0), LONGEST_WAIT)
+    except ValueError:
+        return 0.0

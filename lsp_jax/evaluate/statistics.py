@@ -1,0 +1,120 @@
+"""The numbers behind a result, in float64 on the host: intervals, pass@k, win rates, and those at equal length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RESAMPLES = 2000
+Z = 1.959964
+"""Of an interval that holds 95 %."""
+RIDGE = 0.01
+"""Of the length-controlled fit: it stays finite where one side wins everything (1 / C of AlpacaEval's C = 100)."""
+
+
+class Interval(NamedTuple):
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    number: int
+    """Of independent cases behind it."""
+
+    def as_dict(self, digits: int = 4) -> dict[str, Any]:
+        """Rounded, for a result file; what is not a number is None there."""
+        rounded = [None if math.isnan(x) else round(x, digits) for x in (self.value, self.low, self.high)]
+        return {**dict(zip(("value", "low", "high"), rounded, strict=True)), "number": self.number}
+
+
+def wilson(right: int, number: int) -> Interval:
+    """The share `right` of `number` with Wilson's score interval (Wilson 1927)."""
+    if not number:
+        return Interval(math.nan, 0.0, 1.0, 0)
+    share, spread = right / number, Z * Z / number
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / number + spread / (4 * number)) / (1 + spread)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half), number)
+
+
+def pass_at_k(number: int, right: int, k: int) -> float:
+    """The chance that one of k of a problem's `number` answers is right, `right` of them being so: unbiased.
+
+    1 - C(number - right, k) / C(number, k), as in Chen et al. 2021, Equation 1. ValueError unless 1 <= k <= number.
+    """
+    if not 1 <= k <= number:
+        raise ValueError(f"k = {k} must be from 1 to the number of answers, {number}")
+    return 1.0 - math.comb(number - right, k) / math.comb(number, k)
+
+
+def bootstrap(cases: int, figure: Callable[[np.ndarray], float], seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of `figure` (of indices into the cases), with cases drawn anew `RESAMPLES` times."""
+    rng = np.random.default_rng(seed)
+    drawn = [figure(rng.integers(0, cases, cases)) for _ in range(RESAMPLES)]
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """A mean with its bootstrap interval over the values (problems, instructions)."""
+    array = np.asarray(values, np.float64)
+    if not len(array):
+        return Interval(math.nan, math.nan, math.nan, 0)
+    return Interval(float(array.mean()), *bootstrap(len(array), lambda picked: float(array[picked].mean())), len(array))
+
+
+class WinRate(NamedTuple):
+    """A model against a baseline, over instructions that were judged in both orders."""
+
+    win_rate: Interval
+    """Mean score: 1 a win, 1/2 a tie, 0 a loss; both orders of an instruction are averaged first (AlpacaEval's)."""
+    wins_only: Interval
+    """Share of instructions won: a tie is none."""
+    length_controlled: Interval
+    """The win rate that a logistic fit foresees for answers of equal length."""
+    wins: int
+    ties: int
+    losses: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a result file."""
+        rates = {name: getattr(self, name).as_dict() for name in ("win_rate", "wins_only", "length_controlled")}
+        return {**rates, "wins": self.wins, "ties": self.ties, "losses": self.losses}
+
+
+def win_rate(scores: Sequence[float], extra_characters: Sequence[float]) -> WinRate:
+    """Of each instruction's `scores` in [0, 1] (mean of both orders) and by how many characters the model's answer is
+    longer than the baseline's. A score above 1/2 is a win, of 1/2 a tie."""
+    array, extra = np.asarray(scores, np.float64), np.asarray(extra_characters, np.float64)
+    wins, ties = int((array > 0.5).sum()), int((array == 0.5).sum())
+    controlled = Interval(math.nan, math.nan, math.nan, len(array))
+    if len(array):
+        value = length_controlled(array, extra)
+        low, high = bootstrap(len(array), lambda picked: length_controlled(array[picked], extra[picked]))
+        controlled = Interval(value, low, high, len(array))
+    return WinRate(mean_interval(array), mean_interval(array > 0.5), controlled, wins, ties, len(array) - wins - ties)
+
+
+def length_controlled(scores: np.ndarray, extra_characters: np.ndarray) -> float:
+    """The win rate at equal length: sigmoid(a) of score ~ sigmoid(a + b tanh(extra / its deviation)).
+
+    Dubois et al. 2024 without the difficulty of instructions (AlpacaEval's `length_controlled_minimal`), fitted by
+    Newton's method with a small ridge in place of its lasso.
+    """
+    spread = extra_characters.std(ddof=1) if len(extra_characters) > 1 else 0.0
+    length = np.tanh(extra_characters / spread) if spread > 0 else np.zeros(len(scores))
+    features = np.stack([np.ones(len(scores)), length], axis=1)
+    weights = np.zeros(2)
+    for _ in range(50):
+        chance = 1 / (1 + np.exp(-features @ weights))
+        gradient = features.T @ (scores - chance) - RIDGE * weights
+        curvature = (features * (chance * (1 - chance))[:, None]).T @ features + RIDGE * np.eye(2)
+        step = np.linalg.solve(curvature, gradient)
+        # far out the curvature is that of the ridge alone, and a whole step would overshoot
+        weights = weights + step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
+        if np.abs(step).max() < 1e-10:
+            break
+    return float(1 / (1 + np.exp(-weights[0])))
