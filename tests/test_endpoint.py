@@ -1,0 +1,247 @@
+"""A judge behind an endpoint that is slow, busy, wrong or gone; against a server on this machine."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from lsp_jax.errors import InputError, RunError
+from lsp_jax.evaluate import endpoint as module
+from lsp_jax.evaluate.endpoint import Endpoint, EndpointConfig
+
+KEY = "sk-secret-0123456789"
+Reply = tuple[int, dict[str, str], bytes]
+
+
+def completion(text: Any) -> Reply:
+    body = {"model": "judge-2026-01", "choices": [{"message": {"role": "assistant", "content": text}}]}
+    return 200, {}, json.dumps({**body, "usage": {"prompt_tokens": 7, "completion_tokens": 2}}).encode()
+
+
+class Server:
+    """Answers each POST by `behave(question, how many times it was asked)`."""
+
+    def __init__(self) -> None:
+        self.behave: Callable[[str, int], Reply] = lambda question, _: completion(f"re: {question}")
+        self.models: Reply = 200, {}, b'{"data": [{"id": "judge"}]}'
+        self.asked: list[str] = []
+        self.requests: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def give(self, reply: Reply) -> None:
+                status, headers, body = reply
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self) -> None:
+                outer.keys.add(self.headers.get("Authorization"))
+                self.give(outer.models if self.path == "/v1/models" else (404, {}, b""))
+
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = request["messages"][0]["content"]
+                with outer.lock:
+                    outer.keys.add(self.headers.get("Authorization"))
+                    outer.asked.append(question)
+                    outer.requests.append(request)
+                    outer.now += 1
+                    outer.most = max(outer.most, outer.now)
+                    times = outer.asked.count(question)
+                try:
+                    self.give(outer.behave(question, times))
+                except OSError:  # the asking side has gone
+                    pass
+                finally:
+                    with outer.lock:
+                        outer.now -= 1
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def config(self, **more: Any) -> EndpointConfig:
+        url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        return EndpointConfig(url, "judge", "LSP_TEST_KEY", allow_local_http=True, **{"timeout": 20.0, **more})
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("LSP_TEST_KEY", KEY)
+    monkeypatch.setattr(module, "LONGEST_WAIT", 0.05)
+    made = Server()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def ask(server: Server, questions: list[str], **more: Any) -> tuple[dict[int, tuple[str | None, str]], Endpoint]:
+    config = server.config(**more)
+    config.check()
+    endpoint = Endpoint(config)
+    try:
+        return {index: (reply, why) for index, reply, why in endpoint.ask(questions)}, endpoint
+    finally:
+        endpoint.close()
+
+
+def test_every_question_once_and_few_at_a_time(server: Server):
+    def slow(question: str, _: int) -> Reply:
+        time.sleep(0.05)
+        return completion(f"re: {question}")
+
+    server.behave = slow
+    questions = [f"q{n}" for n in range(20)]
+    replies, endpoint = ask(server, questions, concurrency=3, max_tokens=5)
+    assert {index: reply for index, (reply, _) in replies.items()} == {n: f"re: q{n}" for n in range(20)}
+    assert sorted(server.asked) == sorted(questions) and 1 < server.most <= 3
+    assert endpoint.counts == {"asked": 20, "tokens in": 140, "tokens out": 40}
+    assert endpoint.models == {"judge-2026-01": 20} and server.keys == {f"Bearer {KEY}"}
+    sent = server.requests[0]
+    assert (sent["model"], sent["temperature"], sent["max_tokens"], sent["stream"]) == ("judge", 0.0, 5, False)
+
+
+@pytest.mark.parametrize(
+    ("first", "kind"),
+    [
+        ((429, {"Retry-After": "0.01"}, b""), "status 429"),
+        ((429, {"Retry-After": "Wed, 21 Oct 2065 07:28:00 GMT"}, b""), "status 429"),
+        ((500, {}, b"oops"), "status 500"),
+        ((200, {}, b"<html>"), "nonsense"),
+        ((200, {}, b"[" * 100_000), "nonsense"),
+        ((200, {}, b'{"choices": []}'), "nonsense"),
+        (completion(None), "nonsense"),
+        (completion([1]), "nonsense"),
+    ],
+    ids=str,
+)
+def test_what_may_pass_is_tried_again_and_counted(server: Server, first: Reply, kind: str):
+    server.behave = lambda question, times: first if times == 1 else completion("fine")
+    replies, endpoint = ask(server, ["q"])
+    assert replies == {0: ("fine", "")} and len(server.asked) == 2
+    assert endpoint.counts[kind] == 1 and endpoint.counts["tried again"] == 1 and not endpoint.counts["failed"]
+
+
+def test_a_reply_that_does_not_come_in_time(server: Server):
+    def late(question: str, times: int) -> Reply:
+        time.sleep(1.0 if times == 1 else 0.0)
+        return completion("fine")
+
+    server.behave = late
+    replies, endpoint = ask(server, ["q"], timeout=0.3)
+    assert replies == {0: ("fine", "")} and endpoint.counts["ReadTimeout"] == 1
+
+
+def test_what_stays_wrong_fails_alone(server: Server):
+    server.behave = lambda question, _: (400, {}, b"too long") if question == "bad" else completion("fine")
+    replies, endpoint = ask(server, ["a", "bad", "b"])
+    assert replies == {0: ("fine", ""), 1: (None, "status 400"), 2: ("fine", "")}
+    assert server.asked.count("bad") == 1 and endpoint.counts["failed"] == 1
+    server.behave = lambda question, _: (503, {}, b"")
+    replies, endpoint = ask(server, ["c"], retries=2)
+    assert replies == {0: (None, "status 503")} and server.asked.count("c") == 3
+
+
+def test_an_endpoint_that_is_gone_ends_it_after_a_while(server: Server):
+    """What was said before is there; the rest is not tried one by one."""
+    server.behave = lambda question, _: completion("fine") if question == "q0" else (500, {}, b"")
+    endpoint, got = Endpoint(server.config(retries=0, concurrency=1)), []
+    with pytest.raises(RunError, match="10 questions in a row had no reply .status 500."):
+        for item in endpoint.ask([f"q{n}" for n in range(100)]):
+            got.append(item)
+    endpoint.close()
+    assert got[0] == (0, "fine", "") and len(got) == module.FAILURES + 1 and len(server.asked) < 15
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_ends_it_at_once(server: Server, status: int):
+    server.behave = lambda question, _: (status, {}, b"")
+    with pytest.raises(InputError, match="LSP_TEST_KEY.*refuses its key") as caught:
+        ask(server, [f"q{n}" for n in range(50)], concurrency=1)
+    assert len(server.asked) <= 2 and KEY not in str(caught.value)
+    server.models = status, {}, b""
+    with pytest.raises(InputError, match="refuses its key"):
+        Endpoint(server.config()).check()
+
+
+def test_redirects_are_not_followed(server: Server):
+    """The key would reach whoever the endpoint names."""
+    elsewhere = Server()
+    url = f"http://127.0.0.1:{elsewhere.server.server_address[1]}/v1/chat/completions"
+    server.behave = lambda question, _: (307, {"Location": url}, b"")
+    with pytest.raises(InputError, match="redirects .307., which is not followed"):
+        ask(server, ["q"])
+    assert not elsewhere.asked and not elsewhere.keys
+    elsewhere.server.shutdown()
+    elsewhere.server.server_close()
+
+
+def test_the_look_before_any_work(server: Server):
+    Endpoint(server.config()).check()
+    for unknown in ((404, {}, b""), (200, {}, b"nonsense"), (200, {}, b'{"data": 3}')):
+        server.models = unknown
+        Endpoint(server.config()).check()
+    server.models = 200, {}, b'{"data": [{"id": "other\\u001b[2J"}]}'
+    with pytest.raises(InputError, match=r"judge.model = 'judge'.*it has other\\x1b"):
+        Endpoint(server.config()).check()
+    gone = EndpointConfig("http://127.0.0.1:9/v1", "judge", allow_local_http=True)
+    with pytest.raises(InputError, match=r"judge.url.*cannot be reached \(ConnectError\)"):
+        Endpoint(gone).check()
+    assert not server.asked
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"url": ""}, "must begin with https"),
+        ({"url": "ftp://judge.org/v1"}, "must begin with https"),
+        ({"url": "http://judge.org/v1", "allow_local_http": True}, "must be https"),
+        ({"url": "http://127.0.0.1.judge.org/v1", "allow_local_http": True}, "must be https"),
+        ({"url": "http://localhost:8000/v1"}, "allow-local-http"),
+        ({"url": "https://user:word@judge.org/v1"}, "a key belongs into the environment"),
+        ({"url": "https://judge.org/v1?key=1"}, "a key belongs into the environment"),
+        ({"url": "https://judge.org:port/v1"}, "no URL"),
+        ({"model": ""}, "give the model's name"),
+        ({"key_variable": "LSP_NO_SUCH_KEY"}, "holds no key"),
+        ({"concurrency": 0}, "at least 1"),
+        ({"retries": -1}, "at least 0"),
+        ({"timeout": float("nan")}, "above 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_used(fields: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LSP_TEST_KEY", KEY)
+    good = {"url": "https://judge.org/v1", "model": "judge", "key_variable": "LSP_TEST_KEY"}
+    EndpointConfig(**good).check()
+    with pytest.raises(InputError, match=message) as caught:
+        EndpointConfig(**{**good, **fields}).check("judge.endpoint")
+    assert caught.value.field.startswith("judge.endpoint.") and "word" not in str(caught.value)
+
+
+def test_the_estimate_says_what_it_may_cost():
+    config = EndpointConfig("https://judge.org/v1", "judge-1", max_tokens=100, input_price=2.0, output_price=10.0)
+    line = Endpoint(config).estimate(["x" * 4000] * 1000)
+    assert (
+        line
+        == "judge-1 at judge.org: 1000 questions, about 1,000,000 tokens in, at most 100,000 out, at most about $3.00"
+    )
+
+
+def test_a_key_is_in_no_representation(server: Server):
+    endpoint = Endpoint(server.config())
+    assert KEY not in repr(endpoint.__dict__) + repr(server.config()) + endpoint.identity

@@ -1,0 +1,97 @@
+"""Intervals, pass@k and win rates against other ways to the same numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize
+
+from lsp_jax.evaluate import statistics
+from lsp_jax.evaluate.statistics import bootstrap, length_controlled, mean_interval, pass_at_k, wilson, win_rate
+
+
+@pytest.mark.parametrize(("right", "number"), [(0, 10), (3, 10), (10, 10), (412, 936)])
+def test_wilson_solves_its_equation(right: int, number: int):
+    """The ends are where the share is Z standard deviations away: (share - p)^2 = Z^2 p (1 - p) / n."""
+    found = wilson(right, number)
+    for p in (found.low, found.high):
+        left, deviation = (right / number - p) ** 2, statistics.Z**2 * p * (1 - p) / number
+        assert math.isclose(left, deviation, abs_tol=1e-12)
+    assert 0 <= found.low <= found.value + 1e-12 and found.value - 1e-12 <= found.high <= 1
+
+
+def test_no_cases():
+    assert math.isnan(wilson(0, 0).value) and wilson(0, 0).as_dict()["value"] is None
+    assert math.isnan(mean_interval([]).value)
+
+
+@pytest.mark.parametrize("number", [1, 4, 6])
+def test_pass_at_k_is_the_mean_over_all_choices(number: int):
+    for right, k in itertools.product(range(number + 1), range(1, number + 1)):
+        marks = [place < right for place in range(number)]
+        chosen = [any(some) for some in itertools.combinations(marks, k)]
+        assert math.isclose(pass_at_k(number, right, k), sum(chosen) / len(chosen))
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_pass_at_k_refuses(k: int):
+    with pytest.raises(ValueError, match="must be from 1"):
+        pass_at_k(3, 1, k)
+
+
+def test_bootstrap_of_a_mean_is_near_the_normal_interval():
+    values = np.random.default_rng(1).normal(size=400)
+    low, high = bootstrap(400, lambda picked: float(values[picked].mean()))
+    half = 1.96 * values.std(ddof=1) / 20
+    assert abs(low - (values.mean() - half)) < 0.02 and abs(high - (values.mean() + half)) < 0.02
+    assert (low, high) == bootstrap(400, lambda picked: float(values[picked].mean()))
+
+
+def test_win_rate_by_hand():
+    """Two wins (one in a single order only), a tie, a loss."""
+    found = win_rate([1.0, 0.75, 0.5, 0.0], [0, 0, 0, 0])
+    assert found.win_rate.value == 0.5625 and (found.wins, found.ties, found.losses) == (2, 1, 1)
+    assert found.wins_only.value == 0.5 and found.win_rate.number == 4
+    # without any difference in length there is nothing to control: the ridge alone pulls it towards a half
+    assert abs(found.length_controlled.value - 0.5625) < 1e-3
+
+
+def reference_fit(scores: np.ndarray, extra: np.ndarray) -> float:
+    """The same objective, minimised by scipy without its gradient."""
+    features = np.stack([np.ones(len(scores)), np.tanh(extra / extra.std(ddof=1))], axis=1)
+
+    def loss(weights: np.ndarray) -> float:
+        logits = features @ weights
+        nll = np.logaddexp(0, logits) - scores * logits
+        return float(nll.sum() + statistics.RIDGE / 2 * weights @ weights)
+
+    best = optimize.minimize(loss, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12})
+    return float(1 / (1 + np.exp(-best.x[0])))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_length_controlled_against_scipy(seed: int):
+    rng = np.random.default_rng(seed)
+    extra = rng.normal(200, 300, 150)
+    chance = 1 / (1 + np.exp(-(-0.4 + 0.9 * np.tanh(extra / 300))))
+    scores = np.round(rng.binomial(2, chance) / 2, 2)
+    assert abs(length_controlled(scores, extra) - reference_fit(scores, extra)) < 1e-5
+
+
+def test_length_is_controlled_for():
+    """Longer answers win because they are longer: at equal length neither side is ahead."""
+    rng = np.random.default_rng(0)
+    extra = rng.normal(400, 300, 4000)
+    scores = rng.binomial(1, 1 / (1 + np.exp(-2 * np.tanh(extra / extra.std())))).astype(float)
+    found = win_rate(scores[:800].tolist(), extra[:800].tolist())
+    assert found.win_rate.value > 0.7
+    assert found.length_controlled.low < 0.5 < found.length_controlled.high
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_side_that_wins_everything_is_a_finite_fit(value: float):
+    found = length_controlled(np.full(50, value), np.arange(50.0))
+    assert abs(found - value) < 0.1 and 0 < found < 1
