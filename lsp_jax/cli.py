@@ -1,4 +1,4 @@
-"""The command line, thin: `lsp-jax train | doctor | generate | export | evaluate | replay | plan | demo-model` read and call."""
+"""The command line, thin: each command reads its options and calls."""
 
 from __future__ import annotations
 

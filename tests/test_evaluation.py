@@ -18,8 +18,8 @@ from lsp_jax.evaluate.answers import Request, answers
 from lsp_jax.evaluate.endpoint import EndpointConfig
 from lsp_jax.evaluate.settings import EvaluateConfig, JudgeConfig
 from lsp_jax.evaluate.store import Store
-from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.generate import prompt_ids
+from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.policy import Policy, load_pretrained
 from lsp_jax.run import evaluation, subjects
 from lsp_jax.run.evaluation import evaluate
@@ -242,10 +242,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[Any]], tuple[str, ...]]] = {
     "steps of a model": (lambda p: ["--tasks", f"gsm8k={good(p)}", "--steps", "3"], ("steps", "only runs")),
     "no step": (lambda p: ["--tasks", f"gsm8k={good(p)}", "--steps", "-1"], ("steps", "all")),
     "no key": (
-        lambda p: (
-            ["--winrate-against", outputs_file(p, BASELINE), "--judge.endpoint.url", "https://judge.invalid/v1"]
-            + ["--judge.endpoint.model", "j", "--judge.endpoint.key-variable", "LSP_NO_KEY"]
-        ),
+        lambda p: [
+            *("--winrate-against", outputs_file(p, BASELINE), "--judge.endpoint.url", "https://judge.invalid/v1"),
+            *("--judge.endpoint.model", "j", "--judge.endpoint.key-variable", "LSP_NO_KEY"),
+        ],
         ("judge.endpoint.key_variable", "LSP_NO_KEY"),
     ),
     "no https": (

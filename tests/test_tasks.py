@@ -44,14 +44,17 @@ GSM8K = [  # question, answer
     ("4 pumps fill a pool in 6 hours. How many hours do 3 need?", "#### 8"),
 ]
 MATH = [  # problem, solution
-    ("What is $\\frac12+\\frac13$?", "It is $\\boxed{\\frac{5}{6}}$."), ("Simplify $\\sqrt{50}$.", "$\\boxed{5\\sqrt{2}}$"),
-    ("Solve $2x+3=11$.", "$x=\\boxed{4}$"), ("What is $7!$?", "$\\boxed{5040}$"), ("Expand $(x-2)^2$.", "$\\boxed{x^2-4x+4}$"),
+    ("What is $\\frac12+\\frac13$?", "It is $\\boxed{\\frac{5}{6}}$."),
+    ("Simplify $\\sqrt{50}$.", "$\\boxed{5\\sqrt{2}}$"),
+    ("Solve $2x+3=11$.", "$x=\\boxed{4}$"), ("What is $7!$?", "$\\boxed{5040}$"),
+    ("Expand $(x-2)^2$.", "$\\boxed{x^2-4x+4}$"),
     ("Half of a turn, in radians?", "$\\boxed{\\pi}$"), ("Sum of $1,\\dots,100$?", "$\\boxed{5050}$"),
     ("Slope of $y=-3x+1$?", "$\\boxed{-3}$"), ("$\\binom{6}{2}$?", "$\\boxed{15}$"), ("$2^{10}$?", "$\\boxed{1024}$"),
     ("Midpoint of $(0,0),(4,6)$?", "$\\boxed{(2,3)}$"), ("$|3-8|$?", "$\\boxed{5}$"), ("$\\log_2 32$?", "$\\boxed{5}$"),
     ("$0.125$ as a fraction?", "$\\boxed{\\frac{1}{8}}$"), ("gcd of 84 and 36?", "$\\boxed{12}$"),
     ("Area of a circle of radius 3?", "$\\boxed{9\\pi}$"), ("Roots of $x^2=9$, the larger one?", "$\\boxed{3}$"),
-    ("$\\sin 30^\\circ$?", "$\\boxed{\\frac12}$"), ("Degrees in a hexagon?", "$\\boxed{720}$"), ("$3^{-2}$?", "$\\boxed{\\frac19}$"),
+    ("$\\sin 30^\\circ$?", "$\\boxed{\\frac12}$"), ("Degrees in a hexagon?", "$\\boxed{720}$"),
+    ("$3^{-2}$?", "$\\boxed{\\frac19}$"),
 ]
 # fmt: on
 RIGHT_MATH = {

@@ -185,7 +185,9 @@ class Endpoint:
                         self._count("failed")
                     yield index, reply, why
                     if in_a_row >= FAILURES:
-                        remedy = f"{in_a_row} questions in a row had no reply ({why}); what was answered is kept: run it again"
+                        remedy = (
+                            f"{in_a_row} questions in a row had no reply ({why}); what was answered is kept: try later"
+                        )
                         raise RunError(f"judge {self.name}: {remedy}")
         finally:
             self._stop.set()  # nobody waits for another try

@@ -68,8 +68,8 @@ def _winrates(told: Mapping[str, Any]) -> list[str]:
         bias = outcome["position_bias"]
         shown = ["-" if bias[name] is None else f"{100 * bias[name]:.1f} %" for name in ("first", "consistent")]
         biases.append([label, *shown])
-    about = f"Against {printable(told['baseline'])}, judged by {printable(told['judge'])} in both orders; {outcome['ties_count']}."
-    parts = [about, _rows(head, rows)]
+    who = f"Against {printable(told['baseline'])}, judged by {printable(told['judge'])} in both orders"
+    parts = [f"{who}; {outcome['ties_count']}.", _rows(head, rows)]
     if subsets:
         parts.append(_rows(["model", "subset", "win rate, %", "at equal length, %", "instructions"], subsets))
     parts.append("Position bias of the judge (a half and all without any):")

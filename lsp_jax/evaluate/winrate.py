@@ -1,8 +1,8 @@
 """Win rates in AlpacaEval's formats: every instruction is judged in both orders, every verdict kept by its content.
 
-Input: a JSON list (or JSONL) of `instruction`, perhaps `dataset` (the subset) and, for outputs that are at hand, `output`
-and `generator`. Output: the same with the model's `output`, and annotations with `output_1` (the baseline's), `output_2`
-(the model's) and `preference` from 1 (baseline) to 2 (model), 1.5 a tie, as `alpaca_eval` reads them.
+Input: a JSON list (or JSONL) of `instruction`, perhaps `dataset` (the subset) and, for outputs that are at hand,
+`output` and `generator`. Output: the same with the model's `output`, and annotations with `output_1` (the baseline's),
+`output_2` (the model's) and `preference` from 1 (baseline) to 2 (model), 1.5 a tie, as `alpaca_eval` reads them.
 """
 
 from __future__ import annotations
