@@ -75,9 +75,10 @@ def open_subjects(names: Sequence[str], steps: Sequence[str] = ()) -> list[Subje
         subjects += [Subject(name, opened, folder, step) for step in chosen]
     if steps and all(subject.step is None for subject in subjects):
         raise InputError("steps", " ".join(steps), "only runs have checkpoints, and no run is named")
-    twice = {subject.label for subject in subjects if subjects.count(subject) > 1}
+    labels = [subject.label for subject in subjects]
+    twice = [label for label in labels if labels.count(label) > 1]
     if twice:
-        raise InputError("models", min(twice), "is named twice")
+        raise InputError("models", twice[0], "is named twice")
     return subjects
 
 
