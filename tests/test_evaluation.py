@@ -237,7 +237,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[Any]], tuple[str, ...]]] = {
     "nothing to do": (lambda _: [], ("tasks", "--winrate-against")),
     "unknown task": (lambda _: ["--tasks", "mmlu"], ("mmlu", "gsm8k")),
     "no such file": (lambda p: ["--tasks", f"gsm8k={p / 'none.jsonl'}"], ("tasks.gsm8k", "no such file")),
-    "another format": (lambda p: ["--tasks", f"math={outputs_file(p, BASELINE)}"], ("tasks.math", "must be a JSON object")),
+    "another format": (
+        lambda p: ["--tasks", f"math={outputs_file(p, BASELINE)}"],
+        ("tasks.math", "must be a JSON object"),
+    ),
     "code is not allowed": (lambda _: ["--tasks", "humaneval"], ("--allow-code-execution",)),
     "steps of a model": (lambda p: ["--tasks", f"gsm8k={good(p)}", "--steps", "3"], ("steps", "only runs")),
     "no step": (lambda p: ["--tasks", f"gsm8k={good(p)}", "--steps", "-1"], ("steps", "all")),
