@@ -1,7 +1,7 @@
 # Each command makes the virtual environment it needs; Python 3.11 or newer, make and the package index are all it takes.
 #   make quickstart    train the demo model by self-play (run-time packages only, no torch)
 #   make test          the whole suite but `slow`;  make test-fast  seconds a test;  make test-slow  the long ones
-#   make test-peers    GRPO against TRL's trainer, in .venv-peers (TRL's own dependencies stay out of .venv)
+#   make test-peers    against TRL, alpaca_eval, lm-eval and transformers serve, in .venv-peers (they stay out of .venv)
 #   make bench-peers   the engines that benchmarks/ compares with, each in an environment of its own
 #   make lint          ruff and pyright
 #   make clean         remove environments and caches (runs/ and models/ stay)
@@ -37,7 +37,7 @@ test-slow: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(PYTEST) -n 0 --timeout 0 -o faulthandler_timeout=0 -m slow $(PYTEST_ARGS)
 
 test-peers: .venv-peers/.installed
-	.venv-peers/bin/python -m pytest -n 0 tests/test_trl_parity.py $(PYTEST_ARGS)
+	.venv-peers/bin/python -m pytest -n 0 tests/test_trl_parity.py tests/test_evaluation_peers.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(BIN)/ruff check .
@@ -67,9 +67,10 @@ $(VENV)/.test-installed-$(TEST_EXTRA): $(VENV)/.created $(PINS)
 # torch by itself first, so that its pinned build is there before TRL asks for any.
 .venv-peers/.installed: $(PINS)
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	@echo "Installing lsp-jax and TRL into .venv-peers (2.1 GB with torch for the CPU; minutes)"
+	@echo "Installing lsp-jax and its peers into .venv-peers (2.5 GB with torch for the CPU; minutes)"
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e ".[peers]"
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
 	@touch $@
 
 # A peer that cannot be installed leaves its reason in .failed, which the benchmarks report, and does not stop the others;

@@ -99,7 +99,7 @@ def whole_run(game_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading weights raises `WeightsRead`."""
     from lsp_jax import policy
-    from lsp_jax.run import setup
+    from lsp_jax.run import setup, subjects
     from refusal import WeightsRead
 
     def fail(*_: Any) -> None:
@@ -107,6 +107,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(policy, "load_params", fail)
     monkeypatch.setattr(setup, "load_params", fail)
+    monkeypatch.setattr(subjects, "load_params", fail)
 
 
 @pytest.fixture

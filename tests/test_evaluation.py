@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lsp_jax as lsp
@@ -19,6 +21,7 @@ from lsp_jax.evaluate.endpoint import EndpointConfig
 from lsp_jax.evaluate.settings import EvaluateConfig, JudgeConfig
 from lsp_jax.evaluate.store import Store
 from lsp_jax.play.generate import prompt_ids
+from lsp_jax.model.weights import save_params
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.policy import Policy, load_pretrained
 from lsp_jax.run import evaluation, subjects
@@ -214,6 +217,41 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "| gsm8k | pass@1 |" in out and "| gsm8k | pass@4 |" in out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["models"][0]["tasks"]["gsm8k"]["right"]) == 3
+
+
+TOPICS = ("rain", "a garden", "old maps", "bread", "the sea", "trains", "sleep", "music")
+ASKS = (
+    *("Name three facts about {}.", "Write a short poem about {}.", "Explain {} to a child.", "Why do people like {}?"),
+    *("Give advice on {}.", "Tell a story in two sentences about {}.", "List five words for {}.", "Compare {} with fire."),
+)
+
+
+@pytest.mark.slow
+def test_sixty_four_instructions_before_a_reward_model(demo_dir: Path, tmp_path: Path, capsys: Any):
+    """The demo model against itself cut shorter, judged by its own backbone with a random score head.
+
+    What such a judge prefers means nothing; that both draws of the baseline are alike to it must show.
+    """
+    demo = load_pretrained(demo_dir)
+    head = np.random.default_rng(0).normal(0, 0.02, (demo.config.hidden_size, 1)).astype(np.float32)
+    params = {**demo.params, "score": {"weight": jnp.asarray(head)}}
+    save_params(params, replace(demo.config, head="score", tie_word_embeddings=False), tmp_path / "judge")
+    demo.tokenizer.save(tmp_path / "judge")
+    rows = [{"instruction": ask.format(t), "dataset": f"kind {n % 4}"} for n, ask in enumerate(ASKS) for t in TOPICS]
+    (tmp_path / "instructions.json").write_text(json.dumps(rows))
+    judge = JudgeConfig("reward_model", str(tmp_path / "judge"))
+    asked = {"instructions": str(tmp_path / "instructions.json"), "winrate_against": str(demo_dir), "judge": judge}
+    more = {"temperature": 1.0, "max_completion_length": 48, "batch_size": 32, "seed": 3}
+    results = evaluate(short(demo_dir, tmp_path / "out", **asked, **more))
+    against = results["winrate"]["against"]
+    control = against[f"{demo_dir} (control)"]
+    assert control["wins"] + control["ties"] + control["losses"] == 64 and not control["left_out"]
+    assert control["win_rate"]["low"] <= 0.5 <= control["win_rate"]["high"] and control["ties"] < 32
+    assert against[str(demo_dir)]["ties"] == 64, "the same draws"
+    assert all(outcome["position_bias"]["consistent"] == 1.0 for outcome in against.values())
+    assert len(control["subsets"]) == 4
+    with capsys.disabled():
+        print((tmp_path / "out" / "results.md").read_text())
 
 
 # --- refused -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,15 @@ def test_wilson_solves_its_equation(right: int, number: int):
     assert 0 <= found.low <= found.value + 1e-12 and found.value - 1e-12 <= found.high <= 1
 
 
+@pytest.mark.parametrize(
+    ("right", "number", "low", "high"),
+    # by hand: z = 1.96, n = 10 and 900
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (450, 900, 0.4674, 0.5326), (10, 10, 0.7225, 1.0)],
+)
+def test_wilson_by_hand(right: int, number: int, low: float, high: float):
+    assert wilson(right, number)[1:3] == pytest.approx((low, high), abs=1e-3)
+
+
 def test_no_cases():
     assert math.isnan(wilson(0, 0).value) and wilson(0, 0).as_dict()["value"] is None
     assert math.isnan(mean_interval([]).value)

@@ -58,15 +58,6 @@ def test_expressions_in_a_text(text: str, found: set):
     assert problems.expressions(text) == found
 
 
-@pytest.mark.parametrize(
-    ("right", "number", "low", "high"),
-    # Wilson's intervals by hand: z = 1.96, n = 10 and 900
-    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (450, 900, 0.4674, 0.5326), (10, 10, 0.7225, 1.0)],
-)
-def test_interval(right: int, number: int, low: float, high: float):
-    assert evaluate.interval(right, number) == pytest.approx((low, high), abs=1e-3)
-
-
 def test_scores_by_hand():
     asked = problems.part(problems.HELD_OUT)
     texts = [f"It is {problem.answer}." if problem.family == "one digit" else "no idea" for problem in asked]

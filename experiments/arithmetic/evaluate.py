@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from problems import EASY, FAMILIES, Expression, Problem
 
 import lsp_jax as lsp
+from lsp_jax.evaluate.statistics import wilson
 from lsp_jax.reward.arithmetic import final_number
 
 MAX_TOKENS = 24
@@ -28,21 +28,10 @@ FEW_SHOT = (
 """Turns before the question for the control that only shows the form; of the training part."""
 
 
-def interval(right: int, number: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval for a share, 95 % (Wilson 1927)."""
-    if not number:
-        return 0.0, 1.0
-    share, spread = right / number, z * z / number
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / number + spread / (4 * number)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def accuracy(right: Sequence[bool]) -> dict[str, Any]:
     """Share, interval and number."""
-    low, high = interval(sum(right), len(right))
-    share = sum(right) / len(right) if right else float("nan")
-    return {"accuracy": share, "low": low, "high": high, "number": len(right)}
+    found = wilson(sum(right), len(right))
+    return {"accuracy": found.value, "low": found.low, "high": found.high, "number": found.number}
 
 
 def answers(policy: lsp.Policy, problems: Sequence[Problem], few_shot: bool = False) -> list[str]:
