@@ -20,8 +20,8 @@ from lsp_jax.evaluate.answers import Request, answers
 from lsp_jax.evaluate.endpoint import EndpointConfig
 from lsp_jax.evaluate.settings import EvaluateConfig, JudgeConfig
 from lsp_jax.evaluate.store import Store
-from lsp_jax.play.generate import prompt_ids
 from lsp_jax.model.weights import save_params
+from lsp_jax.play.generate import prompt_ids
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.policy import Policy, load_pretrained
 from lsp_jax.run import evaluation, subjects
@@ -222,7 +222,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 TOPICS = ("rain", "a garden", "old maps", "bread", "the sea", "trains", "sleep", "music")
 ASKS = (
     *("Name three facts about {}.", "Write a short poem about {}.", "Explain {} to a child.", "Why do people like {}?"),
-    *("Give advice on {}.", "Tell a story in two sentences about {}.", "List five words for {}.", "Compare {} with fire."),
+    *("Give advice on {}.", "Tell a story in two sentences about {}.", "List words for {}.", "Compare {} with fire."),
 )
 
 

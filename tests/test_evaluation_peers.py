@@ -175,9 +175,7 @@ def test_lm_eval_on_the_export_agrees(demo_dir: Path, tmp_path: Path):
     marks = [bool(sample["exact_match"]) for sample in samples]
     accuracy = found["results"]["lsp_gsm8k"]["exact_match,last-number"]
     marked = sum(a == b for a, b in zip(right, marks, strict=True))
-    print(
-        f"right: ours {sum(right)}, lm-eval {50 * accuracy:.0f}; the same text {sum(same)}, the same mark {marked}, of 50"
-    )
+    print(f"of 50 right: {sum(right)}, lm-eval {50 * accuracy:.0f}; same text {sum(same)}, same mark {marked}")
     assert sum(same) >= 48 and 0 < sum(right) < 50
     assert sum(right) / 50 == accuracy
 

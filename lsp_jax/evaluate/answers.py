@@ -90,7 +90,7 @@ def answers(
         progress.update(len(set(keys)) - len(missing))
         for batch in _batches(list(missing.items()), batch_size):
             made = _complete(policy, [request for _, request in batch], batch_size)
-            store.add((key, list(answer)) for (key, _), answer in zip(batch, made, strict=True))
+            store.add({key: list(answer) for (key, _), answer in zip(batch, made, strict=True)})
             progress.update(len(batch))
     return [Answer(*store[key]) for key in keys]
 

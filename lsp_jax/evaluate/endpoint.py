@@ -244,15 +244,14 @@ class Endpoint:
     def _read(self, body: bytes) -> str:
         try:
             reply = httpx.Response(200, content=body).json()
-            text = reply["choices"][0]["message"]["content"]
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-            text = reply = None
+            text, usage, model = reply["choices"][0]["message"]["content"], reply.get("usage"), reply.get("model", "")
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            text = usage = model = None
         if not isinstance(text, str):
             self._count("nonsense")
             raise _NoReply("a reply that is no chat completion", 0.0)
-        usage = reply.get("usage") or {}
         with self._lock:
-            self.models[printable(str(reply.get("model", "")))] += 1
+            self.models[printable(str(model))] += 1
             for name, field in (("tokens in", "prompt_tokens"), ("tokens out", "completion_tokens")):
                 value = usage.get(field) if isinstance(usage, dict) else None
                 self.counts[name] += value if isinstance(value, int) else 0

@@ -58,7 +58,7 @@ def bootstrap(cases: int, figure: Callable[[np.ndarray], float], seed: int = 0) 
     return float(low), float(high)
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
+def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """A mean with its bootstrap interval over the values (problems, instructions)."""
     array = np.asarray(values, np.float64)
     if not len(array):
@@ -95,7 +95,7 @@ def win_rate(scores: Sequence[float], extra_characters: Sequence[float]) -> WinR
         value = length_controlled(array, extra)
         low, high = bootstrap(len(array), lambda picked: length_controlled(array[picked], extra[picked]))
         controlled = Interval(value, low, high, len(array))
-    return WinRate(mean_interval(array), mean_interval(array > 0.5), controlled, wins, ties, len(array) - wins - ties)
+    return WinRate(mean_interval(scores), mean_interval(array > 0.5), controlled, wins, ties, len(array) - wins - ties)
 
 
 def length_controlled(scores: np.ndarray, extra_characters: np.ndarray) -> float:

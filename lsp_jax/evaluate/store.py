@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,13 @@ class Store:
     def __len__(self) -> int:
         return len(self._values)
 
-    def add(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
+    def add(self, values: Mapping[str, Any]) -> None:
         """Adds results and has them on disk when it returns."""
-        items = list(values.items() if isinstance(values, Mapping) else values)
-        lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in items]
+        lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in values.items()]
         self._file.write("".join(lines).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._values.update(items)
+        self._values.update(values)
 
     def close(self) -> None:
         """Others may write the file now."""
