@@ -154,7 +154,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from lsp_jax.evaluate.tables import results_table
     from lsp_jax.run.evaluation import evaluate as run
 
-    config = tyro.cli(EvaluateConfig, args=list(arguments), prog="lsp-jax evaluate")
+    config = tyro.cli(tyro.conf.PositionalRequiredArgs[EvaluateConfig], args=list(arguments), prog="lsp-jax evaluate")
     print(results_table(run(config)))
     print(f"wrote {config.output_dir}/: results.json, results.md, answers and verdicts by content")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from lsp_jax.errors import InputError, one_of
 from lsp_jax.evaluate import tasks
@@ -52,7 +50,7 @@ class JudgeConfig:
 class EvaluateConfig:
     """Evaluate runs and models on benchmarks, and against another model before a judge."""
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    models: tuple[str, ...]
     """Folders of runs, directories of models, hub ids."""
     steps: tuple[str, ...] = ()
     """Checkpoints of the runs: iterations, or all; none: the newest."""
