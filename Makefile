@@ -67,7 +67,7 @@ $(VENV)/.test-installed-$(TEST_EXTRA): $(VENV)/.created $(PINS)
 # torch by itself first, so that its pinned build is there before TRL asks for any.
 .venv-peers/.installed: $(PINS)
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	@echo "Installing lsp-jax and its peers into .venv-peers (2.5 GB with torch for the CPU; minutes)"
+	@echo "Installing lsp-jax and its peers into .venv-peers (with torch for the CPU; minutes)"
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.txt -e ".[peers]"
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,7 @@ import pytest
 from lsp_jax.errors import InputError
 from lsp_jax.evaluate.tasks import TASKS, check_grading, grade, load_task, named, results
 from lsp_jax.reward.workers import Workers
-
-needs_sandbox = pytest.mark.skipif(
-    shutil.which("bwrap") is None or importlib.util.find_spec("math_verify") is None,
-    reason="bwrap is not on PATH, or math-verify is not installed",
-)
+from test_maths import needs_sandbox
 
 # fmt: off
 GSM8K = [  # question, answer

@@ -20,9 +20,10 @@ from lsp_jax import host
 from lsp_jax.evaluate.store import Store, digest
 from lsp_jax.model.sharding import mesh_of, place, row_shards, use_mesh
 from lsp_jax.play.chunks import Chunks
-from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts
+from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts, prompt_ids
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.policy import Policy
+from lsp_jax.text.prompts import SLOT, template_pieces
 
 CHUNK = 32
 """Columns between two looks at which rows still run."""
@@ -74,6 +75,17 @@ def _row_keys(prompts: jax.Array, samples: jax.Array, seed: int) -> jax.Array:
     return jax.vmap(lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(whole, prompt), sample))(
         prompts, samples
     )
+
+
+def chat_prompts(policy: Policy, texts: Sequence[str], columns: int) -> list[tuple[int, ...]]:
+    """Ids of one user message each, in the model's chat template.
+
+    They are spliced in as plain text: a control token that a data set or a model spells in them closes nothing.
+    Raises InputError where one does not fit the model with `columns` new tokens.
+    """
+    before, after = template_pieces(policy.tokenizer, [{"role": "user", "content": SLOT}])
+    encoded = [[*before, *policy.tokenizer.encode(text.strip()), *after] for text in texts]
+    return [tuple(prompt_ids(policy, ids, columns)) for ids in encoded]
 
 
 def answers(

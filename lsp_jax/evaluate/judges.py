@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lsp_jax import host
-from lsp_jax.evaluate.answers import Request, answers
+from lsp_jax.evaluate.answers import Request, answers, chat_prompts
 from lsp_jax.evaluate.store import Store, digest
 from lsp_jax.model.sharding import mesh_of, place, use_mesh
-from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, prompt_ids
+from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.policy import Policy
 from lsp_jax.reward.preference import preference_template, score_conversations
@@ -111,7 +111,7 @@ class ModelJudge:
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
         """Raises InputError where a pair does not fit the model's context."""
-        prompts = [tuple(prompt_ids(self._policy, question(pair), self._columns)) for pair in pairs]
+        prompts = chat_prompts(self._policy, [question(pair) for pair in pairs], self._columns)
         requests = [Request(ids, self._columns, SamplingConfig(temperature=0.0)) for ids in prompts]
         said = answers(self._policy, requests, self._store, self._weights, self._batch_size, "judge")
         yield from ((index, read_verdict(answer.text)) for index, answer in enumerate(said))
@@ -165,18 +165,11 @@ class RewardModelJudge:
 
     def _score(self, parts: Sequence[Sequence[Sequence[int]]], width: tuple[int, int]) -> np.ndarray:
         rows = self._batch_size
-        queries, answers_ = (_padded([part[i] for part in parts], width[i], rows) for i in (0, 1))
+        queries, answers_ = (pad_prompts([part[i] for part in parts], width[i], rows) for i in (0, 1))
         with use_mesh(mesh_of(self._model.params)):
             placed = place((queries, (answers_[0][:, None], answers_[1][:, None])))
             values = score_conversations(self._model.params, *placed, self._model.config, self._template, rows)
             return host.to_host(values)[:, 0]
-
-
-def _padded(lists: Sequence[Sequence[int]], width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-    for row, ids in enumerate(lists):
-        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-    return tokens, lengths
 
 
 class TextJudge:

@@ -106,7 +106,10 @@ def load_task(name: str, file: str = "", limit: int = 0) -> list[Problem]:
     if not problems:
         raise InputError(field, file or name, "holds no problems")
     rows = [problem.row for problem in problems]
-    code.check_rows(rows) if name == "humaneval" else maths.check_rows(rows)
+    if name == "humaneval":
+        code.check_rows(rows)
+    else:
+        maths.check_rows(rows)
     return problems
 
 

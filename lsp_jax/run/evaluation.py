@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from lsp_jax.errors import InputError
 from lsp_jax.evaluate import tasks
-from lsp_jax.evaluate.answers import Answer, Request, answers
+from lsp_jax.evaluate.answers import Answer, Request, answers, chat_prompts
 from lsp_jax.evaluate.endpoint import Endpoint
 from lsp_jax.evaluate.judges import Judge, ModelJudge, RewardModelJudge, TextJudge, question
 from lsp_jax.evaluate.settings import EvaluateConfig
@@ -38,7 +38,6 @@ from lsp_jax.evaluate.winrate import (
 )
 from lsp_jax.model.sharding import make_mesh
 from lsp_jax.paths import user_path
-from lsp_jax.play.generate import prompt_ids
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.policy import Policy, load_pretrained
 from lsp_jax.reward.preference import load_reward_model
@@ -65,16 +64,15 @@ class Asked(NamedTuple):
         config, wanted = self.config, []
         for name, problems in self.problems.items():
             columns = config.max_completion_length or tasks.TASKS[name].columns
-            for problem in problems:
-                ids = tuple(prompt_ids(policy, problem.prompt, columns))
+            for ids in chat_prompts(policy, [problem.prompt for problem in problems], columns):
                 wanted += [self._request(ids, columns, n, config.seed) for n in range(config.num_samples)]
         return wanted
 
     def of_winrate(self, policy: Policy, seed: int) -> list[Request]:
         """One answer to each instruction. InputError for what does not fit the model."""
         columns = self.config.max_completion_length or WINRATE_COLUMNS
-        ids = [tuple(prompt_ids(policy, instruction.text, columns)) for instruction in self.instructions]
-        return [self._request(prompt, columns, 0, seed) for prompt in ids]
+        prompts = chat_prompts(policy, [instruction.text for instruction in self.instructions], columns)
+        return [self._request(prompt, columns, 0, seed) for prompt in prompts]
 
     def _request(self, ids: tuple[int, ...], columns: int, sample: int, seed: int) -> Request:
         return Request(ids, columns, SamplingConfig(self.config.temperature), sample, seed)
