@@ -160,6 +160,24 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Write one HTML file of a run, or of several beside one another: curves, queries and answers, alarms, times."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of runs, finished or under way."""
+    output: str = ""
+    """The file; empty: report.html in the folder of a single run, comparison.html here for several."""
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Write an HTML report of a run, or of several: `lsp-jax report RUN [RUN ...]`."""
+    from lsp_jax.run.report import write_report
+
+    options = tyro.cli(ReportOptions, args=list(arguments), prog="lsp-jax report")
+    print(write_report(options.runs, options.output))
+
+
+@dataclasses.dataclass(frozen=True)
 class ReplayOptions:
     """Play an iteration of a run once more, from its checkpoint and key, and print its queries and answers as JSON."""
 
@@ -237,6 +255,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": generate,
     "export": export,
     "evaluate": evaluate,
+    "report": report,
     "replay": replay,
     "plan": plan,
     "demo-model": demo_model,

@@ -24,6 +24,9 @@ from test_trainer import host_reward
 
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
 
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_XLA_PROFILE_VERSION": "2"}
+"""Compiled as `conftest.py` has it, so that the programs of this session serve."""
+
 
 def environment(cache: Path | None = None, devices: int = 1, quick: bool = False) -> dict[str, str]:
     """Of a child with that many CPU devices and its compiled programs kept in `cache`; `quick`: compiled in half the
@@ -33,9 +36,9 @@ def environment(cache: Path | None = None, devices: int = 1, quick: bool = False
     if devices > 1:
         changes["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     if cache is not None:
-        changes |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+        changes["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     if quick:
-        changes["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        changes |= QUICK
     return {**os.environ, **changes}
 
 

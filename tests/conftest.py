@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,29 @@ import pytest
 # With libtpu installed JAX looks for a TPU for seconds in every process, and with CUDA for a GPU; tests are of the CPU
 # unless somebody asks for another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Runs keep their programs in the user's cache: tests neither read nor fill it.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+PROGRAMS = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuse implicit rank promotion: an added axis that was not meant is an error in every test."""
+    """Refuse implicit rank promotion: an added axis that was not meant is an error in every test.
+
+    What is compiled is kept in a folder of this session alone, for the workers and the processes that tests start: the
+    tiny models' programs are the same ones over and over. The user's own cache is neither read nor filled.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.stash[PROGRAMS] = tempfile.TemporaryDirectory(prefix="lsp-jax-programs-", ignore_cleanup_errors=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[PROGRAMS].name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     import jax
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if PROGRAMS in config.stash:
+        config.stash[PROGRAMS].cleanup()
 
 
 LONGEST = ("test_sharding.py", "test_update.py", "test_generate.py", "test_fast_start.py")

@@ -73,7 +73,10 @@ def test_one_query_is_enough_for_the_solver_alone(train: Callable):
         (["train", "--preset", "nosuch"], ("preset = 'nosuch'", "must be one of quickstart")),
         (["train", "--preset=nosuch"], ("preset = 'nosuch'", "must be one of quickstart")),
         (["train", "--preset"], ("preset = None", "after --preset")),
-        (["tarin"], ("command = 'tarin'", "must be one of train, doctor, generate, export, evaluate, replay, plan")),
+        (
+            ["tarin"],
+            ("command = 'tarin'", "must be one of train, doctor, generate, export, evaluate, report"),
+        ),
         (["generate", "./no/such", "Hello"], ("model = './no/such'", "no such directory")),
         (["export", "no/such/run", "out"], ("config = 'no/such/run/config.json'", "no such file")),
     ],

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import lsp_jax as lsp
+from child_run import QUICK
 from lsp_jax import host, policy
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.errors import InputError
@@ -288,14 +289,13 @@ def test_kill_9_in_the_middle_and_resume(game_model: Path, tmp_path: Path):
     tests = Path(__file__).parent
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
     def child(name: str, kill_at: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, script, game_model, tmp_path / name, str(kill_at), tests, tests.parent],
             capture_output=True,
             text=True,
-            env={**os.environ, **cache, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+            env={**os.environ, **QUICK},
             timeout=600,
             check=False,
         )

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import lsp_jax as lsp
+from child_run import QUICK
 from lsp_jax import cli
 from lsp_jax.errors import STALLED_STATUS, STOPPED_STATUS, InputError, Stopped
 from lsp_jax.learn.update import TrainState
@@ -151,7 +152,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+            env={**os.environ, **QUICK},
         )
         assert self.process.stdout is not None
         while "scoring" not in (line := self.process.stdout.readline()):

@@ -24,7 +24,7 @@ from lsp_jax.run.metrics import FILES
 from lsp_jax.text.tokenizer import Tokenizer
 
 CHECKPOINTS, BASE, EXPORT, PROFILE = "checkpoints", "base", "export", "profile"
-MANIFEST = "manifest.json"
+MANIFEST, REPORT = "manifest.json", "report.html"
 _RUN_FILES = ("config.json", *FILES, CHECKPOINTS, EXPORT)
 
 

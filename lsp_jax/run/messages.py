@@ -12,7 +12,7 @@ import jax
 from lsp_jax import processes
 from lsp_jax.errors import InputError
 from lsp_jax.run.doctor import Finding
-from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT, MANIFEST
+from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT, MANIFEST, REPORT
 from lsp_jax.run.game import policy_in_the_loss
 from lsp_jax.run.metrics import ALARMS_FILE, CHECKSUMS_FILE, METRICS_FILE, TRANSCRIPTS_FILE, printable
 from lsp_jax.run.setup import Run
@@ -23,6 +23,7 @@ WRITTEN = {
     METRICS_FILE: "one line an iteration",
     TRANSCRIPTS_FILE: "one line a query: its answers, R, R_Q, advantages, validity",
     ALARMS_FILE: "one line an alarm that began or was over",
+    REPORT: "curves, queries and answers, alarms, times: open it in a browser",
     CHECKSUMS_FILE: "one line a checkpoint: the checksum of each array",
     f"{CHECKPOINTS}/": "to resume from (--resume auto)",
     f"{BASE}/": "configuration and tokenizer of the base model",

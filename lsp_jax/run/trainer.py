@@ -31,6 +31,7 @@ from lsp_jax.run.identity import identity
 from lsp_jax.run.metrics import Console, MetricsWriter
 from lsp_jax.run.preemption import Preemption
 from lsp_jax.run.probe import Probe
+from lsp_jax.run.report import LiveReport
 from lsp_jax.run.rollback import check_rollback, roll_back
 from lsp_jax.run.saving import Progress, Saving
 from lsp_jax.run.setup import Run, prepare
@@ -103,7 +104,7 @@ def _train(
 
 def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: Watchdog) -> TrainState:
     config, checkpoints = run.config, Checkpoints(run.directory / CHECKPOINTS, run.config.save_total_limit)
-    writer = console = None
+    writer = console = report = None
     with use_mesh(run.mesh):
         try:
             stopping.check("start")
@@ -121,16 +122,17 @@ def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: 
                 # a run that died before its first checkpoint begins again: its lines go
                 writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
                 messages.announce(run, done)
-                console = Console(config.max_steps, done)
+                console, report = Console(config.max_steps, done), LiveReport(run.directory)
             saving = Saving(checkpoints, writer, known, config, saved)
             if config.precompile:
                 precompile(run, state)
-            outputs = Outputs(writer, checkpoints, saving, console, callbacks)
+            outputs = Outputs(writer, checkpoints, saving, console, report, callbacks)
             state = _iterations(run, state, Progress.of(saved), outputs, stopping, watchdog)
             watchdog.beat("export")
             saving.finish(config.max_steps, state)
             save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
-            if processes.is_writer():
+            if report is not None:
+                report.refresh(last=True)
                 messages.finish(run)
         finally:
             close_all(console, writer, checkpoints, run.workers)
@@ -144,6 +146,7 @@ class Outputs(NamedTuple):
     checkpoints: Checkpoints
     saving: Saving
     console: Console | None
+    report: LiveReport | None
     callbacks: Sequence[Callback]
 
 
@@ -187,6 +190,8 @@ def _iterations(
         if outputs.console is not None:
             with suppress(OSError):  # a terminal or pipe that is gone
                 outputs.console.step(number, metrics, (lines[0]["query"], lines[0]["answers"][0]["text"]))
+        if outputs.report is not None:
+            outputs.report.refresh()
         for callback in outputs.callbacks:
             callback(IterationEvent(number, metrics, lines, state))
     return state

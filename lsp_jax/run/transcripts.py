@@ -4,25 +4,57 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from lsp_jax import host, processes
 from lsp_jax.learn.advantages import Advantages
+from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import EpisodeTexts, Scores, episode_texts
 from lsp_jax.run.setup import Run
 from lsp_jax.run.step import Played
+from lsp_jax.text.tokenizer import Tokenizer
 
 
 def numbers_and_lines(run: Run, number: int, played: Played) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The metrics of iteration `number` and its records, with one read from the device (texts may take another).
 
-    With several processes only process 0 gets records.
+    The answers to the first query have their tokens, too, each with the log-probability it was sampled at. With several
+    processes only process 0 gets records.
     """
     shown = None if processes.is_writer() else range(0)
     texts = played.texts or episode_texts(played.episode, run.policy.tokenizer, queries=shown)
     learned = played.learnable.advantages, played.learnable.scores, played.episode.answers.stopped
-    values, learned = host.to_host((played.metrics, learned))
-    return {name: float(value) for name, value in values.items()}, records(number, texts, *learned)
+    values, learned, group = host.to_host((played.metrics, learned, _first_group(played.episode)))
+    lines = records(number, texts, *learned)
+    if lines:
+        for answer, ids, length, logprobs in zip(lines[0]["answers"], *group, strict=True):
+            answer["tokens"] = token_texts(run.policy.tokenizer, ids[:length].tolist(), logprobs[:length].tolist())
+    return {name: float(value) for name, value in values.items()}, lines
+
+
+@jax.jit
+def _first_group(episode: Episode) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The answers to the first query: ids [G, T], lengths [G] without stop tokens, log-probabilities [G, T]."""
+    return episode.answers.tokens[0], episode.answer_lengths[0], episode.answers.logprobs[0]
+
+
+def token_texts(tokenizer: Tokenizer, ids: list[int], logprobs: list[float]) -> list[list[Any]]:
+    """What each id adds to the text of `ids`, and its log-probability; the texts joined are the decoded whole.
+
+    One that ends inside a character adds nothing, the one that completes it the whole character. Each is decoded after
+    the few before it, for a SentencePiece tokenizer writes the first word of a text without its space.
+    """
+    out, start, done = [], 0, 0
+    for end, logprob in enumerate(logprobs[: len(ids)], 1):
+        before = tokenizer.decode(ids[start:done], skip_special_tokens=True)
+        now = tokenizer.decode(ids[start:end], skip_special_tokens=True)
+        if now.endswith("\ufffd") and end < len(ids):
+            out.append(["", round(logprob, 4)])
+            continue
+        out.append([now[len(before) :], round(logprob, 4)])
+        start, done = done, end
+    return out
 
 
 def records(
