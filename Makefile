@@ -3,6 +3,7 @@
 #   make test          the whole suite but `slow`;  make test-fast  seconds a test;  make test-slow  the long ones
 #   make test-peers    against TRL, alpaca_eval, lm-eval and transformers serve, in .venv-peers (they stay out of .venv)
 #   make bench-peers   the engines that benchmarks/ compares with, each in an environment of its own
+#   make docs          the documentation as a site, in build/site; a broken link is an error
 #   make lint          ruff and pyright
 #   make clean         remove environments and caches (runs/ and models/ stay)
 # Variables: PYTHON=python3.12 VENV=.venv-3.12 PYTEST_WORKERS=2 PYTEST_ARGS="-k name"; TEST_EXTRA=checks leaves torch out.
@@ -21,7 +22,7 @@ PINS := pyproject.toml requirements.txt requirements-nodeps.txt
 PEERS := torch tunix vllm llamacpp
 DEMO := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-fast test-slow test-peers bench-peers lint clean
+.PHONY: quickstart test test-fast test-slow test-peers bench-peers docs lint clean
 
 quickstart: $(VENV)/.demo-installed
 	$(BIN)/lsp-jax demo-model $(DEMO)
@@ -38,6 +39,9 @@ test-slow: $(VENV)/.test-installed-$(TEST_EXTRA)
 
 test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pytest -n 0 tests/test_trl_parity.py tests/test_evaluation_peers.py $(PYTEST_ARGS)
+
+docs: $(VENV)/.test-installed-$(TEST_EXTRA)
+	$(BIN)/python -m mkdocs build --quiet
 
 lint: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(BIN)/ruff check .

@@ -6,10 +6,12 @@ The file needs no network and no account. What a model wrote reaches the page as
 from __future__ import annotations
 
 import html
+import importlib.resources
 import json
 import re
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +163,6 @@ def _charts(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def page(runs: Sequence[Path]) -> str:
     """The report of the runs in those folders, as the text of an HTML file."""
-    from plotly.offline import get_plotlyjs
-
     collected = [collect(run) for run in runs]
     names = [run["name"] for run in collected]
     for run, path in zip(collected, runs, strict=True):
@@ -173,13 +173,20 @@ def page(runs: Sequence[Path]) -> str:
     parts = {
         "title": html.escape(", ".join(run["name"] for run in collected)),
         "style": (PAGE / "page.css").read_text(encoding="utf-8"),
-        "plotly": get_plotlyjs(),
+        "plotly": _plotly(),
         "data": _embedded(data),
         "script": (PAGE / "page.js").read_text(encoding="utf-8"),
     }
     # one pass over the template: nothing that is put in is looked at again
     template = (PAGE / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+@cache
+def _plotly() -> str:
+    """Plotly's script as its package has it (`plotly.offline` reads the same file, after a second of imports)."""
+    script = importlib.resources.files("plotly") / "package_data" / "plotly.min.js"
+    return script.read_text(encoding="utf-8")
 
 
 def _embedded(data: Any) -> str:
