@@ -95,6 +95,7 @@ def test_what_is_shown_of_a_run(run: Path):
     assert titles["Reward components"] == ["rewards/arithmetic/mean", "rewards/quality/mean"]
     assert "Probe against the reference" not in titles
     assert set(found["meanings"]) == set(data["metrics"])
+    assert found["meanings"]["rewards/quality/mean"].startswith("mean of the component quality before")
 
 
 def test_a_long_run_is_thinned_to_its_last_iteration(tmp_path: Path):

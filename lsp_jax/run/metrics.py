@@ -95,7 +95,9 @@ METRICS: dict[str, str] = {
 }
 """Meaning of every metric by name; `<...>` in a name stands for anything."""
 
-_PATTERNS = [(re.compile(re.sub(r"<\w+>", ".+", name)), meaning) for name, meaning in METRICS.items() if "<" in name]
+_PATTERNS = [
+    (re.compile(re.sub(r"<(\w+)>", r"(?P<\1>.+)", name)), meaning) for name, meaning in METRICS.items() if "<" in name
+]
 
 METRICS_FILE, TRANSCRIPTS_FILE, CHECKSUMS_FILE = "metrics.jsonl", "transcripts.jsonl", "checksums.jsonl"
 ALARMS_FILE = "alarms.jsonl"
@@ -108,8 +110,8 @@ def describe(name: str) -> str:
     if name in METRICS and "<" not in name:
         return METRICS[name]
     for pattern, meaning in _PATTERNS:
-        if pattern.fullmatch(name):
-            return meaning
+        if match := pattern.fullmatch(name):
+            return re.sub(r"<(\w+)>", lambda place: match.groupdict().get(place[1], place[0]), meaning)
     raise KeyError(f"{name!r} is not in lsp_jax.run.metrics.METRICS: add it there with its meaning")
 
 

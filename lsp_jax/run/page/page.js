@@ -57,6 +57,8 @@ function into(id, ...children) {
 // --- figures ----------------------------------------------------------------------------------------------------
 
 const drawn = [];
+// No bar of buttons, which would lie over the curves: dragging enlarges, a double click goes back.
+const SHOWN = { displayModeBar: false, responsive: true };
 
 // Plotly reads some HTML in names; nothing here is meant as such.
 function plain(text) {
@@ -75,7 +77,7 @@ function layout(more) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: of("--text"), size: 12 },
     margin: { l: 48, r: 8, t: 8, b: 32 }, hovermode: "x unified", showlegend: true,
     hoverlabel: { bgcolor: of("--back"), bordercolor: of("--line"), font: { color: of("--text") } },
-    legend: { orientation: "h", y: -0.22, x: 0 },
+    legend: { orientation: "h", traceorder: "normal", y: -0.22, x: 0 },
     xaxis: { ...axis, title: { text: "iteration", standoff: 4 } }, yaxis: { ...axis }, ...more,
   };
 }
@@ -90,8 +92,7 @@ function alarmLines() {
 }
 
 function figure(holder, traces, more) {
-  const draw = () => Plotly.react(holder, traces(), layout(more()), { displaylogo: false, responsive: true,
-    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] });
+  const draw = () => Plotly.react(holder, traces(), layout(more()), SHOWN);
   drawn.push(draw);
   draw();
 }
@@ -126,7 +127,7 @@ function drawCurves() {
   const holder = element("div", "chart"), meaning = element("p");
   const change = () => { meaning.textContent = report.meanings[select.value]; redraw(); };
   const [label, select] = choice("Any metric", names.map((name) => [name, name]), change);
-  const redraw = () => Plotly.react(holder, curves([select.value]), layout({ shapes: alarmLines() }), { displaylogo: false, responsive: true });
+  const redraw = () => Plotly.react(holder, curves([select.value]), layout({ shapes: alarmLines() }), SHOWN);
   into("curves", element("h2", "", "Any metric"), element("div", "controls", label), element("div", "panel", holder, meaning));
   drawn.push(redraw);
   change();
@@ -200,8 +201,8 @@ function answers(record) {
   const parts = Object.keys(record.answers[0]?.rewards ?? {});
   const rows = record.answers.map((answer) => [
     answer.R, answer.R_Q, answer.advantage, ...parts.map((name) => answer.rewards[name] ?? "–"),
-    element("span", answer.valid ? "good" : "bad", answer.valid ? "counts" : "does not"),
-    answer.stopped ? "" : "cut off", answer.tokens ? shaded(answer.tokens) : said(answer.text),
+    element("span", answer.valid ? "mark good" : "mark bad", answer.valid ? "counts" : "does not"),
+    element("span", "mark", answer.stopped ? "" : "cut off"), answer.tokens ? shaded(answer.tokens) : said(answer.text),
   ]);
   return table(["R", "R_Q", "advantage", ...parts, "", "", "answer"], rows);
 }
