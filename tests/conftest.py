@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # torch's threads of one worker wait for the cores of another by spinning: twenty greedy answers took two minutes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # With libtpu installed JAX looks for a TPU for seconds in every process, and with CUDA for a GPU; tests are of the CPU
 # unless somebody asks for another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

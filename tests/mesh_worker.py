@@ -1,4 +1,4 @@
-"""One LSP iteration on several meshes of 8 CPU devices, compared with one device: `mesh_worker.py MODEL REWARD`.
+"""One LSP iteration on meshes of 8 CPU devices, compared with one device: `mesh_worker.py MODEL REWARD NAME ...`.
 
 Prints one JSON object: for each mesh how far it is from the single device, and what is spread over what.
 """
@@ -126,7 +126,7 @@ def texts(model: str, mesh: Any) -> list[str]:
 
 
 def main() -> None:
-    model, reward_model = sys.argv[1:]
+    model, reward_model, *names = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         config = game_config(
             model,
@@ -142,7 +142,8 @@ def main() -> None:
         setup.make_mesh = make
         found: dict[str, Any] = {"alone": {"temporaries": alone["temporaries"]}}
         norm = np.linalg.norm(alone["gradient"])
-        for name, sizes in MESHES.items():
+        for name in names:
+            sizes = MESHES[name]
             run = setup.prepare(replace(config, mesh=sizes, park_frozen=name == PARKED))
             assert dict(run.mesh.shape) == dict(make_mesh(sizes).shape)
             with use_mesh(run.mesh):

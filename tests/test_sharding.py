@@ -177,15 +177,19 @@ def test_parked_parameters_come_back_as_they_were():
 # --- an iteration on each mesh ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def meshes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `mesh_worker.py` found, in a process of 8 CPU devices."""
-    folder = tmp_path_factory.mktemp("mesh")
+EVERYDAY = ["8 fsdp", "2 data x 2 fsdp x 2 tensor"]
+OTHERS = ["8 data", "4 fsdp x 2 tensor"]
+MESHES = [pytest.param(name, marks=pytest.mark.full) for name in EVERYDAY]
+MESHES += [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+
+
+def worker(folder: Path, names: list[str]) -> dict[str, Any]:
+    """What `mesh_worker.py` found on those meshes, in a process of 8 CPU devices."""
     model = game_dir(folder / "model", num_hidden_layers=2)
     reward = tiny_dir(folder / "reward", head="score", num_hidden_layers=1)
     paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     done = subprocess.run(
-        [sys.executable, str(TESTS / "mesh_worker.py"), str(model), str(reward)],
+        [sys.executable, str(TESTS / "mesh_worker.py"), str(model), str(reward), *names],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": paths},
@@ -196,10 +200,22 @@ def meshes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-MESHES = ["8 data", "8 fsdp", "4 fsdp x 2 tensor", "2 data x 2 fsdp x 2 tensor"]
+@pytest.fixture(scope="module")
+def everyday_meshes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return worker(tmp_path_factory.mktemp("mesh"), EVERYDAY)
 
 
-@pytest.mark.full
+@pytest.fixture(scope="module")
+def other_meshes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return worker(tmp_path_factory.mktemp("mesh"), OTHERS)
+
+
+@pytest.fixture
+def meshes(name: str, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What was found on the mesh `name`, and beside it."""
+    return request.getfixturevalue("everyday_meshes" if name in EVERYDAY else "other_meshes")
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_an_iteration_on_a_mesh_equals_that_on_one_device(name: str, meshes: dict[str, Any]):
     found = meshes[name]
@@ -212,7 +228,6 @@ def test_an_iteration_on_a_mesh_equals_that_on_one_device(name: str, meshes: dic
     assert found["parked"] == (name == "8 fsdp")
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("name", MESHES)
 def test_everything_is_really_spread(name: str, meshes: dict[str, Any]):
     found = meshes[name]
@@ -225,7 +240,6 @@ def test_everything_is_really_spread(name: str, meshes: dict[str, Any]):
     assert found["temporaries"] < (0.7 if name == "8 data" else 0.5) * meshes["alone"]["temporaries"]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("name", MESHES)
 def test_state_and_gradient_lie_as_the_table_says(name: str, meshes: dict[str, Any]):
     found = meshes[name]
@@ -247,6 +261,6 @@ def test_state_and_gradient_lie_as_the_table_says(name: str, meshes: dict[str, A
 
 
 @pytest.mark.full
-def test_generate_writes_the_same_on_a_mesh(meshes: dict[str, Any]):
-    alone, spread = meshes["generate"]
+def test_generate_writes_the_same_on_a_mesh(everyday_meshes: dict[str, Any]):
+    alone, spread = everyday_meshes["generate"]
     assert alone == spread and len(set(alone)) > 1
