@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -64,12 +65,12 @@ class Server:
                     outer.most = max(outer.most, outer.now)
                     times = outer.asked.count(question)
                 try:
-                    self.give(outer.behave(question, times))
-                except OSError:  # the asking side has gone
-                    pass
-                finally:
+                    reply = outer.behave(question, times)
+                finally:  # before the reply is on its way: who has read it may ask again at once
                     with outer.lock:
                         outer.now -= 1
+                with suppress(OSError):  # the asking side has gone
+                    self.give(reply)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
