@@ -46,13 +46,6 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_dir(tmp_path_factory.mktemp("reward") / "tiny", head="score")
 
 
-@pytest.fixture(scope="module")
-def ten_checkpoints(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("run") / "run"
-    lsp.train(game_config(model, directory, max_steps=10, save_steps=1, save_total_limit=10))
-    return directory
-
-
 @pytest.fixture
 def instructions(tmp_path: Path) -> str:
     rows = [{"instruction": f"Name {n} things.", "dataset": "ab"[n % 2]} for n in range(6)]
@@ -138,16 +131,18 @@ def test_what_a_model_wrote_closes_no_turn(model: Path):
 # --- whole evaluations ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.full
 @needs_sandbox
-def test_ten_checkpoints_compile_once(ten_checkpoints: Path, reward_model: Path, instructions: str, tmp_path: Path):
+@pytest.mark.parametrize("number", [pytest.param(3, marks=pytest.mark.full), pytest.param(10, marks=pytest.mark.slow)])
+def test_many_checkpoints_compile_once(number: int, model: Path, reward_model: Path, instructions: str, tmp_path: Path):
     """Tasks and win rate of every checkpoint, and curves out of them; a rerun makes nothing."""
+    run = tmp_path / "run"
+    lsp.train(game_config(model, run, max_steps=number, save_steps=1, save_total_limit=number))
     task = write(tmp_path / "g.jsonl", [{"question": q, "answer": a} for q, a in GSM8K[:5]])
     config = short(
-        ten_checkpoints,
+        run,
         tmp_path / "out",
         tasks=(f"gsm8k={task}",),
-        winrate_against=str(ten_checkpoints),
+        winrate_against=str(run),
         instructions=instructions,
         judge=JudgeConfig("reward_model", str(reward_model)),
     )
@@ -155,18 +150,18 @@ def test_ten_checkpoints_compile_once(ten_checkpoints: Path, reward_model: Path,
     evaluate(replace(config, steps=("1",), output_dir=str(tmp_path / "one")))
     once = host.compiles()[0] - before
     results = evaluate(replace(config, steps=("all",)))
-    assert once > 0 and host.compiles()[0] - before == once, "nine further checkpoints compile nothing"
-    assert [entry["step"] for entry in results["models"]] == list(range(1, 11))
-    assert len({entry["weights"] for entry in results["models"]}) == 10
+    assert once > 0 and host.compiles()[0] - before == once, "further checkpoints compile nothing"
+    assert [entry["step"] for entry in results["models"]] == list(range(1, number + 1))
+    assert len({entry["weights"] for entry in results["models"]}) == number
     assert all(entry["tasks"]["gsm8k"]["pass@1"]["number"] == 5 for entry in results["models"])
     against = results["winrate"]["against"]
-    assert len(against) == 11 and against[f"{ten_checkpoints}@10"]["ties"] == 6, "the newest is the baseline itself"
-    control = against[f"{ten_checkpoints}@10 (control)"]
+    assert len(against) == number + 1 and against[f"{run}@{number}"]["ties"] == 6, "the newest is the baseline itself"
+    control = against[f"{run}@{number} (control)"]
     assert control["win_rate"]["low"] <= 0.5 <= control["win_rate"]["high"]
     assert all(outcome["position_bias"]["consistent"] == 1.0 for outcome in against.values())
     assert set(control["subsets"]) == {"a", "b"}
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert "results.md" in written and sum(name.startswith("outputs-") for name in written) == 10
+    assert "results.md" in written and sum(name.startswith("outputs-") for name in written) == number
     again = evaluate(replace(config, steps=("all",)))
     assert again == results
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == written

@@ -487,7 +487,7 @@ def test_lsp_gradient() -> None:
     [
         pytest.param(LSP_ZERO, id="lsp-zero"),
         pytest.param(Setting(replace(LSP.loss, alpha_challenger=0.0)), id="solver-alone"),
-        pytest.param(TEMPERED, id="temperature"),
+        pytest.param(TEMPERED, id="temperature", marks=pytest.mark.slow),
     ],
 )
 def test_gradient(setting: Setting) -> None:
@@ -499,7 +499,7 @@ def test_gradient(setting: Setting) -> None:
     "setting",
     [
         pytest.param(replace(LSP, masked=True), id="masked"),
-        pytest.param(replace(TEMPERED, solver=SamplingConfig(0.7, top_k=3)), id="top-k"),
+        pytest.param(replace(TEMPERED, solver=SamplingConfig(0.7, top_k=3)), id="top-k", marks=pytest.mark.slow),
     ],
 )
 def test_gradient_of_the_estimator(setting: Setting) -> None:

@@ -22,6 +22,7 @@ from lsp_jax.play.generate import complete
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from tiny import stopping_dir, tiny_config, tiny_params
 
+QUICK_COMPILES = True  # the time goes into compiling
 CONFIG = tiny_config()
 GREEDY = SamplingConfig(temperature=0)
 SAMPLINGS = [

@@ -22,6 +22,7 @@ from lsp_jax.text.tags import blank_tags, tag_tables
 from test_judge_text import played, speaking_policy, text_reward
 from test_quality import ragged
 
+QUICK_COMPILES = True  # the time goes into compiling
 # {sum} is a whole calculation with its score tag, {s} the score alone, {rubric} the judge's own rubric
 PATTERNS = [
     "{sum}",
@@ -99,8 +100,10 @@ def pairs() -> list[tuple[str, str]]:
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [(["1+0+1+1+0+1+1=5\n", "<score>5</score>"], SAID), (["I do not judge."], None)],
-    ids=["a judge that says 5", "a judge that says nothing"],
+    [
+        pytest.param(["1+0+1+1+0+1+1=5\n", "<score>5</score>"], SAID, id="a judge that says 5"),
+        pytest.param(["I do not judge."], None, id="a judge that says nothing", marks=pytest.mark.slow),
+    ],
 )
 def test_only_the_judges_own_words_are_read(tmp_path: Path, words: list[str], expected: int | None) -> None:
     policy = speaking_policy(tmp_path, words)

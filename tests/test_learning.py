@@ -119,7 +119,7 @@ def test_lsp_learns() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("method", ["lsp-zero", "solver-alone"])
+@pytest.mark.parametrize("method", [pytest.param("lsp-zero", marks=pytest.mark.slow), "solver-alone"])
 def test_learns(method: str) -> None:
     assert_learns(method)
 

@@ -13,6 +13,7 @@ from lsp_jax.errors import InputError
 from lsp_jax.learn import memory as memories
 from lsp_jax.learn.memory import COUNT, EMBEDDINGS, MemoryConfig
 
+QUICK_COMPILES = True  # shares programs with the other modules that play the tiny game
 RNG = np.random.default_rng(0)
 
 
