@@ -53,6 +53,8 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert tree_hash(left / "export") == tree_hash(right / "export")
 
 
+REWRITTEN = ["config.json", "report.html"]
+"""What a start writes anew, with its own settings."""
 QUICK_COMPILES = True  # for every test here: whatever is compared bit by bit is compiled alike
 pytestmark = pytest.mark.full  # every test here starts from a run
 
@@ -145,24 +147,24 @@ def test_never_says_nothing_of_checkpoints(
 def test_a_finished_run_says_so_and_keeps_what_it_wrote(
     half: Path, game_model: Path, capsys: pytest.CaptureFixture[str]
 ):
-    before, calls = tree_hash(half, ["config.json"]), []
+    before, calls = tree_hash(half, REWRITTEN), []
     state = lsp.train(
         config_of(game_model, half, resume="auto", max_steps=K), rewards=[host_reward()], callbacks=[calls.append]
     )
     assert int(state.iteration) == K and calls == []
     assert f"all {K} iterations are done" in capsys.readouterr().out
-    assert tree_hash(half, ["config.json"]) == before
+    assert tree_hash(half, REWRITTEN) == before
 
 
 @pytest.mark.parametrize("export", ["missing", "of an earlier policy"])
 def test_export_is_that_of_the_newest_checkpoint(half: Path, game_model: Path, export: str):
     """A run killed after its last checkpoint and before its export."""
-    before = tree_hash(half, ["config.json"])
+    before = tree_hash(half, REWRITTEN)
     shutil.rmtree(half / "export")
     if export != "missing":
         shutil.copytree(game_model, half / "export")
     train(config_of(game_model, half, resume="must", max_steps=K))
-    assert tree_hash(half, ["config.json"]) == before
+    assert tree_hash(half, REWRITTEN) == before
 
 
 def test_a_resumed_run_shows_its_own_day(tmp_path: Path):
