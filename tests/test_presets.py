@@ -183,7 +183,9 @@ def test_three_iterations(name: str, models: dict[str, Path], tmp_path: Path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("order", [("paper_grpo", "paper_lsp"), ("paper_lsp", "paper_grpo")])
+@pytest.mark.parametrize(
+    "order", [("paper_grpo", "paper_lsp"), pytest.param(("paper_lsp", "paper_grpo"), marks=pytest.mark.slow)]
+)
 def test_two_stages_are_two_commands(order: tuple[str, str], models: dict[str, Path], tmp_path: Path):
     shared = ["--max-steps", 1, "--reward.preference-model", models["reward"], "--reward.quality-max-length", 8]
     shared += ["--play.num-generations", 2, "--play.max-query-length", 8, "--play.max-completion-length", 6]

@@ -115,7 +115,7 @@ def test_the_unclipped_gradient_and_the_saved_states_are_the_same(runs: Runs):
 @pytest.mark.parametrize(
     ("data", "fsdp"),
     [
-        pytest.param(1, 1, id="1 device"),
+        pytest.param(1, 1, id="1 device", marks=pytest.mark.slow),
         pytest.param(1, 4, id="4 devices", marks=pytest.mark.slow),
         pytest.param(2, 4, id="2 x 4 devices", marks=pytest.mark.slow),
     ],

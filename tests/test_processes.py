@@ -151,7 +151,8 @@ def test_different_configurations_are_refused_in_one_line_before_anything_is_wri
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("victim", "way"), [(1, "works"), (0, "works"), pytest.param(1, "sleeps", marks=pytest.mark.slow)]
+    ("victim", "way"),
+    [pytest.param(1, "works", marks=pytest.mark.slow), (0, "works"), pytest.param(1, "sleeps", marks=pytest.mark.slow)],
 )
 def test_killing_one_process_ends_the_other_with_its_name(victim: int, way: str):
     check_killed(run_together("die", victim, way, victim=victim, limit=LIMIT), victim)
@@ -165,7 +166,7 @@ def check_killed(ended: list[Ended], victim: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_error_in_one_process_ends_the_other_with_the_reason(victim: int):
     ended = run_together("die", victim, "raises", victim=victim, limit=LIMIT)
     assert ended[victim].status == 1 and "no room on the disk" in ended[victim].err

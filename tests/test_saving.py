@@ -139,7 +139,7 @@ def test_a_place_that_cannot_be_written_to(game_model: Path, tmp_path: Path):
         lsp.train(replace(config, save_steps=2), rewards=[host_reward()], callbacks=[block])
 
 
-@pytest.mark.parametrize("save_errors", ["stop", "go_on"])
+@pytest.mark.parametrize("save_errors", ["stop", pytest.param("go_on", marks=pytest.mark.slow)])
 def test_a_directory_that_has_become_read_only(
     save_errors: Any, game_model: Path, whole_run: tuple[Path, TrainState], tmp_path: Path
 ):

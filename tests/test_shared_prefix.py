@@ -98,16 +98,19 @@ def assert_same(got: tuple[Any, Any, Any], plain: tuple[Any, Any, Any], batch: L
 
 
 CASES = [
-    {"micro_batch_size": 8},  # whole groups
     {"micro_batch_size": 12},  # the last micro-batch filled up with groups without weight
-    {"micro_batch_size": 6},  # no multiple: one group at a time
     {"micro_batch_size": 2, "remat": "full"},  # half a group
     {"micro_batch_size": 3, "remat": "dots"},  # no divisor: two rows at a time
+]
+RARE = [
+    {"micro_batch_size": 8},  # whole groups
+    {"micro_batch_size": 6},  # no multiple: one group at a time
     {"micro_batch_size": 1},  # nothing to share
 ]
+RARE = [pytest.param(case, marks=pytest.mark.slow) for case in RARE]
 
 
-@pytest.mark.parametrize("change", everyday(CASES, 1, 3), ids=str)
+@pytest.mark.parametrize("change", [*everyday(CASES, 0, 1), *RARE], ids=str)
 def test_gradient_reference_and_metrics_equal_those_of_the_plain_form(
     params: llama.Params, reference_params: llama.Params, change: dict[str, Any]
 ) -> None:
@@ -177,7 +180,7 @@ def test_rows_are_sorted_inside_their_groups_and_groups_among_themselves() -> No
         assert sorted(moved[GROUP * group : GROUP * (group + 1)]) == sorted(original[start : start + GROUP])
 
 
-@pytest.mark.parametrize("sharing", everyday([(1, 1), (GROUP, 6)], 1), ids=str)
+@pytest.mark.parametrize("sharing", [pytest.param((1, 1), marks=pytest.mark.slow), (GROUP, 6)], ids=str)
 def test_width_changes_no_number(
     params: llama.Params, reference_params: llama.Params, sharing: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
