@@ -285,7 +285,7 @@ train(config, rewards=[host_reward()], callbacks=[kill])
 QUALITY = RewardConfig(quality_weight=0.5)
 
 
-@pytest.mark.slow  # `test_resume_kinds.py` kills one run every day
+@pytest.mark.full
 def test_kill_9_in_the_middle_and_resume(game_model: Path, tmp_path: Path):
     """Killed in iteration 5 of 6, with the save of iteration 4 just begun: goes on from 4 or from 2."""
     tests = Path(__file__).parent
