@@ -64,7 +64,7 @@ def test_everything_is_drawn(browser: Browser, reports: dict[str, Path], tmp_pat
     count = "document.querySelectorAll('{}').length".format
     assert browser.run(count("#curves .main-svg")) >= 10 and browser.run(count("#times .main-svg")) >= 1
     assert browser.run(count("#curves .scatterlayer .trace path.js-line")) == 14
-    assert browser.run(count("#curves .shapelayer path")) >= 10  # where the alarm began
+    assert browser.run(count("#curves .shapelayer path")) == 9  # where the alarm began
     assert browser.run(count("#alarms tr")) == 3
     assert browser.run(count("#times .barlayer .trace")) == 6
     look(browser, reports["healthy"], tmp_path, "healthy")
