@@ -43,7 +43,7 @@ torch = pytest.importorskip("torch")
 datasets = pytest.importorskip("datasets")
 
 CONFIG = tiny_config(tie_word_embeddings=False)
-OPT = OptimizerConfig(micro_batch_size=4, logprob_chunk=16, remat=False)
+OPT = OptimizerConfig(micro_batch_size=4, logprob_chunk=16, remat="none")
 N, G, LONGEST, TEMPERATURE = 3, 4, 9, 0.7
 LENGTHS = np.array([5, 7, 1, 3, 2, 6, 4, 7, 3, 1, 5, 2])
 PLAYED, MOVED, REFERENCE = 0, 1, 2  # seeds of parameters
