@@ -20,7 +20,6 @@ from test_trainer import game_config, host_reward, read_lines, tree_hash
 
 QUICK_COMPILES = True  # whatever is compared is compiled alike
 PLAY = PlayConfig(num_queries=4, num_generations=2, max_query_length=8, max_completion_length=12)
-ITERATIONS = 21
 
 
 def config_of(model: Path, directory: Path, chunk: int, **changes: Any) -> TrainConfig:
@@ -28,13 +27,16 @@ def config_of(model: Path, directory: Path, chunk: int, **changes: Any) -> Train
     return game_config(model, directory, **{**fields, **changes})
 
 
-@pytest.mark.full
+@pytest.mark.parametrize(
+    ("iterations", "lengths"),
+    [pytest.param(21, 10, marks=pytest.mark.full), pytest.param(51, 20, marks=pytest.mark.slow)],
+)
 def test_a_run_in_chunks_plays_the_same_and_compiles_nothing_once_it_has_begun(
-    game_model: Path, tmp_path: Path
+    game_model: Path, tmp_path: Path, iterations: int, lengths: int
 ) -> None:
-    """Iterations of changing lengths with everything compiled before (`benchmarks/compile.py` has 51 of a real model);
-    two of them in one piece to compare with."""
-    long = {"max_steps": ITERATIONS, "save_steps": ITERATIONS, "precompile": True, "profile": True}
+    """Iterations of more than that many mean lengths with everything compiled before; two of them in one piece to
+    compare with."""
+    long = {"max_steps": iterations, "save_steps": iterations, "precompile": True, "profile": True}
     lsp.train(config_of(game_model, tmp_path / "chunks", 5, **long), rewards=[host_reward()])
     lsp.train(config_of(game_model, tmp_path / "whole", 0, max_steps=2), rewards=[host_reward()])
     chunked, whole = (read_lines(tmp_path / name / "transcripts.jsonl") for name in ("chunks", "whole"))
@@ -42,7 +44,7 @@ def test_a_run_in_chunks_plays_the_same_and_compiles_nothing_once_it_has_begun(
         (r["query"], [a["text"] for a in r["answers"]]) for r in whole
     ]
     metrics = read_lines(tmp_path / "chunks" / "metrics.jsonl")
-    assert len({line["solver/completions/mean_length"] for line in metrics}) > 10
+    assert len({line["solver/completions/mean_length"] for line in metrics}) > lengths
     assert {line["compile/count"] for line in metrics[1:]} == {metrics[1]["compile/count"]}
     assert all(line["host_reads"] >= 1 for line in metrics)
     assert read_lines(tmp_path / "whole" / "metrics.jsonl")[0]["host_reads"] < metrics[0]["host_reads"]

@@ -247,20 +247,31 @@ QUESTIONS = [
     "Translate 'good morning' into French.",
     "Why is the sky blue? Answer in a few words.",
     "Complete: The quick brown fox",
+    *(f"What is {a} + {b}?" for a, b in ((3, 4), (7, 8), (100, 1), (9, 9), (55, 45))),
+    "Who wrote Hamlet?",
+    "What is the opposite of hot?",
+    "List the days of the week.",
+    "What is H2O?",
+    "Say yes.",
+    "How many legs has a spider?",
+    "Give me a word that rhymes with cat.",
 ]
 
 
-@pytest.mark.full
-def test_demo_model_in_one_batch_equals_transformers_one_by_one(demo_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "length"), [pytest.param(8, 16, marks=pytest.mark.full), pytest.param(20, 24, marks=pytest.mark.slow)]
+)
+def test_demo_model_in_one_batch_equals_transformers_one_by_one(demo_dir: Path, number: int, length: int) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    policy = lsp.load_pretrained(demo_dir)
-    ours = lsp.generate(policy, QUESTIONS, temperature=0, max_completion_length=16)
+    policy, questions = lsp.load_pretrained(demo_dir), QUESTIONS[:number]
+    assert len(questions) == number
+    ours = lsp.generate(policy, questions, temperature=0, max_completion_length=length)
     assert "Paris" in ours[0]
     model = AutoModelForCausalLM.from_pretrained(demo_dir, dtype=torch.float32).eval()
-    for question, text in zip(QUESTIONS, ours, strict=True):
+    for question, text in zip(questions, ours, strict=True):
         ids = policy.tokenizer.chat_ids(question)
         with torch.no_grad():
-            out = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :].tolist()
+            out = model.generate(torch.tensor([ids]), max_new_tokens=length, do_sample=False)[0, len(ids) :].tolist()
         assert text == policy.tokenizer.decode(out, skip_special_tokens=True)

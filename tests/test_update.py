@@ -192,6 +192,10 @@ def test_full_kl_alone_equals_enumeration(params: llama.Params, reference_params
         (7, "sequence", False, (1, 4)),
         (7, "token_mean", False, (2,)),
         (8, "constant_length", False, (4,)),
+        pytest.param(8, "sequence", False, (1, 2, 4), marks=pytest.mark.slow),
+        pytest.param(7, "sequence", False, (2,), marks=pytest.mark.slow),
+        pytest.param(8, "token_mean", False, (1, 2, 4), marks=pytest.mark.slow),
+        pytest.param(7, "constant_length", False, (1, 2, 4), marks=pytest.mark.slow),
     ],
 )
 def test_micro_batches_add_up_to_the_same_gradient(
