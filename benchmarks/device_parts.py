@@ -168,7 +168,7 @@ def play_once(
         return out
 
     key = stages.iteration_key(jax.random.key(0), state)
-    params = timed("cast", stages.rollout_params, state.params, game)
+    params = timed("cast", stages.rollout_params, state.params, game, {})
     queries = timed("challenge", stages.challenge, params, rewards[0].params["kinds"], key, game)
     queries = queries._replace(valid=jnp.ones_like(queries.valid))
     episode = timed("solve", stages.solve, params, queries, key, game)
@@ -193,7 +193,7 @@ def whole_iteration(model: LlamaConfig, micro_batch: int, sizes: Sizes) -> Resul
     config = make_config(sizes.play, micro_batch)
     game = make_game(model, config)
     state = random_state(model, game.optimizer)
-    reference = stages.rollout_params(state.params, game)  # bfloat16, so a copy
+    reference = stages.rollout_params(state.params, game, {})  # bfloat16, so a copy
     rewards = make_rewards(reference, game, config)
     state, _, first = play_once(state, reference, rewards, game)
     state, metrics, phases = play_once(state, reference, rewards, game)

@@ -137,15 +137,29 @@ class ExportOptions:
     """Checkpoint to export; 0 is the newest."""
     dtype: str = ""
     """float32, bfloat16 or float16; empty keeps the checkpoint's."""
+    adapters: bool = False
+    """Write the run's adapters as PEFT's two files instead of the whole model with the adapters merged."""
+    push_to_hub: str = ""
+    """Upload what was written to this repository of the Hugging Face hub (`owner/name`); needs HF_TOKEN."""
+    private: bool = False
+    """Make that repository a private one, where it is new."""
 
 
 def export(arguments: Sequence[str]) -> None:
     """Write a run's policy as a Hugging Face directory: `lsp-jax export RUN DIR`."""
-    from lsp_jax.run.folder import export_run
+    from lsp_jax.run.folder import export_adapters, export_run, push_to_hub
 
     options = tyro.cli(ExportOptions, args=list(arguments), prog="lsp-jax export")
-    step = export_run(options.run, options.directory, options.step or None, options.dtype or None)
-    print(f"{options.directory}: the policy of {options.run} after iteration {step}")
+    if options.adapters and options.dtype:
+        raise InputError("dtype", options.dtype, "adapters are written as they are, in float32: leave it out")
+    if options.adapters:
+        step = export_adapters(options.run, options.directory, options.step or None)
+    else:
+        step = export_run(options.run, options.directory, options.step or None, options.dtype or None)
+    what = "adapters" if options.adapters else "policy"
+    print(f"{options.directory}: the {what} of {options.run} after iteration {step}")
+    if options.push_to_hub:
+        print(f"uploaded to {push_to_hub(options.directory, options.push_to_hub, options.private)}")
 
 
 def evaluate(arguments: Sequence[str]) -> None:

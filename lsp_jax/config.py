@@ -19,6 +19,7 @@ from lsp_jax.errors import InputError, one_of
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.memory import MemoryConfig
 from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.model.lora import LoraConfig
 from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.play.data import DataConfig
 from lsp_jax.play.sampler import SamplingConfig
@@ -116,6 +117,8 @@ class TrainConfig:
     """What is kept of the Challenger's queries."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The objective."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters in place of all parameters."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How the parameters move."""
 
@@ -149,6 +152,7 @@ class TrainConfig:
         self.reward.check()
         self.data.check()
         self.loss.check()
+        self.lora.check()
         self.optimizer.check()
         self.play.check(trains_challenger=self.loss.alpha_challenger > 0)
         self.health.check()

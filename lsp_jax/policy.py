@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ from lsp_jax.model.weights import INDEX, check_dtype, load_params, read_config, 
 from lsp_jax.paths import check_writable, user_path
 from lsp_jax.text.tokenizer import FILES, Tokenizer
 
+CARD = "README.md"
 _WEIGHTS = "model*.safetensors"
 _EXPORT = ("config.json", _WEIGHTS, INDEX, *FILES)
 _COMMIT = re.compile(r"[0-9a-f]{40}")  # the hub's cache names its directories by it
@@ -78,8 +80,9 @@ def open_pretrained(path_or_hub_id: str | Path, revision: str | None = None, hea
     return directory, Policy(config, {}, tokenizer, str(path_or_hub_id), commit)
 
 
-def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = None) -> None:
-    """Writes a directory that transformers and vLLM read: config, safetensors (`dtype` None keeps it), tokenizer.
+def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = None, card: str = "") -> None:
+    """Writes a directory that transformers and vLLM read: config, safetensors (`dtype` None keeps it), tokenizer; and a
+    model `card` as README.md, which a later export replaces unless it was edited.
 
     All is written and synced beside `directory`, then renamed into place: a failure leaves what was there before. An
     earlier export is replaced (two renames); a directory that holds anything else is refused with InputError. In a run
@@ -99,6 +102,8 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
     try:
         save_params(policy.params, policy.config, fresh, dtype)
         policy.tokenizer.save(fresh)
+        if card:
+            (fresh / CARD).write_text(card + _seal(card), encoding="utf-8")
         _sync(fresh)
         check_replaceable(target)  # saving takes long enough for someone to have put a file there
         if target.exists():
@@ -155,11 +160,25 @@ def check_replaceable(target: Path) -> None:
         raise InputError("directory", str(target), "is a file; give a new directory")
     names = sorted(entry.name for entry in target.iterdir())
     foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in _EXPORT)]
+    if CARD in foreign and _is_ours(target / CARD):
+        foreign.remove(CARD)
     weights = any(fnmatch(name, _WEIGHTS) for name in names)
     if names and (foreign or not weights or "config.json" not in names):
         first = (foreign or names)[0]
         remedy = f"holds {first} and is not an earlier export; give an empty or new directory"
         raise InputError("directory", str(target), remedy)
+
+
+def _seal(card: str) -> str:
+    """The last line of a card of ours: what it was when it was written."""
+    return f"<!-- lsp_jax {hashlib.sha256(card.encode()).hexdigest()} -->\n"
+
+
+def _is_ours(card: Path) -> bool:
+    """Whether the file is a card as an export wrote it: one that was edited is somebody's work."""
+    whole = card.read_text(encoding="utf-8", errors="replace")
+    text, mark, _ = whole.rpartition("<!-- lsp_jax ")
+    return bool(mark) and whole == text + _seal(text)
 
 
 def _sync(directory: Path) -> None:

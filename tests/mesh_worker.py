@@ -50,7 +50,7 @@ def vector(tree: Any) -> np.ndarray:
 def iteration(run: setup.Run) -> dict[str, Any]:
     """The stages by themselves, so that the gradient before clipping can be seen."""
     key = stages.iteration_key(run.seed_key, state := start(run))
-    params = stages.rollout_params(state.params, run.game)
+    params = stages.rollout_params(state.params, run.game, run.reference)
     episode = stages.solve(params, stages.challenge(params, run.kinds, key, run.game), key, run.game)
     outputs = tuple(stages.score(reward.score, at_work(reward.params), episode) for reward in run.rewards)
     learnable = stages.learn_batch(episode, outputs, run.specs, run.game)

@@ -156,7 +156,7 @@ def episodes(solver: SamplingConfig, challenger: SamplingConfig) -> Episode:
 
     def play(iteration: jax.Array) -> Episode:
         key = stages.iteration_key(jax.random.key(11), state._replace(iteration=iteration))
-        params = stages.rollout_params(state.params, game)
+        params = stages.rollout_params(state.params, game, {})
         return stages.solve(params, stages.challenge(params, jnp.asarray(KINDS), key, game), key, game)
 
     return batched(play, jnp.arange(DRAWS))

@@ -71,7 +71,7 @@ def test_old_log_probabilities_are_those_of_the_sampled_distribution(own: bool) 
     game = replace(GAME, loss=replace(GAME.loss, importance_cap=2.0 if own else 0.0))
     assert game.learner_rounds_apart == own
     batch, _ = play(game, fresh())
-    old = stages.with_old_logprobs(POLICY, batch, game)
+    old = stages.with_old_logprobs(POLICY, REFERENCE, batch, game)
     learner = stages.reference(POLICY, batch, game)  # the learner's pass over the same rows
     for rows, mine in zip(old, learner, strict=True):
         mask = np.asarray(rows.mask)
@@ -88,7 +88,7 @@ def test_learning_repeats_one_update_with_the_old_log_probabilities_kept() -> No
     assert (int(state.iteration), int(state.skipped)) == (1, 0)
     assert int(optax.tree.get(state.opt_state[1][0], "count")) == 3
 
-    fixed = stages.with_old_logprobs(POLICY, batch, GAME)
+    fixed = stages.with_old_logprobs(POLICY, REFERENCE, batch, GAME)
     by_hand, each = fresh(), []
     for _ in range(3):
         by_hand, one = stages.update(by_hand, REFERENCE, fixed, references, GAME)

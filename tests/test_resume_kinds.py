@@ -1,4 +1,4 @@
-"""Every kind of run goes on exactly: LSP, LSP-Zero and GRPO with data, with accumulation and inner epochs of two."""
+"""Every kind of run goes on exactly: LSP, LSP-Zero, GRPO with data and adapters, with accumulation and two epochs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import lsp_jax as lsp
 from lsp_jax.config import RewardConfig
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.model.lora import LoraConfig
 from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.play.data import DataConfig
 from lsp_jax.text.prompts import PromptConfig
@@ -42,6 +43,7 @@ KINDS = {
     "LSP": lambda _: {"loss": LossConfig(num_iterations=2), "reward": RewardConfig(quality_weight=0.5)},
     "LSP-Zero": lambda _: {"loss": LossConfig(num_iterations=2, use_quality=False)},
     "GRPO": grpo,
+    "LSP with adapters": lambda _: {"loss": LossConfig(num_iterations=2), "lora": LoraConfig(rank=2)},
 }
 
 

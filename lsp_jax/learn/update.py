@@ -221,14 +221,16 @@ def role_gradients(
     temperature: float,
     total: Params | None = None,
     group: int = 1,
+    whole: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[jax.Array, Metrics, Params]:
     """Loss, metric sums and float32 gradient of one role's rows, added up over micro-batches and onto `total`.
 
-    Each `group` consecutive rows have one prompt.
+    Each `group` consecutive rows have one prompt. `whole` makes the model's parameters of those that are trained.
     """
     size, share = _micro_rows(rows, opt, group)
 
     def micro_loss(params: Params, rows: Rows, ref: Reference) -> tuple[jax.Array, Metrics]:
+        params = whole(params)
         hidden = completion_hidden(params, config, rows, opt.remat, share)
         against = None if ref.hidden is None else (reference_params, ref.hidden)
         stats = token_statistics(
@@ -284,21 +286,22 @@ def gradients(
     opt: OptimizerConfig,
     temperature: tuple[float, float],
     sharing: tuple[int, int] = (1, 1),
+    whole: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[Params, Metrics]:
     """The unclipped joint gradient of L = L_Sol + alpha_Ch * L_Ch, and metrics under `solver/` and `challenger/`.
 
     `params` may be a lower-precision copy of the master parameters: gradients are added up in float32. `sharing` is
     how many consecutive rows of the Solver and of the Challenger have one prompt; the gradient is the same without it.
+    The gradient is that of `params`, of which `whole` makes the model's parameters.
     """
     solver, challenger = references
     value, sums, grads = role_gradients(
-        params, reference_params, batch.solver, solver, config, loss, opt, temperature[0], None, sharing[0]
+        params, reference_params, batch.solver, solver, config, loss, opt, temperature[0], None, sharing[0], whole
     )
     metrics = {"loss": value, **_means("solver", sums, value)}
     if batch.challenger is not None and challenger is not None:
-        value, sums, grads = role_gradients(
-            params, reference_params, batch.challenger, challenger, config, loss, opt, temperature[1], grads, sharing[1]
-        )
+        arguments = batch.challenger, challenger, config, loss, opt, temperature[1], grads, sharing[1], whole
+        value, sums, grads = role_gradients(params, reference_params, *arguments)
         metrics |= {"loss": metrics["loss"] + value, **_means("challenger", sums, value)}
     return grads, metrics
 

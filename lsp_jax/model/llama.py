@@ -25,7 +25,7 @@ from lsp_jax.model.attention import Segment, as_held, attend, causal_mask, lengt
 from lsp_jax.model.cache import DecodeCache, KVCache, written
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.flash import causal_attention
-from lsp_jax.model.modules import Llama, RMSNorm, Rotation, layer_graph, rotation
+from lsp_jax.model.modules import Llama, RMSNorm, Rotation, layer_of, rotation
 from lsp_jax.model.sharding import TENSOR, row_axes, shard, shard_rows
 
 Params = dict[str, Any]
@@ -98,10 +98,9 @@ def hidden_states(
         positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
         visible = visible & mask[:, None, None, :]
     angles = rotation(positions, config)
-    graph = layer_graph(config)
 
     def body(x: jax.Array, layer_params: Params) -> tuple[jax.Array, None]:
-        layer = nnx.merge(graph, layer_params)
+        layer = layer_of(config, layer_params)
         queries, keys, values = layer.project(x, angles)
         if mask is None:
             return layer.finish(x, causal_attention(queries, keys, values)), None
@@ -133,10 +132,10 @@ def shared_hidden_states(
     after = jnp.repeat(lengths, tokens.shape[0] // prompts.shape[0])
     prompt_angles = rotation(jnp.broadcast_to(jnp.arange(width)[None], prompts.shape), config)
     angles = rotation(after[:, None] + jnp.arange(length)[None], config)
-    seen, visible, graph = length_mask(lengths, width), causal_mask(length), layer_graph(config)
+    seen, visible = length_mask(lengths, width), causal_mask(length)
 
     def body(streams: tuple[jax.Array, jax.Array], layer_params: Params) -> tuple[tuple[jax.Array, jax.Array], None]:
-        layer, (prompt, x) = nnx.merge(graph, layer_params), streams
+        layer, (prompt, x) = layer_of(config, layer_params), streams
         queries, keys, values = layer.project(prompt, prompt_angles)
         prompt = layer.finish(prompt, causal_attention(queries, keys, values))
         queries, own_keys, own_values = layer.project(x, angles)
@@ -167,10 +166,10 @@ def extend(
     batch, length = tokens.shape
     angles = rotation(_total_lengths(prefixes, batch)[:, None] + jnp.arange(length)[None], config)
     masks = [length_mask(prefix.lengths, prefix.values.shape[3]) for prefix in prefixes]
-    visible, graph = causal_mask(length), layer_graph(config)
+    visible = causal_mask(length)
 
     def body(x: jax.Array, xs: tuple[Params, list[Any]]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        layer = nnx.merge(graph, xs[0])
+        layer = layer_of(config, xs[0])
         queries, keys, values = layer.project(x, angles)
         own = as_held(keys, values)
         if not prefixes:
@@ -246,7 +245,7 @@ def _decode_layer(
     column: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """One layer of `decode_step`: keys and values of the prefixes and of the cache, the cache's mask last."""
-    layer = nnx.merge(layer_graph(config), layer_params)
+    layer = layer_of(config, layer_params)
     queries, key, value = layer.project(x, angles)
     held, own = written(held, *as_held(key, value), column)
     segments = [Segment(*pair, mask) for pair, mask in zip([*shared, own], masks, strict=True)]

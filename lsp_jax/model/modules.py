@@ -2,13 +2,14 @@
 
 Names are Hugging Face's; projections are stored [in, out], embeddings and an untied head [vocabulary, hidden].
 Activations have the dtype of the parameters; norms and RoPE are float32. Attention itself comes between a layer's
-`project` and `finish` (`model/llama.py`), since every pass attends to something else.
+`project` and `finish` (`model/llama.py`), since every pass attends to something else. A projection may have low-rank
+adapters beside its weight (`model/lora.py`).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.weight[...]
+        if hasattr(self, "lora_A"):
+            y = y + (x @ self.lora_A[...]) @ self.lora_B[...]
         return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,)) if hasattr(self, "bias") else y
 
 
@@ -136,7 +139,23 @@ class Llama(nnx.Module):
             self.lm_head = Embedding(config, rngs)
 
 
+def layer_of(config: LlamaConfig, params: dict[str, Any]) -> DecoderLayer:
+    """One decoder layer with its slice of the stacked parameters."""
+    parts = "self_attn", "mlp"
+    adapted = [(part, name) for part in parts for name, leaves in params[part].items() if "lora_A" in leaves]
+    return nnx.merge(_layer_graph(config, tuple(adapted)), params)
+
+
 @lru_cache
-def layer_graph(config: LlamaConfig) -> nnx.GraphDef[DecoderLayer]:
-    """The structure of one decoder layer, to be merged with a layer's slice of the stacked parameters."""
-    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, nnx.Rngs(0))))[0]
+def _layer_graph(config: LlamaConfig, adapted: tuple[tuple[str, str], ...]) -> nnx.GraphDef[DecoderLayer]:
+    """The structure of one decoder layer in which those projections (part, name) have adapters."""
+
+    def layer() -> DecoderLayer:
+        made = DecoderLayer(config, nnx.Rngs(0))
+        for part, name in adapted:
+            projection = getattr(getattr(made, part), name)
+            # what is merged brings the shapes
+            projection.lora_A, projection.lora_B = nnx.Param(jnp.zeros(())), nnx.Param(jnp.zeros(()))
+        return made
+
+    return nnx.split(nnx.eval_shape(layer))[0]

@@ -57,6 +57,12 @@ _PARTITIONS = {
     "lm_head/weight": P(TENSOR, FSDP),
     "score/weight": P(FSDP, None),
 }
+# An adapter is spread as its projection is on the side that it touches, whole along its rank.
+_PARTITIONS |= {
+    path.replace("weight", kind): spec
+    for path, (_, inputs, outputs) in ((path, axes) for path, axes in _PARTITIONS.items() if "_proj/weight" in path)
+    for kind, spec in (("lora_A", P(None, inputs, None)), ("lora_B", P(None, None, outputs)))
+}
 
 
 # --- the mesh ----------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lsp_jax.config import TrainConfig
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.lora import united
 from lsp_jax.model.sharding import Layout, shardings, use_mesh
 from lsp_jax.play.selfplay import Queries
 from lsp_jax.reward.base import RewardOutput, RewardSpec
@@ -136,8 +137,7 @@ def compile_run(
     _start(compiler, config, game, reward_model)
     kinds = alive["kinds"] = put(_array(jnp.uint8, game.model.vocab_size))
     key = put(jax.eval_shape(jax.random.key, 0))
-    handover = jax.jit(partial(stages.rollout_params, game=game))
-    params = alive["playing copy"] = compiler.stage("handover", handover.lower, alive["state"].params)
+    params = _handover(compiler, game)
     if config.data.source:
         queries = put(_data_queries(game))
     else:
@@ -151,11 +151,25 @@ def compile_run(
     return compiler
 
 
+def _handover(compiler: Compiler, game: Game) -> Any:
+    """The parameters that play. Adapters on one device play beside the reference, of which no copy is made."""
+    alive, state = compiler.alive, compiler.alive["state"]
+    if game.lora.rank and compiler.mesh.size == 1:
+        lower = partial(stages.adapters_cast.lower, game=game)
+        adapters = alive["playing copy"] = compiler.stage("handover", lower, state.params)
+        return united(alive["reference"], adapters)
+    handover = jax.jit(partial(stages.rollout_params, game=game))
+    base = alive["reference"] if game.lora.rank else {}
+    params = compiler.stage("handover", lambda params, base: handover.lower(params, base=base), state.params, base)
+    alive["playing copy"] = params
+    return params
+
+
 def _start(compiler: Compiler, config: TrainConfig, game: Game, reward_model: LlamaConfig | None) -> None:
     """What lies there during the whole run, and how the state is made from the loaded parameters."""
     alive, put = compiler.alive, compiler.put
     loaded = llama.params_shape(game.model)
-    alive["loaded"] = put(_as(loaded, config.param_dtype), "train")
+    alive["loaded"] = put(_as(loaded, game.compute_dtype if game.lora.rank else config.param_dtype), "train")
     alive["reference"] = put(_as(loaded, game.compute_dtype), "train")
     if reward_model is not None:
         alive["reward model"] = put(_as(llama.params_shape(reward_model), "bfloat16"), "train")
@@ -213,12 +227,11 @@ def _learn(compiler: Compiler, config: TrainConfig, game: Game, episode: Any) ->
     alive["batch"] = batch
     lower = partial(stages.reference.lower, game=game)
     references = alive["references"] = compiler.stage("reference", lower, alive["reference"], batch)
-    state = alive["state"]
+    state, against = alive["state"], alive["reference"] if game.needs_base else {}
     if game.loss.num_iterations > 1:
         lower = partial(stages.with_old_logprobs.lower, game=game)
-        batch = alive["batch"] = compiler.stage("old log-probabilities", lower, state.params, batch)
+        batch = alive["batch"] = compiler.stage("old log-probabilities", lower, state.params, against, batch)
     update = partial(stages.update.lower, game=game)
-    against = alive["reference"] if game.loss.kl_estimator == "full" else {}
     compiler.stage("update", update, state, against, batch, references, times=game.loss.num_iterations)
 
 

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from huggingface_hub import HfApi
 from jax.sharding import Mesh
 
 from lsp_jax import config as configs
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import InputError
-from lsp_jax.model.llama import Params, cast, init_params
-from lsp_jax.model.weights import check_dtype, read_config
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.llama import Params, cast, init_params, params_shape
+from lsp_jax.model.lora import check_adapters_replaceable, init_adapters, merged, save_adapters
+from lsp_jax.model.weights import check_dtype, load_params, read_config
 from lsp_jax.paths import check_writable, user_path
-from lsp_jax.policy import Policy, check_replaceable, save_pretrained
+from lsp_jax.policy import Policy, check_replaceable, open_pretrained, save_pretrained
+from lsp_jax.run.card import model_card
 from lsp_jax.run.checkpoint import Checkpoints, Damaged, abstract
+from lsp_jax.run.identity import parameters_digest
 from lsp_jax.run.metrics import FILES
 from lsp_jax.text.tokenizer import Tokenizer
 
@@ -111,16 +116,64 @@ def load_run_params(run: str | Path, step: int, dtype: str | None = None, mesh: 
     """The policy's parameters at checkpoint `step` of a run, in `dtype` (None keeps the checkpoint's), spread over
     `mesh`, whatever mesh saved them."""
     run = user_path("run", run)
-    model, stored = read_config(run / BASE), TrainConfig.load(run / "config.json").param_dtype
-    shapes = abstract(mesh, lambda: cast(init_params(model, jax.random.key(0)), stored))
+    model, config = read_config(run / BASE), TrainConfig.load(run / "config.json")
+    if config.lora.rank:
+        adapters = load_run_adapters(run, step, mesh)
+        params = merged(_base_params(run, config, model, mesh), adapters, config.lora)
+        return cast(params, dtype or config.param_dtype)
+    shapes = abstract(mesh, lambda: cast(init_params(model, jax.random.key(0)), config.param_dtype))
+    params = _restored(run, step, shapes)
+    return params if dtype is None else cast(params, dtype)
+
+
+def load_run_adapters(run: str | Path, step: int, mesh: Mesh | None = None) -> Params:
+    """The adapters at checkpoint `step` of a run, float32. Raises InputError where the run trained no adapters."""
+    run = user_path("run", run)
+    lora = TrainConfig.load(run / "config.json").lora
+    if not lora.rank:
+        raise InputError("run", str(run), "trained all parameters, not adapters (--lora.rank): export them merged")
+    model = params_shape(read_config(run / BASE))
+    return _restored(run, step, abstract(mesh, lambda: init_adapters(model, lora)))
+
+
+def _restored(run: Path, step: int, shapes: Params) -> Params:
+    """What a checkpoint holds as the policy's parameters."""
     checkpoints = Checkpoints(run / CHECKPOINTS)
     try:
-        params = checkpoints.restore_params(step, shapes)
+        return checkpoints.restore_params(step, shapes)
     except Damaged as error:
         raise InputError("checkpoint", f"{checkpoints.directory}/{step}", f"is damaged: {error}") from error
     finally:
         checkpoints.close()
-    return params if dtype is None else cast(params, dtype)
+
+
+def _base_params(run: Path, config: TrainConfig, model: LlamaConfig, mesh: Mesh | None) -> Params:
+    """The float32 parameters that a run's adapters were trained beside; InputError where they are others by now."""
+    if config.init_from:
+        source = config.init_from
+        base = load_run_params(source, config.init_step, "float32", mesh)
+    else:
+        source = config.model
+        base = load_params(open_pretrained(source, config.revision or None)[0], model, "float32", mesh)
+    known = json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"]["digest"]
+    if known not in (parameters_digest(cast(base, dtype)) for dtype in ("float32", "bfloat16")):
+        raise InputError("model", source, f"its parameters are not those that the adapters in {run} were trained on")
+    return base
+
+
+def export_adapters(run: str | Path, directory: str | Path, step: int | None = None) -> int:
+    """Writes the adapters of a run's checkpoint (the newest without `step`) as PEFT's two files.
+
+    Returns the checkpoint's iteration. Raises InputError when the folder holds no run with adapters, no such
+    checkpoint, or `directory` anything else than an earlier export of adapters.
+    """
+    target = user_path("directory", directory)
+    check_adapters_replaceable(target)
+    step = _checked_step(user_path("run", run), step, "step")
+    adapters = load_run_adapters(run, step)
+    config = TrainConfig.load(user_path("run", run) / "config.json")
+    save_adapters(adapters, config.lora, config.init_from or config.model, target)
+    return step
 
 
 def export_run(run: str | Path, directory: str | Path, step: int | None = None, dtype: str | None = None) -> int:
@@ -133,8 +186,24 @@ def export_run(run: str | Path, directory: str | Path, step: int | None = None, 
     check_replaceable(user_path("directory", directory))
     step = _checked_step(user_path("run", run), step, "step")
     policy = open_run(run)
-    save_pretrained(replace(policy, params=load_run_params(run, step)), directory, dtype)
+    card = model_card(user_path("run", run), step)
+    save_pretrained(replace(policy, params=load_run_params(run, step)), directory, dtype, card)
     return step
+
+
+def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> str:
+    """Uploads an export, or a folder of adapters, to the hub as `repo_id`, which is made where it is missing, and
+    returns its address. Needs HF_TOKEN with the right to write. Raises InputError where the hub refuses."""
+    folder = user_path("directory", directory)
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise InputError("directory", str(directory), "holds no export; write one first")
+    try:
+        url = HfApi().create_repo(repo_id, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export of lsp_jax")
+    except Exception as error:  # whatever the network does; its text may quote the token's header: left out
+        remedy = f"could not be uploaded ({type(error).__name__}): is HF_TOKEN set, with the right to write there?"
+        raise InputError("push_to_hub", repo_id, remedy) from None
+    return str(url)
 
 
 def _checked_step(run: Path, step: int | None, field: str) -> int:

@@ -12,6 +12,7 @@ from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.flash import fused_kernel
 from lsp_jax.model.llama import Params
+from lsp_jax.model.lora import LoraConfig, attached, init_adapters
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.text.prompts import PlayPrompts
@@ -32,6 +33,7 @@ class Game:
     compute_dtype: str
     """dtype of forward and backward passes; master parameters keep theirs."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def trains_challenger(self) -> bool:
@@ -39,9 +41,19 @@ class Game:
 
     @property
     def fresh_state(self) -> Callable[[Params], TrainState]:
-        """From the parameters to the state that a run starts with; to be jitted."""
+        """From the loaded parameters to the state that a run starts with; to be jitted."""
         size = (self.memory.size, self.model.hidden_size) if self.trains_challenger else None
-        return partial(init_state, config=self.optimizer, memory=size)
+        start = partial(init_state, config=self.optimizer, memory=size)
+        return (lambda params: start(init_adapters(params, self.lora))) if self.lora.rank else start
+
+    def whole(self, base: Params) -> Callable[[Params], Params]:
+        """From the parameters that are trained, all or adapters of `base`, to those of the model."""
+        return partial(attached, base, lora=self.lora) if self.lora.rank else lambda params: params
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the update computes with the frozen reference: with adapters, and for the exact KL."""
+        return self.lora.rank > 0 or self.loss.kl_estimator == "full"
 
     @property
     def learner_rounds_apart(self) -> bool:

@@ -62,9 +62,18 @@ def _handover(params: llama.Params, dtype: str) -> llama.Params:
     return shard_params(llama.cast(params, dtype), "decode")
 
 
-def rollout_params(params: llama.Params, game: Game) -> llama.Params:
-    """The parameters that play: the master parameters cast and laid out for decoding by one jitted function, or those
-    themselves when on a single device they have the dtype."""
+@partial(jax.jit, static_argnames="game")
+def adapters_cast(adapters: llama.Params, game: Game) -> llama.Params:
+    """Adapters in the compute dtype."""
+    return shard_params(llama.cast(adapters, game.compute_dtype))
+
+
+def rollout_params(params: llama.Params, game: Game, base: llama.Params) -> llama.Params:
+    """The parameters that play: the trained ones cast and laid out for decoding by one jitted function, or those
+    themselves when on a single device they have the dtype. Adapters play beside the arrays of `base`, the frozen
+    reference, which is not read otherwise."""
+    if game.lora.rank:
+        params = game.whole(base)(adapters_cast(params, game))
     same = context() is None and all(leaf.dtype == game.compute_dtype for leaf in jax.tree.leaves(params))
     return params if same else first_checked(_handover, params, game.compute_dtype)
 
@@ -106,10 +115,11 @@ def joint_gradient(
     references: tuple[Reference, Reference | None],
     game: Game,
 ) -> tuple[llama.Params, Metrics]:
-    """The unclipped gradient of both roles, float32, and its metrics."""
+    """The unclipped gradient of both roles, float32, and its metrics. `reference_params` are read for the `full` KL and
+    beside adapters."""
     compute = llama.cast(params, game.compute_dtype)
     static = game.model, game.loss, game.optimizer, game.temperatures, prompt_sharing(game)
-    return gradients(compute, reference_params, batch, references, *static)
+    return gradients(compute, reference_params, batch, references, *static, game.whole(reference_params))
 
 
 @partial(jax.jit, static_argnames="game", donate_argnames="state")
@@ -131,9 +141,11 @@ def update(
 
 
 @partial(jax.jit, static_argnames="game")
-def with_old_logprobs(params: llama.Params, batch: LearnBatch, game: Game) -> LearnBatch:
+def with_old_logprobs(
+    params: llama.Params, reference_params: llama.Params, batch: LearnBatch, game: Game
+) -> LearnBatch:
     """What inner epochs measure their ratios from; `params` are those that played."""
-    compute = llama.cast(params, game.compute_dtype)
+    compute = game.whole(reference_params)(llama.cast(params, game.compute_dtype))
     static = game.model, game.optimizer, game.temperatures, game.learner_rounds_apart, prompt_sharing(game)
     return fix_old(compute, batch, *static)
 
@@ -198,7 +210,7 @@ def learn(
     each: list[Metrics] = []
     attempt = state.attempt.astype(jnp.float32)  # before it is donated
     if game.loss.num_iterations > 1:
-        batch = first_checked(with_old_logprobs, state.params, batch, game)
+        batch = first_checked(with_old_logprobs, state.params, reference_params, batch, game)
     for _ in range(game.loss.num_iterations):
         state, metrics = first_checked(update, state, reference_params, batch, references, game)
         each.append(metrics)
@@ -217,7 +229,7 @@ def iteration(
 ) -> tuple[TrainState, Learnable, Metrics]:
     """A whole iteration with compiled rewards; composes under `jax.jit` (close over `rewards` and `game`)."""
     key = iteration_key(seed_key, state)
-    params = rollout_params(state.params, game)
+    params = rollout_params(state.params, game, reference_params)
     episode = solve(params, challenge(params, kinds, key, game), key, game)
     outputs = tuple(score(reward.score, p, episode) for reward, p in zip(rewards, reward_params, strict=True))
     specs = tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in rewards)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.learn.update import UNKNOWN_MICRO_BATCH, OptimizerConfig
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.llama import params_shape
+from lsp_jax.model.lora import init_adapters
 from lsp_jax.model.sharding import AXES
 from lsp_jax.run.game import Game
 
@@ -73,10 +75,10 @@ def _constant_bytes(game: Game, config: TrainConfig, reward_model: LlamaConfig |
     """What a device holds whatever the micro-batch."""
     _, fsdp, tensor = _shape(mesh)
     model, opt = game.model, game.optimizer
-    constant = _spread_bytes(model, opt, config.param_dtype, game.compute_dtype) / (fsdp * tensor)
+    constant = _spread_bytes(game, config.param_dtype) / (fsdp * tensor)
     parked, full = config.park_frozen, game.loss.kl_estimator == "full"
     frozen = 0 if parked or reward_model is None else _count(reward_model)
-    frozen += _count(model) if full or not parked else 0  # the exact KL asks the reference during the update
+    frozen += _count(model) if game.needs_base or not parked else 0
     constant += frozen * _size(game.compute_dtype) / (fsdp * tensor)
     return constant + _whole_bytes(model, opt, game.compute_dtype) * (2 if full else 1) / tensor
 
@@ -117,9 +119,14 @@ def _row_width(game: Game) -> int:
     return max(solver, len(prompts.challenger_ids) + play.max_query_length if game.trains_challenger else 0)
 
 
-def _spread_bytes(model: LlamaConfig, opt: OptimizerConfig, param_dtype: str, compute_dtype: str) -> int:
-    """Master parameters, both moments, the float32 gradient, the copy computed with and one micro-batch's gradient."""
-    return _count(model) * (_size(param_dtype) + _size(opt.moment_dtype) + 4 + 4 + 2 * _size(compute_dtype))
+def _spread_bytes(game: Game, param_dtype: str) -> int:
+    """Master parameters, both moments, the float32 gradient, the copy computed with and one micro-batch's gradient: of
+    all parameters, or of the adapters."""
+    shapes = params_shape(game.model)
+    if game.lora.rank:
+        shapes = jax.eval_shape(partial(init_adapters, lora=game.lora), shapes)
+    each = _size(param_dtype) + _size(game.optimizer.moment_dtype) + 4 + 4 + 2 * _size(game.compute_dtype)
+    return each * sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
 
 
 def _whole_bytes(model: LlamaConfig, opt: OptimizerConfig, compute_dtype: str) -> int:

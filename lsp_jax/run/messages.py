@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import jax
 
 from lsp_jax import processes
 from lsp_jax.errors import InputError
+from lsp_jax.model.lora import init_adapters
 from lsp_jax.run.doctor import Finding
 from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT, MANIFEST, REPORT
 from lsp_jax.run.game import policy_in_the_loss
@@ -49,6 +51,8 @@ def announce(run: Run, done: int) -> None:
         print(f"mesh: {sizes} ({run.mesh.size} devices, {jax.process_count()} processes)")
     if not config.optimizer.micro_batch_size:
         print(f"update: {run.game.optimizer.micro_batch_size} rows a device at one time")
+    if run.game.lora.rank:
+        print(_adapters(run))
     print(policy_in_the_loss(run.game))
     if run.data is not None:
         print(f"data: {len(run.data.rows)} prompts of {printable(config.data.source)}, {run.data.left_out} left out")
@@ -60,6 +64,15 @@ def announce(run: Run, done: int) -> None:
         print("no checkpoint yet: starting from the model")
     if done < config.max_steps:
         print("the first iteration also compiles every program", flush=True)
+
+
+def _adapters(run: Run) -> str:
+    """How much is trained, of how much. The base is what the reference holds."""
+    lora = run.game.lora
+    shapes = jax.eval_shape(partial(init_adapters, lora=lora), run.reference)
+    trained, base = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes, run.reference))
+    where = ", ".join(lora.targets)
+    return f"adapters of rank {lora.rank} on {where}: {trained / 1e6:.2f} of {base / 1e6:.0f} million parameters train"
 
 
 def findings(found: Sequence[Finding]) -> None:

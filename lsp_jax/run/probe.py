@@ -50,7 +50,7 @@ class Probe:
         start = time.perf_counter()
         if self._reference is None:
             self._reference = self._values(at_work(self._run.reference), begins)
-        values = self._values(state.params, begins)
+        values = self._values(stages.rollout_params(state.params, self._run.game, self._run.reference), begins)
         gain = values - self._reference
         both = gain[np.isfinite(gain)]  # a prompt of which no answer could be scored says nothing
         if not len(both):
@@ -71,7 +71,6 @@ class Probe:
         run, data = self._run, self._run.probe
         assert data is not None
         game, size = run.game, run.game.play.num_queries
-        params = stages.rollout_params(params, game)
         specs = tuple(spec._replace(standardize=False) for spec in run.specs)  # over an iteration: not comparable
         found: list[np.ndarray] = []
         for start in range(0, len(data.rows), size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,7 +14,8 @@ from jax.sharding import Mesh
 from lsp_jax import processes
 from lsp_jax.config import TrainConfig, flat
 from lsp_jax.errors import InputError
-from lsp_jax.model.llama import Params, cast
+from lsp_jax.model.llama import Params, cast, params_shape
+from lsp_jax.model.lora import init_adapters
 from lsp_jax.model.sharding import check_model, make_mesh, park, place, shardings, use_mesh
 from lsp_jax.model.weights import load_params
 from lsp_jax.paths import user_path
@@ -97,13 +99,15 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
         memory = min(processes.gather("device memory", device_memory() or 0)) or None
         scorer = opened_rewards.reward_model
         game = fitted(game, config, scorer and scorer.config, mesh, memory)
-        policy = replace(opened, params=load(mesh))
+        # with adapters the base is frozen: master copies of it would move nothing
+        dtype = game.compute_dtype if config.lora.rank else config.param_dtype
+        policy = replace(opened, params=load(mesh, dtype))
         with use_mesh(mesh):
             kinds = token_kinds(policy)
             reference = cast(policy.params, game.compute_dtype)
             components = load_rewards(config, opened_rewards, policy, reference, kinds, mesh)
             if config.park_frozen:
-                reference, components = _parked(reference, components)
+                reference, components = _parked(reference, components, stays=config.lora.rank > 0)
             seed_key = place(jax.random.key(config.seed))
     except BaseException:
         workers.close()
@@ -118,11 +122,14 @@ def check_same(config: TrainConfig) -> None:
     processes.check_same("config", values, "start all processes with the same settings")
 
 
-def _parked(reference: Params, components: tuple[Reward, ...]) -> tuple[Params, tuple[Reward, ...]]:
-    """Both in host memory; arrays that they share (the judge is the reference) stay shared."""
+def _parked(reference: Params, components: tuple[Reward, ...], stays: bool) -> tuple[Params, tuple[Reward, ...]]:
+    """Both in host memory; arrays that they share (the judge is the reference) stay shared. The reference `stays` on
+    the devices where adapters play beside it."""
     trees = [component.params if isinstance(component, DeviceReward) else None for component in components]
     leaves, structure = jax.tree.flatten((reference, trees))
-    parked = {id(leaf): park(leaf) for leaf in leaves}  # each once, however often it is held
+    kept = {id(leaf) for leaf in jax.tree.leaves(reference)} if stays else set()
+    # each once, however often it is held
+    parked = {id(leaf): leaf if id(leaf) in kept else park(leaf) for leaf in leaves}
     reference, trees = jax.tree.unflatten(structure, [parked[id(leaf)] for leaf in leaves])
     return reference, tuple(
         replace(component, params=tree) if isinstance(component, DeviceReward) else component
@@ -130,18 +137,17 @@ def _parked(reference: Params, components: tuple[Reward, ...]) -> tuple[Params, 
     )
 
 
-def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callable[[Mesh | None], Params]]:
-    """The policy to start from without its parameters, and what gets them onto a mesh: given, another run's, or a
-    model's."""
-    dtype = config.param_dtype
+def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callable[[Mesh | None, str], Params]]:
+    """The policy to start from without its parameters, and what gets them onto a mesh in a dtype: given, another run's,
+    or a model's."""
     if policy is not None:
         given = policy
-        return given, lambda mesh: jax.device_put(cast(given.params, dtype), shardings(given.params, mesh))
+        return given, lambda mesh, dtype: jax.device_put(cast(given.params, dtype), shardings(given.params, mesh))
     if config.init_from:
         opened = open_run(config.init_from)
-        return opened, lambda mesh: load_run_params(config.init_from, config.init_step, dtype, mesh)
+        return opened, lambda mesh, dtype: load_run_params(config.init_from, config.init_step, dtype, mesh)
     directory, opened = open_pretrained(config.model, config.revision or None)
-    return opened, lambda mesh: load_params(directory, opened.config, dtype, mesh)
+    return opened, lambda mesh, dtype: load_params(directory, opened.config, dtype, mesh)
 
 
 def load_probe(config: TrainConfig, policy: Policy) -> PromptData | None:
@@ -162,6 +168,8 @@ def make_game(
         compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     prompts = PlayPrompts.build(policy.tokenizer, config.prompts)
     play, context = config.play, policy.config.max_position_embeddings
+    if config.lora.rank:
+        jax.eval_shape(partial(init_adapters, lora=config.lora), params_shape(policy.config))  # checks the rank
     query = longest_query(config, prompts, data, probe)
     solver = len(prompts.solver.prefix_ids) + query + len(prompts.solver.suffix_ids)
     lengths = {"play.max_completion_length": solver + play.max_completion_length}
@@ -189,6 +197,7 @@ def make_game(
         optimizer=config.optimizer,
         compute_dtype=compute,
         memory=config.memory,
+        lora=config.lora,
     )
 
 

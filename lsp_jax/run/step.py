@@ -82,7 +82,7 @@ def play_and_learn(
     between("iteration")  # a process that is late is named here, not waited for in a collective
     key = stages.iteration_key(run.seed_key, state)
     with phases("handover"):
-        params = jax.block_until_ready(stages.rollout_params(state.params, game))
+        params = jax.block_until_ready(stages.rollout_params(state.params, game, run.reference))
     handed_over = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     episode, rows = _play(run, params, key, cursor, phases)
     between("reward")
@@ -107,7 +107,7 @@ def play_and_learn(
         outputs = tuple(scored[reward.name] for reward in run.rewards)
     references = jax.block_until_ready(references)
     phases.took("reference", begun)
-    if game.loss.kl_estimator != "full":
+    if not game.needs_base:
         reference = {}  # its log-probabilities are all that the update needs
     with phases("reward"):
         memory, near, recalled = stages.recall(state, episode, references, game)
@@ -172,7 +172,8 @@ def _resampled(
 def precompile(run: Run, state: TrainState) -> None:
     """Compiles all that decoding may need in this run; what else an iteration runs is of one shape, and compiles in
     the first one."""
-    params, key = stages.rollout_params(state.params, run.game), stages.iteration_key(run.seed_key, state)
+    params = stages.rollout_params(state.params, run.game, run.reference)
+    key = stages.iteration_key(run.seed_key, state)
     if run.data is None:
         queries = playing.challenge(params, run.kinds, key, run.game)
     else:

@@ -17,11 +17,14 @@ from lsp_jax import host, processes
 from lsp_jax.config import TrainConfig
 from lsp_jax.errors import Collapsed, Stopped
 from lsp_jax.learn.update import TrainState
+from lsp_jax.model.llama import Params
+from lsp_jax.model.lora import merged
 from lsp_jax.model.sharding import use_mesh
 from lsp_jax.policy import Policy, save_pretrained
 from lsp_jax.reward.base import Reward
 from lsp_jax.run import messages
 from lsp_jax.run.alarms import Alarms
+from lsp_jax.run.card import model_card
 from lsp_jax.run.checkpoint import Checkpoints
 from lsp_jax.run.compiled import keep_programs
 from lsp_jax.run.doctor import examine
@@ -130,13 +133,21 @@ def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: 
             state = _iterations(run, state, Progress.of(saved), outputs, stopping, watchdog)
             watchdog.beat("export")
             saving.finish(config.max_steps, state)
-            save_pretrained(replace(run.policy, params=state.params), run.directory / EXPORT)
+            card = model_card(run.directory, config.max_steps) if writer is not None else ""
+            trained = replace(run.policy, params=policy_params(run, state))
+            save_pretrained(trained, run.directory / EXPORT, card=card)
             if report is not None:
                 report.refresh(last=True)
                 messages.finish(run)
         finally:
             close_all(console, writer, checkpoints, run.workers)
     return state
+
+
+def policy_params(run: Run, state: TrainState) -> Params:
+    """The trained model's parameters, adapters merged."""
+    lora = run.game.lora
+    return merged(run.reference, state.params, lora) if lora.rank else state.params
 
 
 class Outputs(NamedTuple):

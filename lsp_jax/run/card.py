@@ -1,0 +1,105 @@
+"""The model card of an exported policy: what it was made from, how, what the run measured, whom to cite."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lsp_jax.config import TrainConfig, flat
+from lsp_jax.run.metrics import METRICS_FILE
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TOLD = (
+    *("solver/reward", "challenger/reward", "solver/kl", "challenger/kl", "solver/entropy", "challenger/entropy"),
+    *("completions/mean_length", "queries/valid_fraction", "queries/unique_fraction", "probe/gain"),
+)
+"""Metrics whose first and last values the card shows."""
+_SILENT = ("output_dir", "resume", "report_to", "compilation_cache", "profile", "precompile", "processes", "mesh")
+"""Settings that say where a run was made and not how."""
+_CITATION = """\
+@article{kuba2025language,
+  title   = {Language Self-Play For Data-Free Training},
+  author  = {Kuba, Jakub Grudzien and Gu, Mengting and Ma, Qi and Tian, Yuandong and Mohan, Vijai and Chen, Jason},
+  journal = {arXiv preprint arXiv:2509.07414},
+  year    = {2025}
+}"""
+
+
+def model_card(run: Path, step: int) -> str:
+    """The README.md of the policy at checkpoint `step` of the run in that folder."""
+    config = TrainConfig.load(run / "config.json")
+    base, metrics = _base(run, config), _metrics(run, step)
+    method = "GRPO on a data set" if config.data.source else "Language Self-Play"
+    if not config.data.source and not (config.loss.use_quality and config.reward.quality_weight):
+        method = "Language Self-Play without the quality reward (LSP-Zero)"
+    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [lsp_jax, language-self-play]"]
+    if _HUB_ID.fullmatch(base):
+        header.insert(0, f"base_model: {base}")
+    tokens = sum(line.get("completions/tokens", 0.0) for line in metrics)
+    sections = [
+        "\n".join(["---", *header, "---"]),
+        f"# {_plain(Path(base).name)}, after {step} iterations of {method}",
+        f"Trained by lsp_jax from `{_plain(base)}` for {step} of {config.max_steps} iterations of "
+        f"{config.play.num_queries} queries with {config.play.num_generations} answers each; "
+        f"{tokens:,.0f} tokens of answers were sampled. The base model's license and its limits hold for this one.",
+        "## What the run measured",
+        _results(metrics),
+        "Rewards are the run's own and no benchmark.",
+        "## Recipe",
+        "Settings that are not the defaults:",
+        "\n".join(f"    {name} = {json.dumps(value)}" for name, value in _settings(config).items()),
+        "## Citation",
+        "```bibtex\n" + _CITATION + "\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _base(run: Path, config: TrainConfig) -> str:
+    """The model that it all began with, through earlier stages where they are still there."""
+    while config.init_from:
+        with suppress(Exception):
+            earlier = TrainConfig.load(Path(config.init_from).expanduser() / "config.json")
+            config = earlier
+            continue
+        return config.init_from
+    return config.model
+
+
+def _metrics(run: Path, step: int) -> list[dict[str, Any]]:
+    """The run's lines up to iteration `step`; none where its file is gone."""
+    file = run / METRICS_FILE
+    found = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        with suppress(ValueError):  # half a line
+            line = json.loads(text)
+            if line.get("iteration", step + 1) <= step:
+                found.append(line)
+    return found
+
+
+def _results(metrics: list[dict[str, Any]]) -> str:
+    rows = []
+    for name in _TOLD:
+        values = [(line["iteration"], line[name]) for line in metrics if isinstance(line.get(name), int | float)]
+        if values:
+            (first, begin), (last, end) = values[0], values[-1]
+            rows.append(f"| `{name}` | {begin:.4g} (iteration {first}) | {end:.4g} (iteration {last}) |")
+    return "\n".join(["| metric | first | last |", "|---|---|---|", *rows]) if rows else "Its metrics were not kept."
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Every setting that is not the default, by its dotted name."""
+    default = flat(TrainConfig())
+    return {
+        name: value
+        for name, value in flat(config).items()
+        if value != default[name] and name.split(".")[0] not in _SILENT
+    }
+
+
+def _plain(text: str) -> str:
+    """A name as it can stand in Markdown."""
+    return "".join(character if character.isprintable() and character not in "`<>|[]" else "?" for character in text)
