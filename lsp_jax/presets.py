@@ -15,6 +15,7 @@ from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.errors import InputError
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.model.lora import LoraConfig
 from lsp_jax.play.data import DataConfig
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
@@ -230,6 +231,34 @@ def recommended_lsp_8b() -> TrainConfig:
     return recommended_lsp("8b")
 
 
+def lora_laptop() -> TrainConfig:
+    """`quickstart` with adapters in place of all parameters: the moments and the gradient of 5 million numbers, not of
+    135, and a step size ten times as large, as adapters want it."""
+    base = quickstart()
+    return replace(
+        base,
+        output_dir="runs/lora_laptop",
+        lora=LoraConfig(rank=16, alpha=32.0),
+        optimizer=replace(base.optimizer, learning_rate=3e-4),
+    )
+
+
+def lora_24gb() -> TrainConfig:
+    """`recommended_lsp` on Llama 3.2 3B with adapters, for one accelerator of 24 GB.
+
+    One frozen base in bfloat16 plays, is the reference and judges; the reward model lies beside it. Half the queries of
+    `recommended_lsp`, since what is decoded must fit too.
+    """
+    base = recommended_lsp("3b")
+    return replace(
+        base,
+        output_dir="runs/lora_24gb",
+        play=replace(base.play, num_queries=8),
+        lora=LoraConfig(rank=32, alpha=64.0),
+        optimizer=replace(base.optimizer, learning_rate=3e-5),
+    )
+
+
 def _open(field: str) -> Any:
     return LEFT_OPEN[field][0]
 
@@ -259,6 +288,8 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
         recommended_lsp_1b,
         recommended_lsp_3b,
         recommended_lsp_8b,
+        lora_laptop,
+        lora_24gb,
     )
 }
 

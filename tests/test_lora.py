@@ -169,8 +169,8 @@ def test_a_run_learns_and_its_checkpoints_hold_adapters_alone(trained: tuple[Pat
 
 @pytest.mark.full
 def test_a_second_stage_begins_with_the_merged_policy(trained: tuple[Path, Any], tmp_path: Path) -> None:
-    directory, state = trained
-    config = lora_config(Path(), tmp_path / "second", model="", init_from=str(directory), max_steps=1)
+    directory, _ = trained
+    config = lora_config(Path(), tmp_path / "second", init_from=str(directory), max_steps=1)
     run = prepare(config, [host_reward()])
     assert same_bits(run.reference, load_run_params(directory, STEPS))
     lsp.train(config, rewards=[host_reward()])
@@ -219,7 +219,7 @@ def test_peft_and_transformers_compute_the_same_logits(
     base = transformers.AutoModelForCausalLM.from_pretrained(model)
     plain = base(torch.tensor(ids)).logits.detach().numpy()
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapters")
-    assert {name.split(".")[-3] for name, _ in adapted.named_parameters() if "lora_A" in name} == set(LORA.targets)
+    assert {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name} == set(LORA.targets)
     theirs = adapted(torch.tensor(ids)).logits.detach().numpy()
     np.testing.assert_allclose(theirs, expected, atol=1e-4)
     assert np.abs(theirs - plain).max() > 1e-2, "or nothing was loaded"

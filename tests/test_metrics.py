@@ -256,6 +256,7 @@ def test_the_summary_shows_what_is_there():
 def test_without_a_terminal_the_console_writes_plain_lines():
     stream = io.StringIO()
     console = Console(total=3, start=1, stream=stream)
+    console.phase("solve")  # only a bar shows it
     console.step(2, NUMBERS, (HOSTILE, "an\nanswer"))
     console.step(3, {})
     console.close()
@@ -282,13 +283,16 @@ def test_on_a_terminal_the_console_adds_a_bar(size: int, monkeypatch: pytest.Mon
     with os.fdopen(writer, "w", encoding="utf-8") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         console = Console(total=3, start=1)
+        console.phase("solve")
         console.step(2, NUMBERS, (HOSTILE, "answer"))
+        console.phase("update")
         console.step(3, {"solver/reward": 0.75})
         console.close()
         monkeypatch.undo()
     shown = read_terminal(reader).replace("\r\n", "\n")
     assert [part for part in ("1/3 |", "2/3 |", "3/3 |") if f"\r{part}" in shown] == ["1/3 |", "2/3 |", "3/3 |"]
     assert f"2/3  {summary(NUMBERS)}\n" in shown and "3/3  solver +0.750\n" in shown
+    assert ", solve (compiles first)" in shown and ", update" in shown and "update (compiles" not in shown
     assert shown.count("  A answer\n") == 1 and not set("\x9b\u202e\x07") & set(shown) and "\x1b[31m" not in shown
 
 

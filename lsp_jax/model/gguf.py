@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from lsp_jax.errors import InputError
 from lsp_jax.model.config import LlamaConfig
@@ -254,7 +255,7 @@ def _write_weights(path: Path, reader: Any, config: dict[str, Any]) -> None:
 
     heads = {"attn_q.weight": config["num_attention_heads"], "attn_k.weight": config["num_key_value_heads"]}
     tensors: dict[str, np.ndarray] = {}
-    for tensor in reader.tensors:
+    for tensor in tqdm(reader.tensors, desc="converting", unit="tensor", disable=None, leave=False):
         kind = tensor.name.partition(".")[2].partition(".")[2]
         try:
             weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)

@@ -21,6 +21,7 @@ import ml_dtypes  # noqa: F401  importing it gives numpy, and through it safeten
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from lsp_jax.errors import InputError
 from lsp_jax.host import to_host
@@ -75,7 +76,8 @@ def load_params(
     with ExitStack() as stack:
         sources = _open_checked(Path(directory), config, stack)
         params: Params = {}
-        for path, shape in leaf_shapes(config).items():
+        leaves = leaf_shapes(config).items()
+        for path, shape in tqdm(leaves, desc="loading", unit="array", disable=None, leave=False):
             parts = [(tensor, handle) for tensor, handle in sources if tensor.path == path]
             sharding = None if mesh is None else NamedSharding(mesh, partition(path, layout))
             _insert(params, path, _load_leaf(parts, shape, dtype, sharding))

@@ -63,7 +63,8 @@ def announce(run: Run, done: int) -> None:
     elif config.resume == "auto":
         print("no checkpoint yet: starting from the model")
     if done < config.max_steps:
-        print("the first iteration also compiles every program", flush=True)
+        kept = f", kept in {printable(config.compilation_cache)} for the next start" if config.compilation_cache else ""
+        print(f"the first iteration also compiles every program: one to several minutes{kept}", flush=True)
 
 
 def _adapters(run: Run) -> str:

@@ -274,25 +274,31 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 
 class Console:
-    """Progress of a run: a line an iteration with a sample of the play, and below them a bar on a terminal."""
+    """Progress of a run: a line an iteration with a sample of the play; below them, on a terminal, a bar with the phase."""
 
     def __init__(self, total: int, start: int = 0, stream: TextIO | None = None):
         """`total` iterations of which `start` are done; `stream` is standard error unless given."""
-        self._total, self._stream = total, stream or sys.stderr
+        self._total, self._stream, self._first = total, stream or sys.stderr, start + 1
         self._bar = None
         if self._stream.isatty():
-            form = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}"
+            form = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
             # a fixed size: terminals that say they have 0 columns and rows would not show the bar
             self._bar = tqdm(
                 total=total,
                 initial=start,
                 file=self._stream,
-                ncols=60,
+                ncols=72,
                 nrows=20,
                 bar_format=form,
                 mininterval=0,
                 leave=False,
             )
+
+    def phase(self, name: str) -> None:
+        """Shows on the bar which phase has begun; those of the first iteration are compiled before they run."""
+        if self._bar is not None:
+            compiling = " (compiles first)" if self._bar.n < self._first else ""
+            self._bar.set_postfix_str(name + compiling)
 
     def step(self, iteration: int, metrics: Mapping[str, Any], sample: tuple[str, str] | None = None) -> None:
         """Shows iteration number `iteration` (from 1) and one sample (query, answer), which may hold anything."""

@@ -168,12 +168,19 @@ def _iterations(
     config, saving, probe = run.config, outputs.saving, Probe(run)
     alarms, health = Alarms(config.max_skipped, progress.skipped), Health(config.health, progress.health)
     number, first = saving.newest, saving.newest + 1
+
+    def begins(phase: str) -> None:
+        watchdog.beat(phase)
+        if outputs.console is not None:
+            with suppress(OSError):  # a terminal or pipe that is gone
+                outputs.console.phase(phase)
+
     while number < config.max_steps:
         number += 1
         traced = config.profile and number == first + 1  # the first one compiles
         try:
             with jax.profiler.trace(str(run.directory / PROFILE)) if traced else nullcontext():
-                played, metrics, lines = _one(run, state, number, progress.cursor, saving, watchdog, stopping, health)
+                played, metrics, lines = _one(run, state, number, progress.cursor, saving, begins, stopping, health)
         except Stopped as asked:  # before the update: the state is the last iteration's
             kept = saving.keep(number - 1, state, progress)
             raise Stopped(f"{asked}; {kept}; --resume auto goes on") from asked
@@ -236,12 +243,12 @@ def _one(
     number: int,
     cursor: int,
     saving: Saving,
-    watchdog: Watchdog,
+    begins: Callable[[str], None],
     stopping: Stopping,
     health: Health,
 ) -> tuple[Played, dict[str, float], list[dict[str, Any]]]:
     """Iteration `number` with its metrics and transcripts; with data its queries begin at `cursor`."""
-    reads, start, phases = host.reads(), time.perf_counter(), Phases(watchdog.beat)
+    reads, start, phases = host.reads(), time.perf_counter(), Phases(begins)
     saving.check()
     played = play_and_learn(run, state, phases, cursor, stopping.check, health.paused)
     playing_reads = host.reads() - reads
