@@ -19,7 +19,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 def test_there_are_four() -> None:
     assert NAMES == ["quickstart", "resume_and_export", "rewards", "sharding"]
-    assert NAMES == sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == NAMES
     listed = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(f"]({name}.ipynb)" in listed for name in NAMES)
 

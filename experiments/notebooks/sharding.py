@@ -48,10 +48,8 @@ policy = lsp.load_pretrained(MODEL, mesh=mesh)
 for (path, leaf), spec in zip(
     jax.tree.leaves_with_path(policy.params), jax.tree.leaves(partitions(policy.params)), strict=True
 ):
-    shard = leaf.addressable_shards[0].data.shape
-    print(
-        f"{jax.tree_util.keystr(path, simple=True, separator='/'):48} {list(leaf.shape)} {spec}, a device: {list(shard)}"
-    )
+    shard, name = leaf.addressable_shards[0].data.shape, jax.tree_util.keystr(path, simple=True, separator="/")
+    print(f"{name:48} {list(leaf.shape)} {spec}, a device: {list(shard)}")
 
 # %%
 weight = policy.params["model"]["layers"]["self_attn"]["q_proj"]["weight"]

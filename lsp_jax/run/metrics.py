@@ -274,7 +274,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 
 class Console:
-    """Progress of a run: a line an iteration with a sample of the play; below them, on a terminal, a bar with the phase."""
+    """Progress of a run: a line an iteration with a sample of the play; on a terminal a bar with the phase below."""
 
     def __init__(self, total: int, start: int = 0, stream: TextIO | None = None):
         """`total` iterations of which `start` are done; `stream` is standard error unless given."""

@@ -1,0 +1,146 @@
+"""The KL estimators on a trained policy against its base: what each says, and where its gradient points.
+
+    python benchmarks/kl_estimators.py BASE_DIR TRAINED_DIR [--episodes 6]
+
+The trained model plays arithmetic against the frozen base (8 x 8 answers of up to 16 tokens, temperature 1, no
+truncation). `value` is the term's mean a token, `gradient` that of the term alone (no reward), compared with that of
+`full`, which sums over the vocabulary: `|mean|` the length of the mean over episodes, `one` that of a single episode,
+both as multiples of full's mean; `cosine` of the mean and of a single episode with full's mean. Then how much
+probability truncation cuts off of what the same policy writes.
+
+Writes `results/kl_estimators.json` and `results/kl_estimators.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+import optax
+
+import lsp_jax as lsp
+from lsp_jax.learn.losses import KL_ESTIMATORS, LossConfig
+from lsp_jax.learn.update import reference_statistics, role_gradients
+from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.play.selfplay import Episode, PlayConfig
+from lsp_jax.run import iteration as stages
+from lsp_jax.run.game import Game
+from lsp_jax.run.setup import prepare
+
+TRUNCATIONS = {
+    "top-p 0.95": SamplingConfig(top_p=0.95),
+    "top-p 0.9": SamplingConfig(top_p=0.9),
+    "top-k 50": SamplingConfig(top_k=50),
+    "min-p 0.05": SamplingConfig(min_p=0.05),
+}
+
+
+def game_of(trained: str, folder: str) -> tuple[Any, Game]:
+    """The run that plays, and its static part: temperature 1, nothing cut off."""
+    preset = lsp.presets.quickstart()
+    play = PlayConfig(num_queries=8, num_generations=8, max_query_length=12, max_completion_length=16)
+    config = replace(preset, model=trained, output_dir=folder, play=play, sampling=SamplingConfig())
+    config = replace(config, optimizer=replace(preset.optimizer, micro_batch_size=64))
+    run = prepare(replace(config, reward=replace(config.reward, quality_weight=0.0)))
+    run.workers.close()
+    return run, run.game
+
+
+def played(run: Any, game: Game, number: int) -> Episode:
+    key = jax.random.fold_in(jax.random.key(0), number)
+    queries = stages.challenge(run.policy.params, run.kinds, key, game)
+    return stages.solve(run.policy.params, queries, key, game)
+
+
+@partial(jax.jit, static_argnames=("game", "estimator"))
+def term(params: Any, base: Any, episode: Episode, game: Game, estimator: Any) -> tuple[jax.Array, Any]:
+    """A token's mean term, and the gradient of the Solver's rows with nothing but beta = 1 times it."""
+    batch = stages.unscored(episode, game)
+    loss = LossConfig(beta=1.0, kl_estimator=estimator)
+    static = game.model, loss, game.optimizer
+    reference, _ = reference_statistics(base, batch, *static, game.temperatures)
+    value, _, grads = role_gradients(params, base, batch.solver, reference, *static, 1.0)
+    rows = batch.solver
+    return value / jnp.sum(rows.weights[:, None] * rows.mask), grads
+
+
+def estimators(run: Any, game: Game, base: Any, episodes: int) -> dict[str, dict[str, float]]:
+    """By estimator."""
+    plays = [played(run, game, number) for number in range(episodes)]
+    values: dict[str, list[float]] = {}
+    means: dict[str, Any] = {}
+    single: dict[str, list[tuple[float, float]]] = {}
+    for name in ("full", *(name for name in KL_ESTIMATORS if name != "full")):
+        values[name], single[name], total = [], [], None
+        for number, episode in enumerate(plays):
+            value, grads = term(run.policy.params, base, episode, game, name)
+            values[name].append(float(value))
+            total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+            if name != "full":
+                single[name].append((float(optax.tree.norm(grads)), cosine(grads, means["full"])))
+            print(name, number, values[name][-1], flush=True)
+        means[name] = jax.tree.map(lambda x: x / episodes, total)
+    length = float(optax.tree.norm(means["full"]))
+    return {
+        name: {
+            "value": float(np.mean(values[name])),
+            "error": float(np.std(values[name], ddof=1) / np.sqrt(episodes)),
+            "norm": float(optax.tree.norm(means[name])) / length,
+            "cosine": cosine(means[name], means["full"]),
+            "one_norm": float(np.mean([norm for norm, _ in single[name]])) / length if single[name] else float("nan"),
+            "one_cosine": float(np.mean([angle for _, angle in single[name]])) if single[name] else float("nan"),
+        }
+        for name in KL_ESTIMATORS
+    }
+
+
+def cosine(left: Any, right: Any) -> float:
+    return float(optax.tree.vdot(left, right) / (optax.tree.norm(left) * optax.tree.norm(right)))
+
+
+def truncation(run: Any, game: Game) -> dict[str, dict[str, float]]:
+    """What is cut off a token, in nats of the learner's log-probability."""
+    found = {}
+    for name, sampling in TRUNCATIONS.items():
+        answers = played(run, replace(game, solver_sampling=sampling), 0).answers
+        mask = np.arange(answers.tokens.shape[-1]) < np.asarray(answers.lengths)[..., None]
+        lost = -np.asarray(answers.log_mass)[mask]
+        found[name] = {"mean": float(lost.mean()), "largest": float(lost.max()), "tokens": int(mask.sum())}
+    return found
+
+
+def table(found: dict[str, dict[str, float]], cut: dict[str, dict[str, float]]) -> str:
+    lines = ["| estimator | value a token (standard error) | mean gradient | cosine | one episode's | cosine |"]
+    lines.append("|---" * 6 + "|")
+    for name, row in found.items():
+        one = f"{row['one_norm']:.2f} | {row['one_cosine']:.2f}" if np.isfinite(row["one_norm"]) else " | "
+        value = f"{row['value']:.4f} ({row['error']:.4f})"
+        lines.append(f"| `{name}` | {value} | {row['norm']:.2f} | {row['cosine']:.2f} | {one} |")
+    lines += ["", "| truncation | mean of -log kept mass a token | largest |", "|---|---|---|"]
+    lines += [f"| {name} | {row['mean']:.4f} | {row['largest']:.3f} |" for name, row in cut.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    parser.add_argument("trained")
+    parser.add_argument("--episodes", type=int, default=6)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run, game = game_of(options.trained, f"{folder}/run")
+        found = estimators(run, game, lsp.load_pretrained(options.base).params, options.episodes)
+        cut = truncation(run, game)
+    data = {"episodes": options.episodes, "estimators": found, "truncation": cut}
+    measure.write("kl_estimators", data, table(found, cut))
+
+
+if __name__ == "__main__":
+    main()
