@@ -1,4 +1,4 @@
-"""The README's first commands, as they stand there, in a virtual environment of their own: what a newcomer would see."""
+"""The README's first commands, as they stand there, in a virtual environment of their own."""
 
 from __future__ import annotations
 
