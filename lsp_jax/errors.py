@@ -18,7 +18,9 @@ class InputError(ValueError):
     """
 
     def __init__(self, field: str, value: object, remedy: str):
-        self.field, self.value, self.remedy = field, value, remedy
+        self.field: str = field
+        self.value: object = value
+        self.remedy: str = remedy
         name = field if len(field) <= 2 * LONGEST else field[: 2 * LONGEST] + "..."  # names come out of files, too
         super().__init__(f"{name} = {shown(value)}: {remedy}")
 

@@ -105,7 +105,7 @@ class Relay:
         self._silence, self._lost = silence, lost
         self._armed, self._heard = False, time.monotonic()
         self._door = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._door.getsockname()[1]}"
+        self.address: str = f"127.0.0.1:{self._door.getsockname()[1]}"
         self._start(self._accept)
 
     def arm(self, armed: bool = True) -> None:

@@ -110,9 +110,10 @@ class Endpoint:
 
     def __init__(self, config: EndpointConfig, field: str = "judge"):
         """`config` has passed `check`."""
-        self.config, self._field = config, field
-        self.name = f"{config.model} at {httpx.URL(config.url).host}"
-        self.identity = digest(config.url.rstrip("/"), config.model, config.max_tokens)
+        self.config: EndpointConfig = config
+        self._field = field
+        self.name: str = f"{config.model} at {httpx.URL(config.url).host}"
+        self.identity: str = digest(config.url.rstrip("/"), config.model, config.max_tokens)
         self.counts: Counter[str] = Counter()
         """What happened: `asked`, `tokens in`, `tokens out`, and each kind of failure."""
         self.models: Counter[str] = Counter()

@@ -104,8 +104,8 @@ class ModelJudge:
 
     def __init__(self, policy: Policy, weights: str, store: Store, columns: int = 256, batch_size: int = 8):
         """`weights` is their digest; replies are kept in `store` as any answers are."""
-        self.name = policy.source + (f"@{policy.commit}" if policy.commit else "")
-        self.identity = digest("model", weights, columns, PROMPT_DIGEST)
+        self.name: str = policy.source + (f"@{policy.commit}" if policy.commit else "")
+        self.identity: str = digest("model", weights, columns, PROMPT_DIGEST)
         self._policy, self._weights, self._store = policy, weights, store
         self._columns, self._batch_size = columns, batch_size
 
@@ -125,8 +125,8 @@ class RewardModelJudge:
 
     def __init__(self, model: Policy, weights: str, batch_size: int = 16):
         """`weights` is their digest."""
-        self.name = model.source + (f"@{model.commit}" if model.commit else "")
-        self.identity = digest("reward model", weights)
+        self.name: str = model.source + (f"@{model.commit}" if model.commit else "")
+        self.identity: str = digest("reward model", weights)
         self._model, self._batch_size = model, batch_size
         self._template = preference_template(model.tokenizer)
 
@@ -177,7 +177,9 @@ class TextJudge:
 
     def __init__(self, name: str, identity: str, ask: Callable[[Sequence[str]], Iterator[tuple[int, str | None, str]]]):
         """`ask` yields (index, reply or None, why there is none) as replies come."""
-        self.name, self.identity, self._ask = name, digest("text", identity, PROMPT_DIGEST), ask
+        self.name: str = name
+        self.identity: str = digest("text", identity, PROMPT_DIGEST)
+        self._ask = ask
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
         """As replies come, in any order."""

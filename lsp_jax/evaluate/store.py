@@ -27,7 +27,7 @@ class Store:
 
     def __init__(self, path: str | Path):
         """Reads what is there. Raises InputError for a file that is none of ours, or that another process writes."""
-        self.path = user_path("output_dir", path)
+        self.path: Path = user_path("output_dir", path)
         check_writable("output_dir", self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")

@@ -23,7 +23,7 @@ from lsp_jax.model.weights import check_weights
 from lsp_jax.paths import check_writable, user_path
 from lsp_jax.text.files import one_line
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 FILES = (
     "config.json",

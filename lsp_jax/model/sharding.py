@@ -29,7 +29,7 @@ from lsp_jax.model.config import LlamaConfig
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 Layout = Literal["train", "decode"]
-P = PartitionSpec
+P: type[PartitionSpec] = PartitionSpec
 
 # Axes of every parameter by its path (layers are stacked in front; projections are [in, out]).
 _IN_OUT, _OUT_IN = P(None, FSDP, TENSOR), P(None, TENSOR, FSDP)

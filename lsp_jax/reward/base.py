@@ -26,7 +26,7 @@ from lsp_jax.play.selfplay import Episode
 from lsp_jax.text.tokenizer import Tokenizer
 
 Kind = Literal["task", "quality"]
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class RewardOutput(NamedTuple):

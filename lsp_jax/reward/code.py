@@ -30,7 +30,7 @@ from lsp_jax.reward.workers import Workers
 
 MAX_PROGRAM = 100_000  # characters; a longer program scores 0
 SECONDS = 10.0  # for a program and its tests
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
 

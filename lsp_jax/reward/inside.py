@@ -18,6 +18,7 @@ import resource
 import struct
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 MEMORY = 1 << 30  # bytes of address space
@@ -222,7 +223,7 @@ def _fill() -> bool:
     return True
 
 
-PROBES = {
+PROBES: dict[str, Callable[[], object]] = {
     "processes": _fork,
     "memory": lambda: bytearray(MEMORY),
     "writing outside": lambda: any(_possible(lambda p=p: _writable(p)) for p in ("/x", "/dev/x", "/usr/x", sys.prefix)),

@@ -18,7 +18,7 @@ from lsp_jax.reward.workers import Outcome, Workers
 
 SECONDS = 20.0  # for one comparison; math-verify itself gives up after 5 for each of its steps
 _PACKAGES = ("math_verify", "latex2sympy2_extended", "antlr4", "sympy", "mpmath")
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def check_rows(rows: Rows, field: str = "answer") -> None:

@@ -212,7 +212,7 @@ class Workers:
     """
 
     def __init__(self, count: int | None = None, timeout: float = 60.0):
-        self.count = min(os.cpu_count() or 1, 16) if count is None else count
+        self.count: int = min(os.cpu_count() or 1, 16) if count is None else count
         self.timeout = timeout
         if self.count < 1:
             raise InputError("workers.count", count, "must be 1 or more")

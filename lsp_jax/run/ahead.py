@@ -69,7 +69,9 @@ class Compiler:
     """Compiles stages one after the other and keeps count of what lies on the devices."""
 
     def __init__(self, topology: Topology, mesh: Mesh, say: Say, parked: tuple[str, ...] = ()):
-        self.topology, self.mesh, self.say = topology, mesh, say
+        self.topology: Topology = topology
+        self.mesh: Mesh = mesh
+        self.say: Say = say
         self.alive: dict[str, Any] = {}
         """What lies on the devices, by name."""
         self.parked = parked

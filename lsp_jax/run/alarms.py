@@ -30,7 +30,7 @@ class Alarms:
     def __init__(self, max_skipped: int, skipped: int = 0):
         """`max_skipped` iterations in a row may be skipped; `skipped` were so far."""
         self._max_skipped = max_skipped
-        self.skipped = skipped
+        self.skipped: int = skipped
         """Iterations in a row, the last one included, that changed nothing."""
 
     def look(self, number: int, metrics: Mapping[str, float], params: Params, batch: LearnBatch) -> None:

@@ -41,7 +41,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, keep: int = 2):
         # the directory is made by the first save, so that looking for checkpoints leaves nothing behind
-        self.directory = Path(directory).expanduser().resolve()
+        self.directory: Path = Path(directory).expanduser().resolve()
         self._keep = keep
         self.best: int | None = None
         """Iteration of a checkpoint that stays whatever its age."""

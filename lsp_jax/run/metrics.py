@@ -132,7 +132,7 @@ class MetricsWriter:
         Raises:
             InputError: an unknown tracker, or one that is not installed.
         """
-        self.directory = Path(directory)
+        self.directory: Path = Path(directory)
         modules = [(name, _import_tracker(name)) for name in report_to]
         self.directory.mkdir(parents=True, exist_ok=True)
         self._trackers = [_open_tracker(name, module, self.directory) for name, module in modules]

@@ -52,7 +52,7 @@ class Saving:
     ):
         """`saved` is the host part of the checkpoint that the run goes on from."""
         self._checkpoints, self._writer, self._identity, self._config = checkpoints, writer, identity, config
-        self.failed = 0
+        self.failed: int = 0
         """Saves that could not be written."""
         self.go_on(saved)
 
@@ -60,7 +60,7 @@ class Saving:
         """From the checkpoint whose host part is `saved`, the newest one there is."""
         self.newest: int = saved["iteration"] if saved else 0
         """Iteration of the newest checkpoint, 0 without one."""
-        self.best = self._still_best((saved or {}).get("best", {}))
+        self.best: dict[str, Any] = self._still_best((saved or {}).get("best", {}))
         """Iteration and value of the checkpoint that is best by `metric_for_best_model`; empty without one."""
         self._checkpoints.best = self.best.get("iteration")
         self._best_before = self.best

@@ -36,18 +36,23 @@ class SentencePieceBackend:
         control = {text: token for token, text in enumerate(pieces) if is_control(token) or is_unknown(token)}
         extra = added_tokens(directory, config)
         self._added = {**control, **{text: token for text, (token, _) in extra.items()}}
-        self.special_ids = frozenset(control.values()) | {token for token, special in extra.values() if special}
+        self.special_ids: frozenset[int] = frozenset(control.values()) | {
+            token for token, special in extra.values() if special
+        }
         self._text_of = {token: text for text, token in self._added.items()}
         self._any_added = _alternatives(self._added)
         self._plain_added = _alternatives([text for text, id_ in self._added.items() if id_ not in self.special_ids])
-        self.vocab_size = max(size, *(token + 1 for token in self._added.values()))
+        self.vocab_size: int = max(size, *(token + 1 for token in self._added.values()))
         defaults = {role: getattr(self._model, f"{role}_id")() for role in ("bos", "eos", "unk", "pad")}
-        self.names = {
+        self.names: dict[str, str | None] = {
             role: token_text(config.get(f"{role}_token"), pieces[token] if token >= 0 else None)
             for role, token in defaults.items()
         }
-        self.bos_id, self.eos_id, self.unk_id, self.pad_id = (self._id_of(name) for name in self.names.values())
-        self.chat_template = chat_template_of(directory, config)
+        self.bos_id: int | None = self._id_of(self.names["bos"])
+        self.eos_id: int | None = self._id_of(self.names["eos"])
+        self.unk_id: int | None = self._id_of(self.names["unk"])
+        self.pad_id: int | None = self._id_of(self.names["pad"])
+        self.chat_template: str | None = chat_template_of(directory, config)
         self._legacy = config.get("legacy") is True
         self._prefix_space = config.get("add_prefix_space") is not False
         self._newline: list[int] = self._model.encode("\n")

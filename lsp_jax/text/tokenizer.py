@@ -45,11 +45,11 @@ class Tokenizer:
         self._template_arguments: dict[str, str] = {}
         self.directory = directory
         self._backend = backend
-        self.vocab_size = backend.vocab_size
-        self.bos_id = backend.bos_id
-        self.special_ids = backend.special_ids
-        self.stop_ids = stop_ids_of(directory, backend.eos_id)
-        self.pad_id = self.stop_ids[0] if backend.pad_id is None else backend.pad_id
+        self.vocab_size: int = backend.vocab_size
+        self.bos_id: int | None = backend.bos_id
+        self.special_ids: frozenset[int] = backend.special_ids
+        self.stop_ids: tuple[int, ...] = stop_ids_of(directory, backend.eos_id)
+        self.pad_id: int = self.stop_ids[0] if backend.pad_id is None else backend.pad_id
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
@@ -187,7 +187,8 @@ class _FastBackend:
             self.pad_id: int | None = tokenizer.pad_token_id
             self.unk_id: int | None = tokenizer.unk_token_id
             added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-            self.special_ids = frozenset(added | set(tokenizer.all_special_ids)) - {None}  # None: of an empty text
+            special = added | set(tokenizer.all_special_ids)
+            self.special_ids: frozenset[int] = frozenset(special) - {None}  # None: of an empty text
         except Exception as error:  # the Rust library raises bare Exception for a file it cannot parse
             remedy = f"cannot be read ({one_line(error)}); restore the original file"
             raise InputError("tokenizer.json", str(directory), remedy) from error
