@@ -17,6 +17,7 @@ import jax
 import plotly.graph_objects as go
 
 import lsp_jax as lsp
+from lsp_jax.reward.base import episode_texts
 from lsp_jax.run import iteration as stages
 from lsp_jax.run.scoring import score
 from lsp_jax.run.setup import prepare
@@ -70,13 +71,9 @@ shapes(queries)
 # %%
 episode = stages.solve(params, queries, key, run.game)
 shapes(episode.answers)
-lengths = jax.device_get(episode.answers.lengths)
-for n in range(3):
-    text = run.policy.tokenizer.decode(
-        jax.device_get(episode.queries.text.tokens)[n, : episode.queries.text.lengths[n]]
-    )
-    answer = run.policy.tokenizer.decode(jax.device_get(episode.answers.tokens)[n, 0, : lengths[n, 0]])
-    print(f"Q {text!r}\nA {answer!r}")
+texts = episode_texts(episode, run.policy.tokenizer)
+for query, answers in zip(texts.queries[:3], texts.answers, strict=False):
+    print(f"Q {query!r}\nA {answers[0]!r}")
 
 # %% [markdown]
 # The verifier reads the texts, the frozen reference judges on the device: R and R_Q, both [N, G].
