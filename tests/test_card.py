@@ -1,0 +1,104 @@
+"""The model card of an export, and its upload."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lsp_jax import cli
+from lsp_jax.errors import InputError
+from lsp_jax.run import folder
+from lsp_jax.run.card import model_card
+from test_trainer import read_lines
+
+QUICK_COMPILES = True
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture
+def run(whole_run: tuple[Path, Any], tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return Path(shutil.copytree(whole_run[0], tmp_path / "run"))
+
+
+def test_a_card_tells_what_the_run_measured(run: Path) -> None:
+    lines = read_lines(run / "metrics.jsonl")
+    card = (run / "export" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card, "a folder is no hub id"
+    first, last = lines[0], lines[-1]
+    row = f"| `solver/reward` | {first['solver/reward']:.4g} (iteration 1) | {last['solver/reward']:.4g} (iteration "
+    assert f"{row}{last['iteration']}) |" in card
+    assert f"{sum(line['completions/tokens'] for line in lines):,.0f} tokens of answers" in card
+    settings = json.loads((run / "config.json").read_text())
+    assert f"optimizer.learning_rate = {settings['optimizer']['learning_rate']}" in card and "output_dir" not in card
+    assert "2509.07414" in card
+
+    earlier = model_card(run, 1)
+    assert f"| {first['solver/reward']:.4g} (iteration 1) | {first['solver/reward']:.4g} (iteration 1) |" in earlier
+
+
+def test_a_hub_id_is_the_base_model_and_a_name_cannot_write_markup(run: Path) -> None:
+    settings = json.loads((run / "config.json").read_text())
+    for name, shown in (("meta-llama/Llama-3.2-1B", "base_model: meta-llama/Llama-3.2-1B\n"), ("a`<b>|x", "`a??b??x`")):
+        (run / "config.json").write_text(json.dumps(settings | {"model": name}))
+        assert shown in model_card(run, 1)
+    (run / "metrics.jsonl").unlink()
+    assert "Its metrics were not kept." in model_card(run, 1)
+
+
+def test_an_export_replaces_its_own_card_and_no_edited_one(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    folder.export_run(run, out)
+    folder.export_run(run, out)
+    card = out / "README.md"
+    card.write_text(card.read_text(encoding="utf-8").replace("## Recipe", "## Our recipe"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"README\.md"):
+        folder.export_run(run, out)
+    assert "## Our recipe" in card.read_text(encoding="utf-8")
+
+
+class Hub:
+    """Stands in for the hub's client."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.error: Exception | None = None
+
+    def __call__(self) -> Hub:
+        return self
+
+    def create_repo(self, repo_id: str, **options: Any) -> str:
+        if self.error is not None:
+            raise self.error
+        self.asked.append(("create", {"repo_id": repo_id, **options}))
+        return f"https://hub/{repo_id}"
+
+    def upload_folder(self, **options: Any) -> None:
+        self.asked.append(("upload", options))
+
+
+def test_an_export_is_uploaded_when_asked(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr(folder, "HfApi", hub)
+    command = ["export", str(run), str(tmp_path / "out")]
+    assert cli.main(command) == 0 and hub.asked == [], "never by itself"
+    assert cli.main([*command, "--push-to-hub", "me/mine", "--private"]) == 0
+    assert "uploaded to https://hub/me/mine" in capsys.readouterr().out
+    (created, options), (uploaded, files) = hub.asked
+    assert (created, uploaded) == ("create", "upload")
+    assert options == {"repo_id": "me/mine", "private": True, "exist_ok": True}
+    assert files["repo_id"] == "me/mine" and Path(files["folder_path"]) == tmp_path / "out"
+
+    hub.error = RuntimeError("401 for Authorization: Bearer hf_secret")
+    assert cli.main([*command, "--push-to-hub", "me/mine"]) == 2
+    said = capsys.readouterr()
+    assert "push_to_hub" in said.err and "RuntimeError" in said.err and "hf_secret" not in said.out + said.err
+    assert (tmp_path / "out" / "model.safetensors").is_file(), "what was written stays"
+    with pytest.raises(InputError, match="no export"):
+        folder.push_to_hub(tmp_path, "me/mine")
