@@ -14,7 +14,8 @@ Everything static is in `Game`, so each stage compiles once. LSP, Algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -44,11 +45,22 @@ from lsp_jax.run.game import Game, prompt_sharing
 from lsp_jax.run.rows import Learnable, learn_batch, unscored
 
 
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """An error that passes gets a note of where it was: those of compiled code say little of it."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"lsp-jax: in the {where} of an iteration")
+        raise
+
+
 def first_checked(stage: Any, *arguments: Any) -> Any:
     """`stage(*arguments)`; at its first use every process must have lowered the same program."""
-    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
-        processes.check_program(stage.__name__, stage, *arguments)
-    return stage(*arguments)
+    with named(f"stage {stage.__name__}"):
+        if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+            processes.check_program(stage.__name__, stage, *arguments)
+        return stage(*arguments)
 
 
 @jax.jit

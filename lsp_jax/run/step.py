@@ -23,7 +23,7 @@ from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import EpisodeTexts, RewardOutput
 from lsp_jax.run import iteration as stages
 from lsp_jax.run import playing, scoring
-from lsp_jax.run.iteration import first_checked
+from lsp_jax.run.iteration import first_checked, named
 from lsp_jax.run.played import tokens_of
 from lsp_jax.run.resample import RESAMPLE, groups, replaced, sources
 from lsp_jax.run.rows import Learnable
@@ -42,7 +42,8 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         self._begins(name)
         start = time.perf_counter()
-        yield
+        with named(f"phase {name}"):
+            yield
         self.took(name, start)
 
     def took(self, name: str, start: float) -> None:
@@ -105,7 +106,8 @@ def play_and_learn(
             with phases("reward"):
                 scored |= scoring.score_texts(run, texts)
         outputs = tuple(scored[reward.name] for reward in run.rewards)
-    references = jax.block_until_ready(references)
+    with named("phase reference"):
+        references = jax.block_until_ready(references)
     phases.took("reference", begun)
     if not game.needs_base:
         reference = {}  # its log-probabilities are all that the update needs

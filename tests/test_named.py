@@ -1,0 +1,27 @@
+"""Errors of an iteration say in which stage and phase they were."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lsp_jax.run.iteration import first_checked
+from lsp_jax.run.step import Phases
+
+
+@jax.jit
+def stage(x: jax.Array) -> jax.Array:
+    return x @ jnp.ones((3, 2))
+
+
+def test_an_error_of_a_compiled_stage_names_it() -> None:
+    assert first_checked(stage, jnp.ones((1, 3))).shape == (1, 2)
+    phases = Phases()
+    with pytest.raises(TypeError) as error, phases("update"):
+        first_checked(stage, jnp.ones((1, 4)))
+    assert error.value.__notes__ == [
+        "lsp-jax: in the stage stage of an iteration",
+        "lsp-jax: in the phase update of an iteration",
+    ]
+    assert "update" not in phases.seconds, "it did not end"
