@@ -4,7 +4,7 @@
     python experiments/arithmetic/study.py lsp --seed 1 --steps 120
     python experiments/arithmetic/study.py lsp --part development --name try-lr   # tuning: never on the held-out part
 
-A row of the default length takes a quarter of an hour on two fast cores, half an hour on slow ones. Stopped, it goes on where it was.
+A row of the default length takes 15 minutes to half an hour on two cores. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations
