@@ -60,7 +60,7 @@ def common(steps: int, seed: int) -> TrainConfig:
         seed=seed,
         play=PlayConfig(num_queries=8, num_generations=8, max_query_length=12, max_completion_length=16),
         reward=RewardConfig(quality_weight=0.0, arithmetic_weight=1.0),
-        loss=replace(base.loss, alpha_challenger=0.05, beta=0.05, value_low=0.1, value_high=0.9),
+        loss=replace(base.loss, alpha_challenger=0.1, invalid_query_penalty=-1.1, value_low=0.1, value_high=1.0),
         optimizer=replace(base.optimizer, micro_batch_size=32, remat="none"),  # what a laptop's memory holds
     )
 
