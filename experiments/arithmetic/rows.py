@@ -15,8 +15,8 @@
 | lsp_resample | lsp, and queries whose answers all got one reward are played anew, once |
 
 The gate: a query of whose answers none is right does not pay; without it -V drives the Challenger to numbers that the
-Solver cannot add at all, and nobody learns any more. The memory: a near-duplicate of an earlier query costs 0.5; without
-it the Challenger stays with sums of two digits (LOG.md).
+Solver cannot add at all, and nobody learns any more. The memory: a near-duplicate of an earlier query costs 0.5;
+without it the Challenger stays with sums of two digits (LOG.md).
 """
 
 from __future__ import annotations
