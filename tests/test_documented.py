@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ QUICK_COMPILES = True
 DEMO = "models/SmolLM2-135M-Instruct"
 NOWHERE = re.compile(r"preset (paper_|recommended_)|https://|HOST:PORT|/shared/")
 """What needs the hub, accelerators, other machines: every such command says so in its comment."""
+
+
+ELSEWHERE = "demo-model", "plan"
+"""Run with the real model (`tests/test_newcomer.py`), and for real machines (`tests/test_plan.py`)."""
 
 
 def test_what_is_needed_is_said() -> None:
@@ -42,15 +47,13 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap is not on PATH")
 def test_every_command_that_can_run_here_does(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen, failed = set(), []
     quickstart = "train --preset quickstart --resume auto"  # `make quickstart`, whose folder later commands name
     for command in [quickstart, *(command for _, command in parts("lsp-jax ", anywhere=True))]:
         name, *arguments = shlex.split(command)
-        if command in seen or name in (
-            "demo-model",
-            "plan",
-        ):  # run with the real model, and for real topologies, elsewhere
+        if command in seen or name in ELSEWHERE:
             continue
         seen.add(command)
         again = "runs/mine" in arguments and name == "train"  # several pages begin the same run
