@@ -25,7 +25,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from problems import TRAINING, part
+from problems import TRAINING, Problem, part
 
 from lsp_jax import presets
 from lsp_jax.config import RewardConfig, TrainConfig
@@ -34,6 +34,7 @@ from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.text.prompts import PromptConfig
 
 HERE = Path(__file__).parent
+TRAINING_PER_FAMILY = 1000
 UNTRAINED = ("base", "few_shot")
 STAGES = {
     "format": ("format",),
@@ -101,10 +102,15 @@ def _ablated(config: TrainConfig, kind: str) -> TrainConfig:
 
 
 def data_file(folder: Path) -> Path:
-    """The baseline's training questions as JSONL, made where it is not there."""
+    """The baseline's training questions as JSONL, made where it is not there: as many of each family as are held out,
+    over and over (three digits alone have more expressions than all others, and next to none is solved)."""
     file = folder / "training.jsonl"
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [{"prompt": problem.question, "answer": str(problem.answer)} for problem in part(TRAINING)]
+        families: dict[str, list[Problem]] = {}
+        for problem in part(TRAINING):
+            families.setdefault(problem.family, []).append(problem)
+        chosen = [found[n % len(found)] for found in families.values() for n in range(TRAINING_PER_FAMILY)]
+        rows = [{"prompt": problem.question, "answer": str(problem.answer)} for problem in chosen]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
