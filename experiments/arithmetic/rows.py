@@ -102,8 +102,8 @@ def _ablated(config: TrainConfig, kind: str) -> TrainConfig:
 
 
 def data_file(folder: Path) -> Path:
-    """The baseline's training questions as JSONL, made where it is not there: as many of each family as are held out,
-    over and over (three digits alone have more expressions than all others, and next to none is solved)."""
+    """The baseline's training questions as JSONL, made where it is not there: 1000 of each family, over and over where it
+    has fewer. (Of all expressions eight in ten have three digits, and next to none of those is solved.)"""
     file = folder / "training.jsonl"
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
