@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -92,4 +93,7 @@ def test_every_stage_is_a_run_that_can_be_made(kind: str, tmp_path: Path):
     assert (config.reward.quality_weight > 0) == (kind not in ("grpo", "format", "lsp_zero"))
     assert (config.seed, config.max_steps) == (1, 8)
     if config.data.source:
-        assert len(Path(config.data.source).read_text().splitlines()) == len(problems.part(problems.TRAINING))
+        asked = [json.loads(line)["prompt"] for line in Path(config.data.source).read_text().splitlines()]
+        family = {problem.question: problem.family for problem in problems.part(problems.TRAINING)}
+        counted = Counter(family[question] for question in asked)
+        assert counted == dict.fromkeys(problems.FAMILIES, rows.TRAINING_PER_FAMILY), "none of them held out"

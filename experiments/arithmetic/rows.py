@@ -102,7 +102,7 @@ def _ablated(config: TrainConfig, kind: str) -> TrainConfig:
 
 
 def data_file(folder: Path) -> Path:
-    """The baseline's training questions as JSONL, made where it is not there: 1000 of each family, over and over where it
+    """The baseline's training questions as JSONL, made where it is not there: 1000 a family, over and over where it
     has fewer. (Of all expressions eight in ten have three digits, and next to none of those is solved.)"""
     file = folder / "training.jsonl"
     if not file.is_file():
