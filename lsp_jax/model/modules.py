@@ -48,8 +48,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.weight[...]
-        if hasattr(self, "lora_A"):
-            y = y + (x @ self.lora_A[...]) @ self.lora_B[...]
+        first, second = (getattr(self, name, None) for name in ("lora_A", "lora_B"))
+        if first is not None and second is not None:
+            y = y + (x @ first[...]) @ second[...]
         return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,)) if hasattr(self, "bias") else y
 
 
