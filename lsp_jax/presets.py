@@ -233,7 +233,7 @@ def recommended_lsp_8b() -> TrainConfig:
 
 def lora_laptop() -> TrainConfig:
     """`quickstart` with adapters in place of all parameters: the moments and the gradient of 5 million numbers, not of
-    135, and a step size ten times as large, as adapters want it."""
+    135, and a step size ten times as large."""
     base = quickstart()
     return replace(
         base,

@@ -68,6 +68,16 @@ def test_a_hub_id_that_holds_a_name_has_its_shape(name, known, tmp_path, monkeyp
     assert shape_of(name) == SHAPES[known]
 
 
+def test_a_planned_game_is_the_configured_one():
+    """All that the real one takes from the configuration as it is: with adapters other programs are compiled."""
+    for preset in ("quickstart", "lora_laptop"):
+        config = presets.get(preset)
+        config = replace(config, memory=replace(config.memory, size=512))
+        game = placeholders.game(config, SHAPES["smollm2-135m"])
+        for name in ("play", "loss", "optimizer", "memory", "lora"):
+            assert getattr(game, name) == getattr(config, name), name
+
+
 def test_every_preset_has_shapes():
     for preset in presets.PRESETS.values():
         config = preset()

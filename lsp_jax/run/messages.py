@@ -63,7 +63,8 @@ def announce(run: Run, done: int) -> None:
     elif config.resume == "auto":
         print("no checkpoint yet: starting from the model")
     if done < config.max_steps:
-        kept = f", kept in {printable(config.compilation_cache)} for the next start" if config.compilation_cache else ""
+        cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+        kept = f", kept in {printable(cache)} for the next start" if cache else ""
         print(f"the first iteration also compiles every program: one to several minutes{kept}", flush=True)
 
 

@@ -54,6 +54,8 @@ def game(config: TrainConfig, model: LlamaConfig) -> Game:
         loss=config.loss,
         optimizer=config.optimizer,
         compute_dtype="bfloat16" if config.compute_dtype == "auto" else config.compute_dtype,
+        memory=config.memory,
+        lora=config.lora,
     )
 
 
