@@ -4,8 +4,8 @@
 # One model writes questions and answers them. Here one iteration is taken apart: what each stage takes, what it gives,
 # what shape it has; then one update, and a few iterations with curves.
 #
-# Written for two CPU cores and 8 GB of memory: about five minutes with the demo model, half of it compiling. On a GPU
-# or TPU nothing changes but the time. Before: `lsp-jax demo-model models/SmolLM2-135M-Instruct`.
+# Written for two CPU cores and 8 GB of memory: some minutes with the demo model (not timed yet), much of it compiling.
+# On a GPU or TPU nothing changes but the time. Before: `lsp-jax demo-model models/SmolLM2-135M-Instruct`.
 
 # %%
 import os

@@ -85,6 +85,11 @@ def init_adapters(params: Params, lora: LoraConfig) -> Params:
     return {"model": {"layers": adapters}}
 
 
+def adapters_shape(params: Params, lora: LoraConfig) -> Params:
+    """The shapes of `init_adapters`, without making any array. Raises InputError for a rank that is too large."""
+    return jax.eval_shape(partial(init_adapters, lora=lora), params)
+
+
 def attached(base: Params, adapters: Params, lora: LoraConfig) -> Params:
     """The adapted model's parameters: the arrays of `base` themselves, the adapters beside them with B scaled."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +19,7 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.learn.update import UNKNOWN_MICRO_BATCH, OptimizerConfig
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.llama import params_shape
-from lsp_jax.model.lora import init_adapters
+from lsp_jax.model.lora import adapters_shape
 from lsp_jax.model.sharding import AXES
 from lsp_jax.run.game import Game
 
@@ -124,7 +123,7 @@ def _spread_bytes(game: Game, param_dtype: str) -> int:
     all parameters, or of the adapters."""
     shapes = params_shape(game.model)
     if game.lora.rank:
-        shapes = jax.eval_shape(partial(init_adapters, lora=game.lora), shapes)
+        shapes = adapters_shape(shapes, game.lora)
     each = _size(param_dtype) + _size(game.optimizer.moment_dtype) + 4 + 4 + 2 * _size(game.compute_dtype)
     return each * sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import jax
 
 from lsp_jax import processes
 from lsp_jax.errors import InputError
-from lsp_jax.model.lora import init_adapters
+from lsp_jax.model.lora import adapters_shape
 from lsp_jax.run.doctor import Finding
 from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT, MANIFEST, REPORT
 from lsp_jax.run.game import policy_in_the_loss
@@ -71,8 +70,8 @@ def announce(run: Run, done: int) -> None:
 def _adapters(run: Run) -> str:
     """How much is trained, of how much. The base is what the reference holds."""
     lora = run.game.lora
-    shapes = jax.eval_shape(partial(init_adapters, lora=lora), run.reference)
-    trained, base = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes, run.reference))
+    trees = adapters_shape(run.reference, lora), run.reference
+    trained, base = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in trees)
     where = ", ".join(lora.targets)
     return f"adapters of rank {lora.rank} on {where}: {trained / 1e6:.2f} of {base / 1e6:.0f} million parameters train"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ from lsp_jax import processes
 from lsp_jax.config import TrainConfig, flat
 from lsp_jax.errors import InputError
 from lsp_jax.model.llama import Params, cast, params_shape
-from lsp_jax.model.lora import init_adapters
+from lsp_jax.model.lora import adapters_shape
 from lsp_jax.model.sharding import check_model, make_mesh, park, place, shardings, use_mesh
 from lsp_jax.model.weights import load_params
 from lsp_jax.paths import user_path
@@ -169,7 +168,7 @@ def make_game(
     prompts = PlayPrompts.build(policy.tokenizer, config.prompts)
     play, context = config.play, policy.config.max_position_embeddings
     if config.lora.rank:
-        jax.eval_shape(partial(init_adapters, lora=config.lora), params_shape(policy.config))  # checks the rank
+        adapters_shape(params_shape(policy.config), config.lora)  # checks the rank
     query = longest_query(config, prompts, data, probe)
     solver = len(prompts.solver.prefix_ids) + query + len(prompts.solver.suffix_ids)
     lengths = {"play.max_completion_length": solver + play.max_completion_length}
