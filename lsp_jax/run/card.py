@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lsp_jax.config import TrainConfig, flat
+from lsp_jax.config import MAY_CHANGE, TrainConfig, flat
 from lsp_jax.run.metrics import METRICS_FILE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -17,8 +17,6 @@ _TOLD = (
     *("completions/mean_length", "queries/valid_fraction", "queries/unique_fraction", "probe/gain"),
 )
 """Metrics whose first and last values the card shows."""
-_SILENT = ("output_dir", "resume", "report_to", "compilation_cache", "profile", "precompile", "processes", "mesh")
-"""Settings that say where a run was made and not how."""
 _CITATION = """\
 @article{kuba2025language,
   title   = {Language Self-Play For Data-Free Training},
@@ -49,7 +47,7 @@ def model_card(run: Path, step: int) -> str:
         _results(metrics),
         "Rewards are the run's own and no benchmark.",
         "## Recipe",
-        "Settings that are not the defaults:",
+        "Settings that decide what is trained and are not the defaults:",
         "\n".join(f"    {name} = {json.dumps(value)}" for name, value in _settings(config).items()),
         "## Citation",
         "```bibtex\n" + _CITATION + "\n```",
@@ -91,13 +89,9 @@ def _results(metrics: list[dict[str, Any]]) -> str:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """Every setting that is not the default, by its dotted name."""
+    """Every setting that is not the default and decides what was trained, by its dotted name."""
     default = flat(TrainConfig())
-    return {
-        name: value
-        for name, value in flat(config).items()
-        if value != default[name] and name.split(".")[0] not in _SILENT
-    }
+    return {name: value for name, value in flat(config).items() if value != default[name] and name not in MAY_CHANGE}
 
 
 def _plain(text: str) -> str:
