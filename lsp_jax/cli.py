@@ -147,11 +147,15 @@ class ExportOptions:
 
 def export(arguments: Sequence[str]) -> None:
     """Write a run's policy as a Hugging Face directory: `lsp-jax export RUN DIR`."""
-    from lsp_jax.run.folder import export_adapters, export_run, push_to_hub
+    from lsp_jax.run.folder import check_repo_id, export_adapters, export_run, push_to_hub
 
     options = tyro.cli(ExportOptions, args=list(arguments), prog="lsp-jax export")
     if options.adapters and options.dtype:
         raise InputError("dtype", options.dtype, "adapters are written as they are, in float32: leave it out")
+    if options.private and not options.push_to_hub:
+        raise InputError("private", True, "nothing is uploaded: name the repository too, with --push-to-hub OWNER/NAME")
+    if options.push_to_hub:
+        check_repo_id(options.push_to_hub)
     if options.adapters:
         step = export_adapters(options.run, options.directory, options.step or None)
     else:

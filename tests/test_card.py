@@ -81,6 +81,17 @@ class Hub:
         self.asked.append(("upload", options))
 
 
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [(["--private"], "private"), *((["--push-to-hub", name], "push_to_hub") for name in ("a/b/c", "a b"))],
+)
+def test_an_upload_that_cannot_be_is_refused_before_anything_is_written(
+    options: list[str], field: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(run), str(tmp_path / "out"), *options]) == 2
+    assert field in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_an_export_is_uploaded_when_asked(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from jax.sharding import Mesh
 
 from lsp_jax import config as configs
@@ -191,12 +193,21 @@ def export_run(run: str | Path, directory: str | Path, step: int | None = None, 
     return step
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raises InputError unless the hub could have a repository of that name."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError("push_to_hub", repo_id, f"must be OWNER/NAME as the hub allows it ({error})") from None
+
+
 def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> str:
     """Uploads an export, or a folder of adapters, to the hub as `repo_id`, which is made where it is missing, and
     returns its address. Needs HF_TOKEN with the right to write. Raises InputError where the hub refuses."""
     folder = user_path("directory", directory)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise InputError("directory", str(directory), "holds no export; write one first")
+    check_repo_id(repo_id)
     try:
         url = HfApi().create_repo(repo_id, private=private, exist_ok=True)
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export of lsp_jax")
