@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
@@ -20,9 +19,9 @@ from lsp_jax.model.config import ARCHITECTURES, Head, LlamaConfig
 from lsp_jax.model.llama import Params
 from lsp_jax.model.weights import INDEX, check_dtype, load_params, read_config, save_params
 from lsp_jax.paths import check_writable, user_path
+from lsp_jax.sealed import CARD, is_ours, sealed
 from lsp_jax.text.tokenizer import FILES, Tokenizer
 
-CARD = "README.md"
 _WEIGHTS = "model*.safetensors"
 _EXPORT = ("config.json", _WEIGHTS, INDEX, *FILES)
 _COMMIT = re.compile(r"[0-9a-f]{40}")  # the hub's cache names its directories by it
@@ -103,7 +102,7 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
         save_params(policy.params, policy.config, fresh, dtype)
         policy.tokenizer.save(fresh)
         if card:
-            (fresh / CARD).write_text(card + _seal(card), encoding="utf-8")
+            (fresh / CARD).write_text(sealed(card), encoding="utf-8")
         _sync(fresh)
         check_replaceable(target)  # saving takes long enough for someone to have put a file there
         if target.exists():
@@ -160,25 +159,13 @@ def check_replaceable(target: Path) -> None:
         raise InputError("directory", str(target), "is a file; give a new directory")
     names = sorted(entry.name for entry in target.iterdir())
     foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in _EXPORT)]
-    if CARD in foreign and _is_ours(target / CARD):
+    if CARD in foreign and is_ours(target / CARD):
         foreign.remove(CARD)
     weights = any(fnmatch(name, _WEIGHTS) for name in names)
     if names and (foreign or not weights or "config.json" not in names):
         first = (foreign or names)[0]
         remedy = f"holds {first} and is not an earlier export; give an empty or new directory"
         raise InputError("directory", str(target), remedy)
-
-
-def _seal(card: str) -> str:
-    """The last line of a card of ours: what it was when it was written."""
-    return f"<!-- lsp_jax {hashlib.sha256(card.encode()).hexdigest()} -->\n"
-
-
-def _is_ours(card: Path) -> bool:
-    """Whether the file is a card as an export wrote it: one that was edited is somebody's work."""
-    whole = card.read_text(encoding="utf-8", errors="replace")
-    text, mark, _ = whole.rpartition("<!-- lsp_jax ")
-    return bool(mark) and whole == text + _seal(text)
 
 
 def _sync(directory: Path) -> None:

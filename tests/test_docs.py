@@ -16,7 +16,7 @@ import tyro
 from lsp_jax import cli
 from lsp_jax.config import TrainConfig, flat
 from lsp_jax.evaluate.settings import EvaluateConfig
-from lsp_jax.run.metrics import METRICS
+from lsp_jax.run.metrics import METRICS, describe
 
 ROOT = Path(cli.__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
@@ -32,13 +32,13 @@ OPTIONS: dict[str, Any] = {
 
 
 def commands(page: Path, anywhere: bool = False) -> Iterator[str]:
-    """The commands of a page: continued lines in one piece, what is optional in brackets and comments left out.
+    """The commands of a page: continued lines in one piece, comments left out.
     `anywhere`: only those that need nothing but this package (others say what they need in their comment)."""
     for block in re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             if anywhere and re.search(r"\s#.*\bneeds?\b", line):
                 continue
-            line = re.sub(r"\[--[^\]]*\]|\s#.*", "", line).strip()
+            line = re.sub(r"\s#.*", "", line).strip()
             if line and not line.startswith("#"):
                 yield line
 
@@ -65,6 +65,24 @@ def test_a_command_is_one_that_there_is(page: str, command: str):
     for option in ("topology", "output"):
         _, arguments = cli._take(option, arguments) if name == "plan" else ("", arguments)
     cli._train_config(arguments, name, "").check()
+
+
+def test_every_module_has_its_line():
+    text, package = (ROOT / "CONTRIBUTING.md").read_text("utf-8"), ROOT / "lsp_jax"
+    modules = [path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"]
+    assert len(modules) > 80 and [name for name in modules if f"`{name}`" not in text] == []
+
+
+def test_metrics_that_are_spoken_of_are_there():
+    groups = {name.split("/")[0] for name in METRICS if "/" in name and "<" not in name.split("/")[0]}
+    spoken = [
+        (page.name, name)
+        for page in PAGES
+        for name in re.findall(rf"`((?:{'|'.join(sorted(groups))})/[\w/<>-]+)`", page.read_text("utf-8"))
+    ]
+    assert len(spoken) > 20
+    for page, name in spoken:
+        assert name in METRICS or any(name in known for known in METRICS) or describe(name), page
 
 
 def test_there_are_commands_to_look_at():

@@ -178,6 +178,8 @@ def test_a_second_stage_begins_with_the_merged_policy(trained: tuple[Path, Any],
         load_run_params(tmp_path / "second", 1),
         merged(run.reference, load_run_adapters(tmp_path / "second", 1), LORA),
     ), "its own base is the first run's policy"
+    with pytest.raises(InputError, match="export them merged"):
+        export_adapters(tmp_path / "second", tmp_path / "adapters")
 
 
 @pytest.mark.full
@@ -209,10 +211,12 @@ def test_peft_and_transformers_compute_the_same_logits(
     directory, _ = trained
     assert cli.main(["export", str(directory), str(tmp_path / "adapters"), "--adapters"]) == 0
     assert "the adapters of" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    names = sorted(path.name for path in (tmp_path / "adapters").iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    card = (tmp_path / "adapters" / "README.md").read_text()
+    assert "library_name: peft" in card and f"# Adapters for {model.name}" in card
+    settings = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == (str(model), None)
     ids = np.random.default_rng(1).integers(3, 200, (2, 9))
     ours = lsp.load_pretrained(directory / "export")
     expected = np.asarray(lsp.forward(ours.params, ours.config, jnp.asarray(ids)))
@@ -235,6 +239,9 @@ def test_exports_are_refused_where_they_would_be_wrong(trained: tuple[Path, Any]
     with pytest.raises(InputError, match=r"notes\.txt"):
         export_adapters(directory, tmp_path / "mine")
     assert export_adapters(directory, tmp_path / "a", 1) == 1 and export_adapters(directory, tmp_path / "a") == STEPS
+    (tmp_path / "a" / "README.md").write_text("mine now")
+    with pytest.raises(InputError, match=r"README\.md"):
+        export_adapters(directory, tmp_path / "a")
 
     moved = tmp_path / "moved"
     run = lora_config(model, moved, max_steps=1)

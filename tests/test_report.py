@@ -119,6 +119,13 @@ def test_a_run_under_way(tmp_path: Path):
     assert shown(run)["runs"][0]["metrics"] == {} and shown(run)["charts"] == []
 
 
+def test_a_metric_of_another_version_is_shown_and_said_to_be_none(tmp_path: Path):
+    run = write_run(tmp_path / "run", last=2)
+    lines = [json.loads(line) | {"once/there": 1.0} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert shown(run)["meanings"]["once/there"] == "not a metric of this version"
+
+
 def test_several_runs_beside_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     runs = [write_run(tmp_path / place / "lsp", last=4, seed=seed) for seed, place in enumerate(("a", "b"))]
     found = shown(*runs)["runs"]
@@ -140,12 +147,15 @@ def test_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     broken = write_run(tmp_path / "broken", last=2)
     lines = (broken / "metrics.jsonl").read_text().splitlines()
     (broken / "metrics.jsonl").write_text("\n".join([lines[0][:-5], lines[1]]) + "\n")
+    torn = write_run(tmp_path / "torn", last=2)
+    (torn / "manifest.json").write_text('{"versions": {')
     for arguments, words in (
         ([], "runs = ()"),
         ([tmp_path / "none"], "config.json"),
         ([run, "--output", tmp_path], "is a directory"),
         ([run, "--output", run / "config.json" / "x.html"], "output = "),
         ([broken], "line 1 is not JSON"),
+        ([torn], "manifest.json"),
     ):
         assert cli.main(["report", *map(str, arguments)]) == 2
         assert words in capsys.readouterr().err

@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # Language Self-Play, stage by stage
 #
@@ -22,7 +30,9 @@ from lsp_jax.run import iteration as stages
 from lsp_jax.run.scoring import score
 from lsp_jax.run.setup import prepare
 
-MODEL = os.environ.get("LSP_JAX_NOTEBOOK_MODEL", "./models/SmolLM2-135M-Instruct")
+DEMO = Path("models/SmolLM2-135M-Instruct")  # `lsp-jax demo-model models/SmolLM2-135M-Instruct` in the checkout
+ABOVE = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / DEMO).is_dir()]
+MODEL = os.environ.get("LSP_JAX_NOTEBOOK_MODEL", str(ABOVE[0] / DEMO if ABOVE else DEMO))
 FOLDER = Path(tempfile.mkdtemp(prefix="lsp-jax-"))
 
 

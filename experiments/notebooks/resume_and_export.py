@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # Resume and export
 #
@@ -20,7 +28,9 @@ from lsp_jax.model.lora import LoraConfig
 from lsp_jax.run.folder import export_adapters, export_run
 from lsp_jax.run.replay import replay
 
-MODEL = os.environ.get("LSP_JAX_NOTEBOOK_MODEL", "./models/SmolLM2-135M-Instruct")
+DEMO = Path("models/SmolLM2-135M-Instruct")  # `lsp-jax demo-model models/SmolLM2-135M-Instruct` in the checkout
+ABOVE = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / DEMO).is_dir()]
+MODEL = os.environ.get("LSP_JAX_NOTEBOOK_MODEL", str(ABOVE[0] / DEMO if ABOVE else DEMO))
 FOLDER = Path(tempfile.mkdtemp(prefix="lsp-jax-"))
 config = replace(
     lsp.presets.quickstart(),

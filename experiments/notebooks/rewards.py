@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # Rewards
 #
@@ -22,7 +30,9 @@ from lsp_jax.reward.arithmetic import final_number, grade, parse_arithmetic
 from lsp_jax.reward.preference import load_reward_model, preference_template, score_conversations
 from lsp_jax.reward.verify import callable_reward
 
-MODEL = os.environ.get("LSP_JAX_NOTEBOOK_MODEL", "./models/SmolLM2-135M-Instruct")
+DEMO = Path("models/SmolLM2-135M-Instruct")  # `lsp-jax demo-model models/SmolLM2-135M-Instruct` in the checkout
+ABOVE = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / DEMO).is_dir()]
+MODEL = os.environ.get("LSP_JAX_NOTEBOOK_MODEL", str(ABOVE[0] / DEMO if ABOVE else DEMO))
 FOLDER = Path(tempfile.mkdtemp(prefix="lsp-jax-"))
 policy = lsp.load_pretrained(MODEL)
 
@@ -39,8 +49,9 @@ grade(["What is 7 - 9?", "Tell me a story."], [["It is -2.", "9 - 7 = 2"], ["Onc
 # %% [markdown]
 # ## A function of your own
 #
-# From N queries and their N lists of G answers to [N, G] numbers. It runs in worker processes with a time limit; an
-# exception or NaN masks the answer, and the run goes on.
+# From N queries and their N lists of G answers to [N, G] numbers. A function object runs in a thread of
+# this process with a time limit (one named as `my_reward.py:brevity` in a process of its own, which can be ended). NaN
+# masks an answer, an exception all of this iteration; the run goes on.
 
 
 # %%

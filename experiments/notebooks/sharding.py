@@ -1,3 +1,11 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
 # %% [markdown]
 # # The same code on many devices
 #
@@ -19,7 +27,9 @@ jax.config.update("jax_num_cpu_devices", 8)  # before JAX starts; on a machine w
 import lsp_jax as lsp
 from lsp_jax.model.sharding import MeshConfig, make_mesh, partitions
 
-MODEL = os.environ.get("LSP_JAX_NOTEBOOK_MODEL", "./models/SmolLM2-135M-Instruct")
+DEMO = Path("models/SmolLM2-135M-Instruct")  # `lsp-jax demo-model models/SmolLM2-135M-Instruct` in the checkout
+ABOVE = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / DEMO).is_dir()]
+MODEL = os.environ.get("LSP_JAX_NOTEBOOK_MODEL", str(ABOVE[0] / DEMO if ABOVE else DEMO))
 FOLDER = Path(tempfile.mkdtemp(prefix="lsp-jax-"))
 jax.devices()
 

@@ -23,6 +23,7 @@ from lsp_jax.errors import InputError
 from lsp_jax.host import to_host
 from lsp_jax.model.llama import Params
 from lsp_jax.paths import check_writable
+from lsp_jax.sealed import CARD, is_ours, sealed
 
 PROJECTIONS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
@@ -107,27 +108,37 @@ def united(one: Params, other: Params) -> Params:
     }
 
 
-@partial(jax.jit, static_argnames="lora")
-def _merged(weight: jax.Array, first: jax.Array, second: jax.Array, lora: LoraConfig) -> jax.Array:
+def _merge(weight: jax.Array, first: jax.Array, second: jax.Array, lora: LoraConfig) -> jax.Array:
     change = lora.scale * jnp.einsum(
         "lir,lro->lio", first.astype(jnp.float32), second.astype(jnp.float32), precision="highest"
     )
     return (weight.astype(jnp.float32) + change).astype(weight.dtype)
 
 
-def merged(base: Params, adapters: Params, lora: LoraConfig) -> Params:
+_merged = jax.jit(_merge, static_argnames="lora")
+_merged_over = jax.jit(_merge, static_argnames="lora", donate_argnames="weight")
+
+
+def merged(base: Params, adapters: Params, lora: LoraConfig, over: bool = False) -> Params:
     """Parameters of a plain model that computes what the adapted one does: W + alpha / rank * A B, made in float32 and
-    kept in the dtype of `base`, whose other arrays are taken as they are."""
+    kept in the dtype of `base`, whose other arrays are taken as they are; `over` writes over the projections of `base`,
+    which hold nothing any more then."""
+    merge = _merged_over if over else _merged
     layers = {part: dict(found) for part, found in base["model"]["layers"].items()}
     for part, found in adapters["model"]["layers"].items():
         for name, pair in found.items():
             held = layers[part][name]
-            layers[part][name] = {**held, "weight": _merged(held["weight"], pair["lora_A"], pair["lora_B"], lora)}
+            layers[part][name] = {**held, "weight": merge(held["weight"], pair["lora_A"], pair["lora_B"], lora)}
     return {**base, "model": {**base["model"], "layers": layers}}
 
 
-def save_adapters(adapters: Params, lora: LoraConfig, base: str, directory: Path) -> None:
-    """Writes PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`; `base` is the model's name."""
+def save_adapters(
+    adapters: Params, lora: LoraConfig, base: str, directory: Path, revision: str | None = None, card: str = ""
+) -> None:
+    """Writes PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`, and a model `card` as README.md.
+
+    `base` is the model's name, `revision` its commit or branch on the hub.
+    """
     tensors: dict[str, np.ndarray] = {}
     for part, found in adapters["model"]["layers"].items():
         for name, pair in found.items():
@@ -139,6 +150,7 @@ def save_adapters(adapters: Params, lora: LoraConfig, base: str, directory: Path
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
@@ -154,12 +166,15 @@ def save_adapters(adapters: Params, lora: LoraConfig, base: str, directory: Path
     save_file(tensors, fresh[1], metadata={"format": "pt"})
     for path, name in zip(fresh, FILES, strict=True):
         path.replace(directory / name)
+    if card:
+        (directory / CARD).write_text(sealed(card), encoding="utf-8")
 
 
 def check_adapters_replaceable(directory: Path) -> None:
     """Raises InputError unless `directory` is empty or an earlier export of adapters, or absent and can be made."""
     check_writable("directory", directory)
-    foreign = [path.name for path in directory.iterdir() if path.name not in FILES] if directory.exists() else []
+    there = list(directory.iterdir()) if directory.exists() else []
+    foreign = [path.name for path in there if path.name not in FILES and not (path.name == CARD and is_ours(path))]
     if foreign:
         remedy = f"holds {min(foreign)} and is not an earlier export of adapters; give an empty or new directory"
         raise InputError("directory", str(directory), remedy)

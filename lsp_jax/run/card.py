@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lsp_jax.config import MAY_CHANGE, TrainConfig, flat
+from lsp_jax.errors import InputError
+from lsp_jax.run.identity import MANIFEST
 from lsp_jax.run.metrics import METRICS_FILE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_TOLD = (
+TOLD = (
     *("solver/reward", "challenger/reward", "solver/kl", "challenger/kl", "solver/entropy", "challenger/entropy"),
-    *("completions/mean_length", "queries/valid_fraction", "queries/unique_fraction", "probe/gain"),
+    *("solver/completions/mean_length", "challenger/completions/mean_length"),
+    *("queries/valid_fraction", "queries/unique_fraction", "probe/gain"),
 )
 """Metrics whose first and last values the card shows."""
 _CITATION = """\
@@ -26,23 +29,25 @@ _CITATION = """\
 }"""
 
 
-def model_card(run: Path, step: int) -> str:
-    """The README.md of the policy at checkpoint `step` of the run in that folder."""
+def model_card(run: Path, step: int, adapters: bool = False) -> str:
+    """The README.md of the policy at checkpoint `step` of the run in that folder, or of its `adapters` alone."""
     config = TrainConfig.load(run / "config.json")
-    base, metrics = _base(run, config), _metrics(run, step)
+    base, commit = _base(run, config)
+    metrics = _metrics(run, step)
     method = "GRPO on a data set" if config.data.source else "Language Self-Play"
     if not config.data.source and not (config.loss.use_quality and config.reward.quality_weight):
         method = "Language Self-Play without the quality reward (LSP-Zero)"
-    header = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [lsp_jax, language-self-play]"]
-    if _HUB_ID.fullmatch(base):
+    library = "peft" if adapters else "transformers"
+    header = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [lsp_jax, language-self-play]"]
+    if commit and _HUB_ID.fullmatch(base):
         header.insert(0, f"base_model: {base}")
-    tokens = sum(line.get("completions/tokens", 0.0) for line in metrics)
+    name, tokens = _plain(base if commit else _last(base)), sum(line.get("completions/tokens", 0.0) for line in metrics)
     sections = [
         "\n".join(["---", *header, "---"]),
-        f"# {_plain(Path(base).name)}, after {step} iterations of {method}",
-        f"Trained by lsp_jax from `{_plain(base)}` for {step} of {config.max_steps} iterations of "
-        f"{config.play.num_queries} queries with {config.play.num_generations} answers each; "
-        f"{tokens:,.0f} tokens of answers were sampled. The base model's license and its limits hold for this one.",
+        f"# {'Adapters for ' if adapters else ''}{_plain(_last(base))}, after {step} iterations of {method}",
+        f"Trained by lsp_jax from `{name}`{f' at commit {commit}' if commit else ''} for {step} of {config.max_steps} "
+        f"iterations of {config.play.num_queries} queries with {config.play.num_generations} answers each; "
+        f"{tokens:,.0f} tokens were sampled. The base model's license and its limits hold for this one.",
         "## What the run measured",
         _results(metrics),
         "Rewards are the run's own and no benchmark.",
@@ -55,15 +60,27 @@ def model_card(run: Path, step: int) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _base(run: Path, config: TrainConfig) -> str:
-    """The model that it all began with, through earlier stages where they are still there."""
+def _base(run: Path, config: TrainConfig) -> tuple[str, str]:
+    """The model that it all began with, through earlier stages where they are still there, and its commit on the hub;
+    no commit of a local folder."""
+    seen = {run.resolve()}
     while config.init_from:
-        with suppress(Exception):
-            earlier = TrainConfig.load(Path(config.init_from).expanduser() / "config.json")
-            config = earlier
-            continue
-        return config.init_from
-    return config.model
+        run = Path(config.init_from).expanduser()
+        if run.resolve() in seen:  # a folder that was made anew from one of its own stages
+            return config.init_from, ""
+        seen.add(run.resolve())
+        try:
+            config = TrainConfig.load(run / "config.json")
+        except (OSError, InputError):
+            return config.init_from, ""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return config.model, str(json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"]["commit"])
+    return config.model, ""
+
+
+def _last(name: str) -> str:
+    """The last part of a path or of a hub id: the rest of a path says where, and whose machine it was."""
+    return Path(name).name or name
 
 
 def _metrics(run: Path, step: int) -> list[dict[str, Any]]:
@@ -80,7 +97,7 @@ def _metrics(run: Path, step: int) -> list[dict[str, Any]]:
 
 def _results(metrics: list[dict[str, Any]]) -> str:
     rows = []
-    for name in _TOLD:
+    for name in TOLD:
         values = [(line["iteration"], line[name]) for line in metrics if isinstance(line.get(name), int | float)]
         if values:
             (first, begin), (last, end) = values[0], values[-1]
@@ -89,9 +106,13 @@ def _results(metrics: list[dict[str, Any]]) -> str:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """Every setting that is not the default and decides what was trained, by its dotted name."""
+    """Every setting that is not the default and decides what was trained, by its dotted name; of a path its end."""
     default = flat(TrainConfig())
-    return {name: value for name, value in flat(config).items() if value != default[name] and name not in MAY_CHANGE}
+    return {
+        name: _last(value) if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
+        for name, value in flat(config).items()
+        if value != default[name] and name not in MAY_CHANGE
+    }
 
 
 def _plain(text: str) -> str:

@@ -8,6 +8,7 @@ same on every mesh; an odd weight loses no bit, so any change of one element cha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,20 +36,21 @@ def checksum(x: jax.Array) -> jax.Array:
     return jnp.sum((bits ^ (bits >> 16)) * weight, dtype=jnp.uint32)
 
 
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [checksum(leaf) for leaf in leaves]
+@partial(jax.jit, static_argnames="dtype")
+def _checksums(leaves: list[jax.Array], dtype: str | None) -> list[jax.Array]:
+    return [checksum(leaf if dtype is None else leaf.astype(dtype)) for leaf in leaves]
 
 
-def manifest(tree: Any) -> Manifest:
-    """Every array of `tree` by its path (`params/model/norm/weight`), with its checksum, read from the device at once.
+def manifest(tree: Any, dtype: str | None = None) -> Manifest:
+    """Every array of `tree` by its path (`params/model/norm/weight`), with its checksum, read from the device at once:
+    as it is, or as it would be in `dtype`, without a copy.
 
     With several processes all must call it together.
     """
     paths, leaves = zip(*jax.tree.leaves_with_path(tree), strict=True)
-    sums = host.to_host(_checksums(list(leaves)))
+    sums = host.to_host(_checksums(list(leaves), dtype))
     return {
-        path_name(path): {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "checksum": int(value)}
+        path_name(path): {"shape": list(leaf.shape), "dtype": dtype or leaf.dtype.name, "checksum": int(value)}
         for path, leaf, value in zip(paths, leaves, sums, strict=True)
     }
 

@@ -26,12 +26,12 @@ from lsp_jax.paths import check_writable, user_path
 from lsp_jax.policy import Policy, check_replaceable, open_pretrained, save_pretrained
 from lsp_jax.run.card import model_card
 from lsp_jax.run.checkpoint import Checkpoints, Damaged, abstract
-from lsp_jax.run.identity import parameters_digest
+from lsp_jax.run.identity import MANIFEST, parameters_digest
 from lsp_jax.run.metrics import FILES
 from lsp_jax.text.tokenizer import Tokenizer
 
 CHECKPOINTS, BASE, EXPORT, PROFILE = "checkpoints", "base", "export", "profile"
-MANIFEST, REPORT = "manifest.json", "report.html"
+REPORT = "report.html"
 _RUN_FILES = ("config.json", *FILES, CHECKPOINTS, EXPORT)
 
 
@@ -121,7 +121,7 @@ def load_run_params(run: str | Path, step: int, dtype: str | None = None, mesh: 
     model, config = read_config(run / BASE), TrainConfig.load(run / "config.json")
     if config.lora.rank:
         adapters = load_run_adapters(run, step, mesh)
-        params = merged(_base_params(run, config, model, mesh), adapters, config.lora)
+        params = merged(_base_params(run, config, model, mesh), adapters, config.lora, over=True)
         return cast(params, dtype or config.param_dtype)
     shapes = abstract(mesh, lambda: cast(init_params(model, jax.random.key(0)), config.param_dtype))
     params = _restored(run, step, shapes)
@@ -158,7 +158,7 @@ def _base_params(run: Path, config: TrainConfig, model: LlamaConfig, mesh: Mesh 
         source = config.model
         base = load_params(open_pretrained(source, config.revision or None)[0], model, "float32", mesh)
     known = json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"]["digest"]
-    if known not in (parameters_digest(cast(base, dtype)) for dtype in ("float32", "bfloat16")):
+    if known not in (parameters_digest(base, dtype) for dtype in ("float32", "bfloat16")):
         raise InputError("model", source, f"its parameters are not those that the adapters in {run} were trained on")
     return base
 
@@ -166,15 +166,22 @@ def _base_params(run: Path, config: TrainConfig, model: LlamaConfig, mesh: Mesh 
 def export_adapters(run: str | Path, directory: str | Path, step: int | None = None) -> int:
     """Writes the adapters of a run's checkpoint (the newest without `step`) as PEFT's two files.
 
-    Returns the checkpoint's iteration. Raises InputError when the folder holds no run with adapters, no such
-    checkpoint, or `directory` anything else than an earlier export of adapters.
+    Returns the checkpoint's iteration. Raises InputError when the folder holds no run with adapters or no such
+    checkpoint, when `directory` holds anything else than an earlier export of adapters, and when the adapters belong to
+    the policy of another run, which PEFT could not load.
     """
-    target = user_path("directory", directory)
+    target, run = user_path("directory", directory), user_path("run", run)
     check_adapters_replaceable(target)
-    step = _checked_step(user_path("run", run), step, "step")
+    step = _checked_step(run, step, "step")
+    config = TrainConfig.load(run / "config.json")
+    if config.init_from and config.lora.rank:
+        raise InputError(
+            "run", str(run), f"its adapters belong to the policy of {config.init_from}: export them merged"
+        )
     adapters = load_run_adapters(run, step)
-    config = TrainConfig.load(user_path("run", run) / "config.json")
-    save_adapters(adapters, config.lora, config.init_from or config.model, target)
+    known = json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"]
+    card = model_card(run, step, adapters=True)
+    save_adapters(adapters, config.lora, config.model, target, known["commit"] or config.revision or None, card)
     return step
 
 
@@ -194,27 +201,42 @@ def export_run(run: str | Path, directory: str | Path, step: int | None = None, 
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises InputError unless the hub could have a repository of that name."""
+    """Raises InputError unless the hub could have a repository of that name, its owner named."""
     try:
         validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise HFValidationError("it names no owner")
     except HFValidationError as error:
         raise InputError("push_to_hub", repo_id, f"must be OWNER/NAME as the hub allows it ({error})") from None
 
 
 def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> str:
     """Uploads an export, or a folder of adapters, to the hub as `repo_id`, which is made where it is missing, and
-    returns its address. Needs HF_TOKEN with the right to write. Raises InputError where the hub refuses."""
+    returns its address. Needs HF_TOKEN with the right to write. Raises InputError where the hub refuses, and where
+    `private` is asked of a repository that others can see already."""
     folder = user_path("directory", directory)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise InputError("directory", str(directory), "holds no export; write one first")
     check_repo_id(repo_id)
     try:
-        url = HfApi().create_repo(repo_id, private=private, exist_ok=True)
+        # None: as the owner's account or organisation has it
+        url = HfApi().create_repo(repo_id, private=private or None, exist_ok=True)
+        seen = private and not HfApi().repo_info(repo_id).private
+    except Exception as error:
+        raise _refused(repo_id, error) from None
+    if seen:
+        raise InputError("private", True, f"{repo_id} is there already, and not private: nothing was uploaded")
+    try:
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export of lsp_jax")
-    except Exception as error:  # whatever the network does; its text may quote the token's header: left out
-        remedy = f"could not be uploaded ({type(error).__name__}): is HF_TOKEN set, with the right to write there?"
-        raise InputError("push_to_hub", repo_id, remedy) from None
+    except Exception as error:
+        raise _refused(repo_id, error) from None
     return str(url)
+
+
+def _refused(repo_id: str, error: Exception) -> InputError:
+    """Whatever the network did; its text may quote the token's header: left out."""
+    remedy = f"could not be uploaded ({type(error).__name__}): is HF_TOKEN set, with the right to write there?"
+    return InputError("push_to_hub", repo_id, remedy)
 
 
 def _checked_step(run: Path, step: int | None, field: str) -> int:

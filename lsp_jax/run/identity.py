@@ -15,6 +15,8 @@ from lsp_jax.model.llama import Params
 from lsp_jax.policy import Policy
 from lsp_jax.run.checksums import manifest
 
+MANIFEST = "manifest.json"
+"""The file in which a run notes its identity at its start."""
 PACKAGES = ("lsp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
 
@@ -29,9 +31,9 @@ def versions() -> dict[str, str]:
     return found | {"device": jax.devices()[0].device_kind}
 
 
-def parameters_digest(params: Params) -> str:
-    """SHA-256 of all arrays' names, shapes, dtypes and checksums: the same on every mesh."""
-    return hashlib.sha256(json.dumps(manifest(params), sort_keys=True).encode()).hexdigest()
+def parameters_digest(params: Params, dtype: str | None = None) -> str:
+    """SHA-256 of all arrays' names, shapes, dtypes and checksums, as they are or in `dtype`: the same on every mesh."""
+    return hashlib.sha256(json.dumps(manifest(params, dtype), sort_keys=True).encode()).hexdigest()
 
 
 def identity(config: TrainConfig, policy: Policy, reward_model: Policy | None) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from lsp_jax import processes
 from lsp_jax.errors import InputError
 from lsp_jax.model.lora import adapters_shape
 from lsp_jax.run.doctor import Finding
-from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT, MANIFEST, REPORT
+from lsp_jax.run.folder import BASE, CHECKPOINTS, EXPORT, REPORT
 from lsp_jax.run.game import policy_in_the_loss
+from lsp_jax.run.identity import MANIFEST
 from lsp_jax.run.metrics import ALARMS_FILE, CHECKSUMS_FILE, METRICS_FILE, TRANSCRIPTS_FILE, printable
 from lsp_jax.run.setup import Run
 

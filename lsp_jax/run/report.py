@@ -19,7 +19,8 @@ from lsp_jax.config import TrainConfig, flat
 from lsp_jax.errors import InputError
 from lsp_jax.paths import check_writable, user_path
 from lsp_jax.run import messages
-from lsp_jax.run.folder import MANIFEST, REPORT
+from lsp_jax.run.folder import REPORT
+from lsp_jax.run.identity import MANIFEST
 from lsp_jax.run.metrics import ALARMS_FILE, METRICS_FILE, PHASES, TRANSCRIPTS_FILE, describe
 
 PAGE = Path(__file__).parent / "page"
@@ -61,8 +62,7 @@ def collect(run: Path) -> dict[str, Any]:
     """
     config = TrainConfig.load(run / "config.json")
     lines = list(_lines(run / METRICS_FILE))
-    manifest = run / MANIFEST
-    started = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    started = _manifest(run / MANIFEST)
     queries, repeated = _queries(run, lines[-1]["iteration"] if lines else 0)
     return {
         "name": run.resolve().name,
@@ -74,6 +74,17 @@ def collect(run: Path) -> dict[str, Any]:
         "config": {name: json.dumps(value) for name, value in flat(config).items()},
         "started": {name: str(value) for name, value in _flattened(started)},
     }
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What the run noted at its start; nothing where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError("run", str(path), f"is not the JSON that a run writes ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError("run", str(path), "is not the JSON object that a run writes")
+    return found
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -168,7 +179,7 @@ def page(runs: Sequence[Path]) -> str:
     for run, path in zip(collected, runs, strict=True):
         if names.count(run["name"]) > 1:
             run["name"] = str(path)
-    meanings = {name: describe(name) for run in collected for name in run["metrics"]}
+    meanings = {name: _meaning(name) for run in collected for name in run["metrics"]}
     data = {"runs": collected, "charts": _charts(collected), "meanings": meanings, "phases": PHASES}
     parts = {
         "title": html.escape(", ".join(run["name"] for run in collected)),
@@ -180,6 +191,14 @@ def page(runs: Sequence[Path]) -> str:
     # one pass over the template: nothing that is put in is looked at again
     template = (PAGE / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _meaning(name: str) -> str:
+    """A metric's meaning; a run of an earlier version may have some that there are no more."""
+    try:
+        return describe(name)
+    except KeyError:
+        return "not a metric of this version"
 
 
 @cache
@@ -223,13 +242,13 @@ class LiveReport:
         self._directory, self._due = directory, 0.0
 
     def refresh(self, last: bool = False) -> None:
-        """Once an iteration; `last`: whatever the time. A report that cannot be written is a warning."""
+        """Once an iteration; `last`: whatever the time. One that cannot be made is a warning and ends no run."""
         start = time.perf_counter()
         if start < self._due and not last:
             return
         try:
             write_report([self._directory])
-        except (OSError, InputError) as error:
-            messages.warn(f"no report: {error}")
+        except Exception as error:
+            messages.warn(f"no report: {error} ({type(error).__name__})")
         now = time.perf_counter()
         self._due = now + BREAK * (now - start)

@@ -8,7 +8,7 @@ const scheme = matchMedia("(prefers-color-scheme: dark)");
 const LIGHT = ["#1864ab", "#b35900", "#2b7a3d", "#b3261e", "#5f3dc4", "#0b6e7f", "#a61e78", "#5c5f00"];
 const DARK = ["#74b9f5", "#f5a65b", "#72d08a", "#ff8f85", "#b6a0ff", "#63d3e3", "#f28cc9", "#d3d66b"];
 const DASHES = ["solid", "dash", "dot", "dashdot"];
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\u{e0000}-\u{e007f}]/gu;
 
 // --- elements ---------------------------------------------------------------------------------------------------
 
@@ -21,7 +21,10 @@ function element(tag, classes, ...children) {
 
 // Characters that cannot be seen, or change the order of others, as their escapes.
 function visible(text) {
-  return text.replace(HIDDEN, (sign) => "\\u" + sign.charCodeAt(0).toString(16).padStart(4, "0"));
+  return text.replace(HIDDEN, (sign) => {
+    const hex = sign.codePointAt(0).toString(16);
+    return hex.length > 4 ? "\\U" + hex.padStart(8, "0") : "\\u" + hex.padStart(4, "0");
+  });
 }
 
 function said(text) {
@@ -189,6 +192,10 @@ function drawSettings() {
 function shaded(tokens) {
   const spans = tokens.map(([text, logprob]) => {
     const span = element("span", "token", visible(text));
+    if (logprob === null) {
+      span.title = "log-probability not finite";
+      return span;
+    }
     // a token of probability 1 has no shade, one of 1 in 400 or less the whole of it
     span.style.backgroundColor = `rgba(var(--unlikely), ${(0.75 * Math.min(-logprob / 6, 1)).toFixed(3)})`;
     span.title = `log-probability ${logprob.toFixed(3)}, probability ${Math.exp(logprob).toPrecision(3)}`;
