@@ -82,7 +82,7 @@ def test_metrics_that_are_spoken_of_are_there():
     ]
     assert len(spoken) > 20
     for page, name in spoken:
-        assert name in METRICS or any(name in known for known in METRICS) or describe(name), page
+        assert name in METRICS or describe(re.sub(r"<\w+>", "solve", name)), page
 
 
 def test_there_are_commands_to_look_at():

@@ -78,6 +78,38 @@ def test_what_a_run_begins_with_is_no_collapse():
     assert "asks the same again and again" in event.said
 
 
+def test_what_is_bad_in_itself_is_over_only_when_it_is_good():
+    """Not when it is a little better than at the start."""
+    health = Health(HealthConfig(window=2, repetition="pause"))
+    events = watched(health, *[SOUND | {"queries/unique_fraction": 0.2}] * 4)
+    assert [event.action for event in events] == ["pause"]
+    assert watched(health, *[SOUND | {"queries/unique_fraction": 0.4}] * 4) == [] and health.paused
+    (over,) = watched(health, *[SOUND] * 2)
+    assert over.action == "over" and not health.paused
+
+
+def test_a_probe_that_comes_or_goes_at_a_resume():
+    """It is on from where it is there; an alarm whose metric is there no more is over."""
+    without = {name: value for name, value in SOUND.items() if name != "probe/declined"}
+    first = Health(HealthConfig(window=2))
+    watched(first, *[without] * 5)
+    again = Health(HealthConfig(window=2, decline="pause"), first.record())
+    (event,) = [event for number in (6, 7) for event in again.look(number, SOUND | {"probe/declined": 1.0})]
+    assert (event.iteration, event.action) == (7, "pause") and "first" not in event.said
+    last = Health(HealthConfig(window=2, decline="pause"), again.record())
+    assert last.look(8, without) == [] and last.paused
+    (over,) = last.look(9, without)
+    assert over.action == "over" and not last.paused and last.good
+
+
+def test_a_longer_window_at_a_resume_leaves_the_first_one_as_it_was():
+    first = Health(HealthConfig(window=2))
+    watched(first, *[SOUND] * 4)
+    again, long = Health(HealthConfig(window=6), first.record()), SOUND | {"solver/completions/clipped_ratio": 1.0}
+    events = [event for number in range(5, 12) for event in again.look(number, long)]
+    assert [(event.alarm, event.action) for event in events] == [("length", "warn")]
+
+
 def test_a_metric_that_a_run_has_not_raises_no_alarm():
     assert watched(Health(HealthConfig(window=2)), *[{}] * 5) == []
 

@@ -59,13 +59,41 @@ def test_expressions_in_a_text(text: str, found: set):
     assert problems.expressions(text) == found
 
 
+def test_commuted_twins_of_held_out_problems_in_training_are_as_many_as_said():
+    held, training = ([problem.expression for problem in problems.part(name)] for name in (PARTS[0], PARTS[2]))
+    twins = [problems.twin(expression) for expression in held]
+    assert sum(twin != own and twin in set(training) for own, twin in zip(held, twins, strict=True)) == 193
+    assert problems.twin((7, "-", 4)) == (7, "-", 4)
+
+
+def test_what_states_a_result():
+    problem = problems.Problem("one digit", (9, "+", 1), "Calculate 9 + 1.", 10)
+    for text, stated in (
+        ("9 + 1 = 10", True),
+        ("It is 11.", True),
+        ("we add 1 to 9. To add 9", False),
+        ("Sure.", False),
+    ):
+        assert evaluate.states_result(problem, text) == stated, text
+
+
+def test_what_was_played_counts_with_its_twins(tmp_path: Path):
+    (tmp_path / "1-lsp").mkdir()
+    queries = ["What is 3 + 4?", "What is 5 minus 2?"]
+    lines = "".join(json.dumps({"query": query}) + "\n" for query in queries)
+    (tmp_path / "1-lsp" / "transcripts.jsonl").write_text(lines)
+    assert study.played(tmp_path) == {(3, "+", 4), (4, "+", 3), (5, "-", 2)}
+
+
 def test_scores_by_hand():
     asked = problems.part(problems.HELD_OUT)
     texts = [f"It is {problem.answer}." if problem.family == "one digit" else "no idea" for problem in asked]
     seen = frozenset(problem.expression for problem in asked if problem.family == "two by one")
     found = evaluate.scores(asked, texts, seen)
     assert found["all"]["accuracy"] == pytest.approx(1 / 6) and found["easy"]["accuracy"] == pytest.approx(1 / 3)
-    assert found["families"]["one digit"]["accuracy"] == 1 and found["any number"]["accuracy"] == pytest.approx(1 / 6)
+    assert found["families"]["one digit"]["accuracy"] == 1 and found["states a result"]["accuracy"] == pytest.approx(
+        1 / 6
+    )
     assert found["seen"] == pytest.approx(1 / 6) and found["unseen"]["number"] == len(asked) * 5 // 6
 
 

@@ -17,7 +17,8 @@ from lsp_jax.evaluate.statistics import wilson
 from lsp_jax.reward.arithmetic import final_number
 
 MAX_TOKENS = 24
-"""Longest answer, the same for every row."""
+"""Longest answer, the same for every row but `base_long`."""
+LONG = 96
 TEXT = Path(__file__).with_name("text.txt")
 FEW_SHOT = (
     ("What is 7 + 4?", "11"),
@@ -34,13 +35,15 @@ def accuracy(right: Sequence[bool]) -> dict[str, Any]:
     return {"accuracy": found.value, "low": found.low, "high": found.high, "number": found.number}
 
 
-def answers(policy: lsp.Policy, problems: Sequence[Problem], few_shot: bool = False) -> list[str]:
-    """Greedy answers."""
+def answers(
+    policy: lsp.Policy, problems: Sequence[Problem], few_shot: bool = False, longest: int = MAX_TOKENS
+) -> list[str]:
+    """Greedy answers of at most `longest` tokens."""
     prompts: list[Any] = [problem.question for problem in problems]
     if few_shot:
         shown = [{"role": role, "content": text} for pair in FEW_SHOT for role, text in zip(_ROLES, pair, strict=True)]
         prompts = [[*shown, {"role": "user", "content": text}] for text in prompts]
-    return lsp.generate(policy, prompts, temperature=0.0, max_completion_length=MAX_TOKENS, batch_size=32)
+    return lsp.generate(policy, prompts, temperature=0.0, max_completion_length=longest, batch_size=32)
 
 
 _ROLES = "user", "assistant"
@@ -57,11 +60,18 @@ def scores(problems: Sequence[Problem], texts: Sequence[str], seen: frozenset[Ex
         "all": of(lambda _: True),
         "easy": of(lambda problem: problem.family in EASY),
         "families": {name: of(lambda problem, name=name: problem.family == name) for name in FAMILIES},
-        "any number": accuracy([final_number(text) is not None for text in texts]),
+        "states a result": accuracy([states_result(*pair) for pair in zip(problems, texts, strict=True)]),
         "seen": sum(problem.expression in seen for problem in problems) / len(problems),
         "unseen": of(lambda problem: problem.expression not in seen),
         "unseen easy": of(lambda problem: problem.expression not in seen and problem.family in EASY),
     }
+
+
+def states_result(problem: Problem, text: str) -> bool:
+    """Whether the answer's last number is more than one of the question's own said again: form, right or wrong."""
+    found = final_number(text)
+    a, _, b = problem.expression
+    return found is not None and (found == problem.answer or found not in (a, b))
 
 
 @partial(jax.jit, static_argnums=1)

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -43,7 +44,7 @@ SAMPLES = 6
 def train(row: str, steps: int, seed: int, folder: Path) -> tuple[lsp.Policy, dict[str, Any]]:
     """The row's policy, and what its training was like."""
     kinds, told = rows.STAGES[row], []
-    started, policy = time.perf_counter(), lsp.load_pretrained(DEMO_MODEL)
+    policy = lsp.load_pretrained(DEMO_MODEL)
     for number, kind in enumerate(kinds):
         part = folder / f"{number + 1}-{kind}"
         config = rows.stage(kind, steps // len(kinds), seed, part)
@@ -52,7 +53,7 @@ def train(row: str, steps: int, seed: int, folder: Path) -> tuple[lsp.Policy, di
         state = lsp.train(config, callbacks=[_Development(policy, part, config.max_steps)])
         policy = replace(policy, params=state.params)
         told.append(history(part))
-    return policy, {"wall_seconds": time.perf_counter() - started, "stages": told}
+    return policy, {"stages": told}
 
 
 class _Development:
@@ -146,9 +147,17 @@ def carries(expression: Expression) -> int:
 
 
 def played(folder: Path) -> frozenset[Expression]:
-    """Every expression in a query of any stage below `folder`."""
+    """Every expression in a query of any stage below `folder`, and their twins."""
     queries = [record["query"] for file in folder.glob("*/transcripts.jsonl") for record in _lines(file)]
-    return frozenset(expression for query in queries for expression in problems.expressions(query))
+    found = {expression for query in queries for expression in problems.expressions(query)}
+    return frozenset(found | set(map(problems.twin, found)))
+
+
+def machine() -> str:
+    """The processor by its name: runs are the same on one kind of machine, and not quite on another."""
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", file.read_text(), re.M) if file.is_file() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}"
 
 
 def main() -> None:
@@ -166,16 +175,19 @@ def main() -> None:
     else:
         policy, told = train(options.row, options.steps, options.seed, folder)
     asked = problems.part(options.part)
-    texts = evaluate.answers(policy, asked, few_shot=options.row == "few_shot")
+    longest = evaluate.LONG if options.row == "base_long" else evaluate.MAX_TOKENS
+    texts = evaluate.answers(policy, asked, few_shot=options.row == "few_shot", longest=longest)
+    seen = played(folder)
     result = {
         "row": options.row,
         "seed": options.seed,
         "steps": 0 if options.row in rows.UNTRAINED else options.steps,
         "part": options.part,
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
+        "machine": machine(),
         "versions": versions(),
-        "scores": evaluate.scores(asked, texts, played(folder)),
+        "scores": evaluate.scores(asked, texts, seen),
+        "played": sorted(seen.intersection(problem.expression for problem in asked)),
         "text_logprob": evaluate.text_logprob(policy),
         **told,
         "answers": [[problem.question, text] for problem, text in zip(asked, texts, strict=True)],

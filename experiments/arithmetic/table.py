@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from problems import FAMILIES
+import evaluate
+from problems import FAMILIES, HELD_OUT, part
 from rows import ROWS
 
 HERE = Path(__file__).parent
@@ -23,6 +24,13 @@ def results() -> list[dict[str, Any]]:
     return sorted(found, key=lambda result: (ROWS.index(result["row"]), result["seed"]))
 
 
+def scores(result: dict[str, Any]) -> dict[str, Any]:
+    """Of its answers; a result file holds those that were counted when it was written, too."""
+    texts = [text for _, text in result["answers"]]
+    seen = frozenset((a, sign, b) for a, sign, b in result.get("played", ()))
+    return evaluate.scores(part(HELD_OUT), texts, seen)
+
+
 def shown(score: dict[str, Any]) -> str:
     """Percent and its 95 % interval."""
     if not score["number"]:
@@ -33,19 +41,30 @@ def shown(score: dict[str, Any]) -> str:
 def table(found: list[dict[str, Any]]) -> str:
     """The rows as Markdown: percent of held-out problems answered right."""
     base = next((result["text_logprob"] for result in found if result["row"] == "base"), None)
-    head = ["row", "seed", "all", "one and two digits", *FAMILIES, "any number", "played, %", "unplayed easy", "text"]
-    head += ["iterations", "tokens", "minutes"]
+    head = [
+        "row",
+        "seed",
+        "all",
+        "one and two digits",
+        *FAMILIES,
+        "states a result",
+        "played, %",
+        "unplayed easy",
+        "text",
+    ]
+    head += ["iterations", "tokens", "minutes", "CPU"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for result in found:
-        scores, stages = result["scores"], result.get("stages", [])
-        text = "" if base is None else f"{100 * (result['text_logprob'] / base - 1):+.1f} %"
-        cells = [result["row"], str(result["seed"]), shown(scores["all"]), shown(scores["easy"])]
-        cells += [f"{100 * scores['families'][name]['accuracy']:.0f}" for name in FAMILIES]
-        cells += [f"{100 * scores['any number']['accuracy']:.0f}", f"{100 * scores['seen']:.0f}"]
-        cells += [shown(scores["unseen easy"]), text]
+        counted, stages = scores(result), result.get("stages", [])
+        text = "" if base is None else f"{100 * (1 - result['text_logprob'] / base):+.1f} %"
+        cells = [result["row"], str(result["seed"]), shown(counted["all"]), shown(counted["easy"])]
+        cells += [f"{100 * counted['families'][name]['accuracy']:.0f}" for name in FAMILIES]
+        cells += [f"{100 * counted['states a result']['accuracy']:.0f}", f"{100 * counted['seen']:.0f}"]
+        cells += [shown(counted["unseen easy"]), text]
         cells += [str(sum(stage["iterations"] for stage in stages)) if stages else ""]
         cells += [f"{sum(stage['tokens'] for stage in stages) / 1e3:.0f} k" if stages else ""]
         cells += [f"{sum(stage['train_seconds'] for stage in stages) / 60:.0f}" if stages else ""]
+        cells += [result["machine"].split(",")[0]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -86,13 +105,20 @@ def figures(found: list[dict[str, Any]]) -> None:
     figure.savefig(HERE / "curves.svg", metadata={"Date": None})
 
 
+def _plays(stage: dict[str, Any]) -> bool:
+    """Whether it has a Challenger."""
+    return not stage["folder"].endswith(("grpo", "format"))
+
+
 def _curve(stage: dict[str, Any], name: str) -> tuple[list[int], list[float]]:
+    if name.startswith("challenger/") and not _plays(stage):
+        return [], []
     values = stage["curves"].get(name, [])
     return _smooth([(n + 1, value) for n, value in enumerate(values) if value is not None])
 
 
 def _difficulty(stage: dict[str, Any], name: str) -> tuple[list[int], list[float]]:
-    return _smooth([(line["iteration"], line[name]) for line in stage["difficulty"]])
+    return _smooth([(line["iteration"], line[name]) for line in stage["difficulty"]]) if _plays(stage) else ([], [])
 
 
 def _smooth(points: list[tuple[int, float]], width: int = 5) -> tuple[list[int], list[float]]:

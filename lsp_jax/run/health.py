@@ -82,24 +82,25 @@ ALARMS = tuple(field.name for field in fields(HealthConfig) if field.type == "Ac
 
 
 class Rule(NamedTuple):
-    """An alarm: the mean of `metric` beyond `limit`, and further than `change` from where it began."""
+    """An alarm: the mean of `metric` beyond `limit`, and further than `change` from where it began (None: wherever)."""
 
     name: str
     """Also the field of `HealthConfig` that says what to do."""
     metric: str
     above: bool
     limit: float
-    change: float
+    change: float | None
     meaning: str
 
-    def fires(self, recent: float, first: float) -> bool:
-        """Whether it does on means of the last and of the first window."""
+    def fires(self, recent: float, first: float | None) -> bool:
+        """Whether it does on means of the last and of the first window; None: nothing is known of the first."""
         sign = 1 if self.above else -1
-        return sign * recent > sign * self.limit and sign * (recent - first) >= self.change
+        far = self.change is None or (first is not None and sign * (recent - first) >= self.change)
+        return sign * recent > sign * self.limit and far
 
 
 RULES = (
-    Rule("repetition", "queries/unique_fraction", False, 0.5, 0.0, "the Challenger asks the same again and again"),
+    Rule("repetition", "queries/unique_fraction", False, 0.5, None, "the Challenger asks the same again and again"),
     Rule("repetition", "queries/cluster_entropy", False, 0.25, 0.25, "the Challenger's queries are all alike"),
     Rule("validity", "queries/valid_fraction", False, 0.25, 0.25, "most queries have become invalid"),
     Rule("leaks", "queries/leak_fraction", True, 0.5, 0.25, "queries hold tags of the chat template"),
@@ -108,7 +109,7 @@ RULES = (
     Rule("learning", "solver/frac_reward_zero_std", True, 0.95, 0.25, "nearly all groups have one reward: no gradient"),
     Rule("entropy", "solver/entropy", False, 0.02, 0.1, "the Solver has become deterministic"),
     Rule("drift", "solver/kl", True, 1.0, 0.5, "the Solver is far from the reference"),
-    Rule("decline", "probe/declined", True, 0.5, 0.0, "the probe is answered worse than by the reference"),
+    Rule("decline", "probe/declined", True, 0.5, None, "the probe is answered worse than by the reference"),
 )
 
 
@@ -180,7 +181,7 @@ class Health:
         mine = [value if math.isfinite(value) else None for value in found]
         values, self.declined = processes.gather("health", [mine, metrics.get("probe/declined", 0.0)])[0]
         window = self._config.window
-        if number <= window:
+        if number <= window and number == len(self._first) + 1:  # not after a resume with a longer window
             self._first.append(values)
         self._recent = [*self._recent, values][-window:]
         if len(self._recent) < window:
@@ -197,25 +198,27 @@ class Health:
         return begun + [Event(number, name, "over", f"the alarm {name} is over") for name in over]
 
     def _unknown(self, place: int) -> bool:
-        """Whether a metric that the run has was not finite somewhere in the window: neither an alarm nor its end."""
-        return any(row[place] is None for row in self._recent) and any(row[place] is not None for row in self._first)
+        """Whether a metric was not finite, or not there, in a part of the window: neither an alarm nor its end."""
+        there = [row[place] is not None for row in self._recent]
+        return any(there) and not all(there)
 
-    def _means(self, place: int) -> tuple[float, float] | None:
+    def _means(self, place: int) -> tuple[float, float | None] | None:
+        """Over the last window, None where not finite in all of it; and over the first, None where it had none."""
         recent, first = (
             [value for row in rows if (value := row[place]) is not None] for rows in (self._recent, self._first)
         )
-        if len(recent) < len(self._recent) or not first:
-            return None  # a metric that this run has not
-        return sum(recent) / len(recent), sum(first) / len(first)
+        if len(recent) < len(self._recent):
+            return None
+        return sum(recent) / len(recent), sum(first) / len(first) if first else None
 
     def _fires(self, place: int, rule: Rule) -> bool:
         means = self._means(place)
         return means is not None and rule.fires(*means)
 
     def _said(self, place: int, rule: Rule) -> str:
-        recent, first = self._means(place) or (0.0, 0.0)
-        window = self._config.window
-        return f"{rule.meaning}: {rule.metric} {recent:.3g} over {window} iterations (first {first:.3g})"
+        recent, first = self._means(place) or (math.nan, None)
+        began = "" if first is None else f" (first {first:.3g})"
+        return f"{rule.meaning}: {rule.metric} {recent:.3g} over {self._config.window} iterations{began}"
 
 
 def said_of(event: Event) -> str:
