@@ -293,7 +293,7 @@ def collapsing(monkeypatch: pytest.MonkeyPatch, *iterations: int) -> None:
 
 def rolling(model: Path, directory: Path, **changes: Any) -> TrainConfig:
     health = HealthConfig(window=2, repetition="rollback", **changes.pop("health", {}))
-    return config_of(model, directory, max_steps=8, save_steps=2, health=health, **changes)
+    return config_of(model, directory, **{"max_steps": 8, "save_steps": 2, "health": health, **changes})
 
 
 @pytest.mark.full
@@ -316,6 +316,12 @@ def test_a_rollback_plays_on_with_other_noise(game_model: Path, tmp_path: Path, 
     (alarm,) = read_lines(tmp_path / "run" / "alarms.jsonl")
     assert (alarm["iteration"], alarm["back_to"], alarm["attempt"]) == (5, 2, 1)
     assert replay(tmp_path / "run", 3, rewards=[host_reward()]).same
+    monkeypatch.undo()
+    collapsing(monkeypatch, 5, 4)
+    lsp.train(rolling(game_model, tmp_path / "twice", max_steps=6), rewards=[host_reward()])
+    alarms = read_lines(tmp_path / "twice" / "alarms.jsonl")
+    told = [(alarm["iteration"], alarm["back_to"], alarm["attempt"]) for alarm in alarms if "back_to" in alarm]
+    assert told == [(5, 2, 1), (4, 2, 2)], "both are told, though the second goes back before the first"
 
 
 @pytest.mark.full

@@ -163,6 +163,12 @@ class MetricsWriter:
         """One line of `alarms.jsonl` a record."""
         self._append(ALARMS_FILE, [plain(record) for record in records])
 
+    def returns(self, offset: int) -> list[dict[str, Any]]:
+        """Alarms written after `offset` for which the run went back: that it did is not undone by going back again."""
+        with (self.directory / ALARMS_FILE).open("rb") as file:
+            file.seek(offset)
+            return [record for record in map(json.loads, file) if "back_to" in record]
+
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         # ASCII: model text may hold characters that readers take for line ends
         lines = "".join(json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n" for record in records)

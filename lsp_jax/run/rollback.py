@@ -18,7 +18,7 @@ from lsp_jax.errors import Collapsed, RunError
 from lsp_jax.learn.update import TrainState
 from lsp_jax.run.checkpoint import Checkpoints, Damaged
 from lsp_jax.run.health import Event
-from lsp_jax.run.metrics import MetricsWriter
+from lsp_jax.run.metrics import ALARMS_FILE, MetricsWriter
 from lsp_jax.run.saving import Saving
 
 
@@ -47,8 +47,10 @@ def roll_back(
     except (Damaged, OSError) as error:
         raise RunError(f"a collapsed run cannot go back to checkpoint {target}: {error}") from error
     if writer is not None:
+        earlier = writer.returns(saved["offsets"][ALARMS_FILE])
         writer.cut_back(saved["offsets"])
-        writer.write_alarms({**event._asdict(), "back_to": target, "attempt": attempt + 1} for event in events)
+        now = [{**event._asdict(), "back_to": target, "attempt": attempt + 1} for event in events]
+        writer.write_alarms([*earlier, *now])
     raised = np.asarray(attempt + 1, np.int32)
     raised = jax.make_array_from_callback((), state.attempt.sharding, lambda index: raised[index])
     return state._replace(attempt=raised), saved
