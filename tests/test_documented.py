@@ -6,10 +6,13 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import child_run
 from lsp_jax import cli
 from test_docs import PAGES, parts
 from tiny import tiny_dir
@@ -62,3 +65,16 @@ def test_every_command_that_can_run_here_does(desk: Path, capsys: pytest.Capture
             failed.append((command, status, capsys.readouterr().err[-500:]))
     assert not failed
     assert len(seen) > 12 and (desk / "comparison.html").is_file() and (desk / "adapters").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_readmes_notebook_lines_run(desk: Path) -> None:
+    """All its blocks of Python but the reward's, in their order, in a process of their own."""
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGES[0].read_text("utf-8"), re.M | re.S)
+    script = "\n".join(block for block in blocks if not block.startswith("# my_reward.py"))
+    assert "lsp.train(" in script and "lsp.generate(" in script
+    env = child_run.environment(devices=2, quick=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=desk, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (desk / "runs" / "notebook" / "report.html").is_file() and (desk / "exported" / "config.json").is_file()
