@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "arithmetic"))
 
 import evaluate
+import format_reward
 import problems
 import rows
 import study
@@ -67,14 +68,11 @@ def test_commuted_twins_of_held_out_problems_in_training_are_as_many_as_said():
 
 
 def test_what_states_a_result():
-    problem = problems.Problem("one digit", (9, "+", 1), "Calculate 9 + 1.", 10)
-    for text, stated in (
-        ("9 + 1 = 10", True),
-        ("It is 11.", True),
-        ("we add 1 to 9. To add 9", False),
-        ("Sure.", False),
-    ):
-        assert evaluate.states_result(problem, text) == stated, text
+    """The control's reward: what the base model does by itself, saying the question again, is no result."""
+    cases = (("9 + 1 = 10", 1.0), ("It is 11.", 1.0), ("we add 1 to 9", 0.0), ("Sure.", 0.0))
+    texts, paid = zip(*cases, strict=True)
+    assert format_reward.any_result(["Calculate 9 + 1."], [list(texts)]) == [list(paid)]
+    assert format_reward.states_result("What is 7 - 0?", "It is 7."), "the result itself, though it is in the question"
 
 
 def test_what_was_played_counts_with_its_twins(tmp_path: Path):

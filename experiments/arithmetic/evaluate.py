@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from format_reward import states_result
 from problems import EASY, FAMILIES, Expression, Problem
 
 import lsp_jax as lsp
@@ -60,18 +61,13 @@ def scores(problems: Sequence[Problem], texts: Sequence[str], seen: frozenset[Ex
         "all": of(lambda _: True),
         "easy": of(lambda problem: problem.family in EASY),
         "families": {name: of(lambda problem, name=name: problem.family == name) for name in FAMILIES},
-        "states a result": accuracy([states_result(*pair) for pair in zip(problems, texts, strict=True)]),
+        "states a result": accuracy(
+            [states_result(problem.question, text) for problem, text in zip(problems, texts, strict=True)]
+        ),
         "seen": sum(problem.expression in seen for problem in problems) / len(problems),
         "unseen": of(lambda problem: problem.expression not in seen),
         "unseen easy": of(lambda problem: problem.expression not in seen and problem.family in EASY),
     }
-
-
-def states_result(problem: Problem, text: str) -> bool:
-    """Whether the answer's last number is more than one of the question's own said again: form, right or wrong."""
-    found = final_number(text)
-    a, _, b = problem.expression
-    return found is not None and (found == problem.answer or found not in (a, b))
 
 
 @partial(jax.jit, static_argnums=1)

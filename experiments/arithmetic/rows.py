@@ -5,7 +5,7 @@
 | base | the demo model as it is |
 | base_long | the same with room for 96 tokens: what the limit of 24 costs a model that explains itself |
 | few_shot | the same with four solved examples before the question: form without training |
-| format | the Solver trained on the data's questions, paid for any number: form alone |
+| format | the Solver trained on the data's questions, paid for stating any result: form alone |
 | grpo | the Solver trained on the data's questions, paid for right answers |
 | lsp_zero | self-play, verifier alone, with gate and memory |
 | lsp | self-play, verifier and the reference's quality score, with gate and memory |
@@ -86,7 +86,7 @@ def stage(kind: str, steps: int, seed: int, folder: Path) -> TrainConfig:
         data=DataConfig(source=str(data_file(folder.parent))),
     )
     if kind == "format":
-        callable_ = f"{HERE / 'format_reward.py'}:any_number"
+        callable_ = f"{HERE / 'format_reward.py'}:any_result"
         return replace(config, reward=RewardConfig(quality_weight=0.0, callable=callable_))
     return config
 
