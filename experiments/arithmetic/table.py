@@ -87,21 +87,23 @@ def figures(found: list[dict[str, Any]]) -> None:
         "Challenger's reward": lambda stage: _curve(stage, "challenger/reward"),
         "digits of the Challenger's numbers": lambda stage: _difficulty(stage, "digits"),
         "carries a question": lambda stage: _difficulty(stage, "carries"),
+        "sums among the questions": lambda stage: _difficulty(stage, "+"),
+        "products among the questions": lambda stage: _difficulty(stage, "*"),
         "unlike questions": lambda stage: _difficulty(stage, "unique"),
     }
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    figure, axes = pyplot.subplots(2, 4, figsize=(18, 8), layout="constrained")
     for axis, (title, points) in zip(axes.flat, panels.items(), strict=True):
-        for result in trained:
+        for number, result in enumerate(trained):
             offset, xs, ys = 0, [], []
             for stage in result["stages"]:
                 x, y = points(stage)
                 xs, ys = xs + [offset + value for value in x], ys + y
                 offset += stage["iterations"]
             if ys:
-                axis.plot(xs, ys, label=f"{result['row']} {result['seed']}")
+                axis.plot(xs, ys, color=f"C{number}", label=f"{result['row']} {result['seed']}")
         axis.set_title(title)
         axis.set_xlabel("iteration")
-    axes.flat[0].legend(fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     figure.savefig(HERE / "curves.svg", metadata={"Date": None})
 
 
