@@ -60,7 +60,7 @@ class _Development:
     """Asks the development problems ten times a run, in a file of the run's folder."""
 
     def __init__(self, policy: lsp.Policy, folder: Path, steps: int):
-        self._policy, self._file, self._every = policy, folder / "development.jsonl", max(steps // 10, 1)
+        self._policy, self._file, self._every = policy, folder / "development.jsonl", -(-steps // 10)
         self._problems = problems.part(DEVELOPMENT)
 
     def __call__(self, event: Any) -> None:
