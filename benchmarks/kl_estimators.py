@@ -71,7 +71,7 @@ def term(params: Any, base: Any, episode: Episode, game: Game, estimator: Any) -
     return value / jnp.sum(rows.weights[:, None] * rows.mask), grads
 
 
-def estimators(run: Any, game: Game, base: Any, episodes: int) -> dict[str, dict[str, float]]:
+def estimators(run: Any, game: Game, base: Any, episodes: int) -> dict[str, dict[str, Any]]:
     """By estimator."""
     plays = [played(run, game, number) for number in range(episodes)]
     values: dict[str, list[float]] = {}
@@ -94,8 +94,8 @@ def estimators(run: Any, game: Game, base: Any, episodes: int) -> dict[str, dict
             "error": float(np.std(values[name], ddof=1) / np.sqrt(episodes)),
             "norm": float(optax.tree.norm(means[name])) / length,
             "cosine": cosine(means[name], means["full"]),
-            "one_norm": float(np.mean([norm for norm, _ in single[name]])) / length if single[name] else float("nan"),
-            "one_cosine": float(np.mean([angle for _, angle in single[name]])) if single[name] else float("nan"),
+            "one_norm": float(np.mean([norm for norm, _ in single[name]])) / length if single[name] else None,
+            "one_cosine": float(np.mean([angle for _, angle in single[name]])) if single[name] else None,
         }
         for name in KL_ESTIMATORS
     }
@@ -105,7 +105,7 @@ def cosine(left: Any, right: Any) -> float:
     return float(optax.tree.vdot(left, right) / (optax.tree.norm(left) * optax.tree.norm(right)))
 
 
-def truncation(run: Any, game: Game) -> dict[str, dict[str, float]]:
+def truncation(run: Any, game: Game) -> dict[str, dict[str, Any]]:
     """What is cut off a token, in nats of the learner's log-probability."""
     found = {}
     for name, sampling in TRUNCATIONS.items():
@@ -116,11 +116,11 @@ def truncation(run: Any, game: Game) -> dict[str, dict[str, float]]:
     return found
 
 
-def table(found: dict[str, dict[str, float]], cut: dict[str, dict[str, float]]) -> str:
+def table(found: dict[str, dict[str, Any]], cut: dict[str, dict[str, float]]) -> str:
     lines = ["| estimator | value a token (standard error) | mean gradient | cosine | one episode's | cosine |"]
     lines.append("|---" * 6 + "|")
     for name, row in found.items():
-        one = f"{row['one_norm']:.2f} | {row['one_cosine']:.2f}" if np.isfinite(row["one_norm"]) else " | "
+        one = f"{row['one_norm']:.2f} | {row['one_cosine']:.2f}" if row["one_norm"] is not None else " | "
         value = f"{row['value']:.4f} ({row['error']:.4f})"
         lines.append(f"| `{name}` | {value} | {row['norm']:.2f} | {row['cosine']:.2f} | {one} |")
     lines += ["", "| truncation | mean of -log kept mass a token | largest |", "|---|---|---|"]

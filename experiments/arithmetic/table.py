@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import evaluate
-from problems import FAMILIES, HELD_OUT, part
+from problems import FAMILIES
 from rows import ROWS
 
 HERE = Path(__file__).parent
@@ -24,13 +23,6 @@ def results() -> list[dict[str, Any]]:
     return sorted(found, key=lambda result: (ROWS.index(result["row"]), result["seed"]))
 
 
-def scores(result: dict[str, Any]) -> dict[str, Any]:
-    """Of its answers; a result file holds those that were counted when it was written, too."""
-    texts = [text for _, text in result["answers"]]
-    seen = frozenset((a, sign, b) for a, sign, b in result.get("played", ()))
-    return evaluate.scores(part(HELD_OUT), texts, seen)
-
-
 def shown(score: dict[str, Any]) -> str:
     """Percent and its 95 % interval."""
     if not score["number"]:
@@ -41,21 +33,11 @@ def shown(score: dict[str, Any]) -> str:
 def table(found: list[dict[str, Any]]) -> str:
     """The rows as Markdown: percent of held-out problems answered right."""
     base = next((result["text_logprob"] for result in found if result["row"] == "base"), None)
-    head = [
-        "row",
-        "seed",
-        "all",
-        "one and two digits",
-        *FAMILIES,
-        "states a result",
-        "played, %",
-        "unplayed easy",
-        "text",
-    ]
-    head += ["iterations", "tokens", "minutes", "CPU"]
+    head = ["row", "seed", "all", "one and two digits", *FAMILIES, "states a result", "played, %"]
+    head += ["unplayed easy", "text", "iterations", "tokens", "minutes", "CPU"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for result in found:
-        counted, stages = scores(result), result.get("stages", [])
+        counted, stages = result["scores"], result.get("stages", [])
         text = "" if base is None else f"{100 * (1 - result['text_logprob'] / base):+.1f} %"
         cells = [result["row"], str(result["seed"]), shown(counted["all"]), shown(counted["easy"])]
         cells += [f"{100 * counted['families'][name]['accuracy']:.0f}" for name in FAMILIES]

@@ -10,7 +10,7 @@ from typing import Any
 
 from lsp_jax.config import MAY_CHANGE, TrainConfig, flat
 from lsp_jax.errors import InputError
-from lsp_jax.run.identity import MANIFEST
+from lsp_jax.run.identity import reference_of
 from lsp_jax.run.metrics import METRICS_FILE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -73,8 +73,8 @@ def _base(run: Path, config: TrainConfig) -> tuple[str, str]:
             config = TrainConfig.load(run / "config.json")
         except (OSError, InputError):
             return config.init_from, ""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return config.model, str(json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"]["commit"])
+    with suppress(InputError):
+        return config.model, reference_of(run).get("commit", "")
     return config.model, ""
 
 

@@ -26,7 +26,7 @@ from lsp_jax.paths import check_writable, user_path
 from lsp_jax.policy import Policy, check_replaceable, open_pretrained, save_pretrained
 from lsp_jax.run.card import model_card
 from lsp_jax.run.checkpoint import Checkpoints, Damaged, abstract
-from lsp_jax.run.identity import MANIFEST, parameters_digest
+from lsp_jax.run.identity import MANIFEST, parameters_digest, reference_of
 from lsp_jax.run.metrics import FILES
 from lsp_jax.text.tokenizer import Tokenizer
 
@@ -157,7 +157,7 @@ def _base_params(run: Path, config: TrainConfig, model: LlamaConfig, mesh: Mesh 
     else:
         source = config.model
         base = load_params(open_pretrained(source, config.revision or None)[0], model, "float32", mesh)
-    known = json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"]["digest"]
+    known = reference_of(run)["digest"]
     if known not in (parameters_digest(base, dtype) for dtype in ("float32", "bfloat16")):
         raise InputError("model", source, f"its parameters are not those that the adapters in {run} were trained on")
     return base
@@ -179,9 +179,9 @@ def export_adapters(run: str | Path, directory: str | Path, step: int | None = N
             "run", str(run), f"its adapters belong to the policy of {config.init_from}: export them merged"
         )
     adapters = load_run_adapters(run, step)
-    known = json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"]
+    revision = reference_of(run)["commit"] or config.revision or None
     card = model_card(run, step, adapters=True)
-    save_adapters(adapters, config.lora, config.model, target, known["commit"] or config.revision or None, card)
+    save_adapters(adapters, config.lora, config.model, target, revision, card)
     return step
 
 

@@ -6,11 +6,13 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from lsp_jax.config import TrainConfig, flat
+from lsp_jax.errors import InputError
 from lsp_jax.model.llama import Params
 from lsp_jax.policy import Policy
 from lsp_jax.run.checksums import manifest
@@ -34,6 +36,16 @@ def versions() -> dict[str, str]:
 def parameters_digest(params: Params, dtype: str | None = None) -> str:
     """SHA-256 of all arrays' names, shapes, dtypes and checksums, as they are or in `dtype`: the same on every mesh."""
     return hashlib.sha256(json.dumps(manifest(params, dtype), sort_keys=True).encode()).hexdigest()
+
+
+def reference_of(run: Path) -> dict[str, Any]:
+    """What the run in that folder noted of its reference: `source`, `revision`, `commit`, `digest`. Raises InputError
+    where that cannot be read."""
+    try:
+        return dict(json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = f"its {MANIFEST} cannot be read ({type(error).__name__}): restore the file"
+        raise InputError("run", str(run), remedy) from error
 
 
 def identity(config: TrainConfig, policy: Policy, reward_model: Policy | None) -> dict[str, Any]:
