@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 PEERS = Path(__file__).parents[1] / "benchmarks/peers"
@@ -78,3 +80,30 @@ def test_replies_and_nothing_that_libraries_print(client: Any, tmp_path: Path) -
         assert "unsupported" in peer.ask({"op": "versions"})
         assert "unsupported" in peer.ask({"op": "__init__"})
         assert "and again" in peer.errors()
+
+
+def test_texts_that_part_are_told_with_the_gap(monkeypatch: pytest.MonkeyPatch, game_model: Path) -> None:
+    monkeypatch.syspath_prepend(str(PEERS.parent))
+    import exports
+
+    import lsp_jax as lsp
+    from lsp_jax.play.generate import prompt_ids
+
+    policy = lsp.load_pretrained(game_model)
+    ours = ["ab ba"] * len(exports.PROMPTS)
+    prompts = [prompt_ids(policy, prompt, exports.NEW_TOKENS) for prompt in exports.PROMPTS]
+    wrong = [[*prompts[0], 1], *prompts[1:]]
+    reply = {"packages": {}, "prompt_tokens": wrong, "texts": ["ab cb", "ab b", *ours[2:]]}
+    found = exports.compared(policy, ours, reply)
+    assert (found["same_text"], found["same_prompt"]) == (len(ours) - 2, len(ours) - 1)
+    mine, theirs = policy.tokenizer.encode("ab ba"), policy.tokenizer.encode("ab cb")
+    shared = next(n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b)
+    row = jnp.array([[*prompts[0], *mine[:shared]]])
+    logits = np.asarray(lsp.forward(policy.params, policy.config, row), np.float64)[0, -1]
+    assert found["parted"][0]["gap"] == pytest.approx(logits[mine[shared]] - logits[theirs[shared]], abs=1e-5)
+    assert exports.gap(policy, exports.PROMPTS[0], "ab", "ab") is None
+
+    counted = {"packages": {}, "prompt_tokens": [len(ids) for ids in prompts], "texts": ours}
+    found = exports.compared(policy, ours, counted)
+    assert (found["same_prompt"], found["parted"]) == (len(ours), [])
+    assert f"{len(ours)} of {len(ours)} (their number)" in exports.table({"engine": found})
