@@ -52,14 +52,23 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def figures(found: list[dict[str, Any]]) -> None:
-    """Accuracy on the development problems, rewards of both roles, and the Challenger's difficulty, over iterations."""
+    """`curves.svg`, the rows that the paper has too, and `ablations.svg`, LSP and what is left out of it or added."""
+    trained = [result for result in found if result.get("stages")]
+    paper = ("format", "grpo", "lsp_zero", "lsp", "grpo_then_lsp", "lsp_then_grpo")
+    _figure("curves.svg", [result for result in trained if result["row"] in paper])
+    _figure("ablations.svg", [result for result in trained if result["row"] == "lsp" or result["row"] not in paper])
+
+
+def _figure(name: str, drawn: list[dict[str, Any]]) -> None:
+    """Accuracy on the development problems, rewards of both roles, and the Challenger's difficulty, over iterations: a
+    row has one colour, its second seed's line is dashed."""
     import matplotlib  # pyright: ignore[reportMissingImports]
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "lsp_jax"  # the same file from the same results
     from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
-    trained = [result for result in found if result.get("stages")]
+    colours = {row: f"C{number}" for number, row in enumerate(dict.fromkeys(result["row"] for result in drawn))}
     panels = {
         "development, easy families": lambda stage: (
             [point["iteration"] for point in stage["development"]],
@@ -75,18 +84,20 @@ def figures(found: list[dict[str, Any]]) -> None:
     }
     figure, axes = pyplot.subplots(2, 4, figsize=(18, 8), layout="constrained")
     for axis, (title, points) in zip(axes.flat, panels.items(), strict=True):
-        for number, result in enumerate(trained):
+        for result in drawn:
             offset, xs, ys = 0, [], []
             for stage in result["stages"]:
                 x, y = points(stage)
                 xs, ys = xs + [offset + value for value in x], ys + y
                 offset += stage["iterations"]
             if ys:
-                axis.plot(xs, ys, color=f"C{number}", label=f"{result['row']} {result['seed']}")
+                style = {"color": colours[result["row"]], "linestyle": "--" if result["seed"] else "-"}
+                axis.plot(xs, ys, label=f"{result['row']} {result['seed']}", **style)
         axis.set_title(title)
         axis.set_xlabel("iteration")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
-    figure.savefig(HERE / "curves.svg", metadata={"Date": None})
+    figure.savefig(HERE / name, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 def _plays(stage: dict[str, Any]) -> bool:
