@@ -154,10 +154,13 @@ def played(folder: Path) -> frozenset[Expression]:
 
 
 def machine() -> str:
-    """The processor by its name: runs are the same on one kind of machine, and not quite on another."""
+    """The processor by name and model: runs are the same on one kind of machine, and not quite on another."""
     file = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", file.read_text(), re.M) if file.is_file() else []
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}"
+    told = file.read_text(encoding="utf-8") if file.is_file() else ""
+    name, model = (re.search(rf"^{key}\s*:\s*(.+)$", told, re.M) for key in ("model name", "model"))
+    called = name[1].replace("(R)", "").removesuffix(" Processor") if name else platform.machine()
+    number = f" (model {model[1]})" if model else ""
+    return f"{called}{number}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}"
 
 
 def main() -> None:
