@@ -91,7 +91,7 @@ def make_rewards(reference: llama.Params, game: Game, config: TrainConfig) -> tu
     judge = placeholders.judge(config, model)
     _, rubric = jax.jit(llama.extend, static_argnums=1)(reference, model, *ids_row(judge.template.rubric_ids))
     judged = {"reference": reference, "rubric": rubric, "kinds": kinds, **placeholders.no_tags()}
-    scored = {"model": random_params(scorer, 1, "bfloat16"), "kinds": kinds}
+    scored = {"model": random_params(scorer, 1, "bfloat16"), "kinds": kinds, **placeholders.no_tags()}
     return (
         DeviceReward("preference", "task", 1.0, scores, scored),
         DeviceReward("quality", "quality", 1.0, partial(logits_scores, judge=judge), judged),

@@ -182,8 +182,8 @@ def test_a_wider_window_does_not_make_a_new_beginning():
 class OnDisk(Checkpoints):
     """Checkpoints in a list, with the retention of the real ones."""
 
-    def __init__(self, keep: int, fails: int = 0):
-        super().__init__("nowhere", keep)
+    def __init__(self, keep: int, fails: int = 0, every: int = 1):
+        super().__init__("nowhere", keep, every)
         self.there: list[int] = []
         self._fails = fails
 
@@ -221,6 +221,29 @@ def test_there_is_a_checkpoint_to_go_back_to(every: int, limit: int, capfd: pyte
         if number > 60 and every < 7:
             assert target is not None and 10 <= number - target <= 10 + 10 * every
     capfd.readouterr()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+@pytest.mark.parametrize(("window", "every"), [(10, 10), (25, 10), (7, 3)])
+def test_a_run_that_was_stopped_goes_back_where_the_whole_one_does(window: int, every: int, limit: int):
+    """Whenever it was stopped, between two saves, and whenever the alarm comes."""
+    health = HealthConfig(window=window, repetition="rollback")
+    config = TrainConfig(model="m", save_steps=every, save_total_limit=limit, health=health)
+
+    def targets(stop: int) -> list[int | None]:
+        disk = OnDisk(limit, every=every)
+        saving, found = Saving(disk, None, {}, config, None), []
+        for number in range(1, 7 * every):
+            if number % every == 0 or number == stop:
+                saving.save(number, {"x": jnp.zeros(1)}, Progress(good=True))  # pyright: ignore[reportArgumentType]
+            found.append(saving.good_before(number))
+        return found
+
+    whole = targets(0)
+    assert whole[-1] is not None
+    for stop in range(1, 7 * every):
+        if stop % every:
+            assert targets(stop) == whole, stop
 
 
 def test_wording_by_hand():

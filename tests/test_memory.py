@@ -56,6 +56,17 @@ def test_parking_frozen_models_leaves_room_for_rows():
     assert rows(False) < rows(True)
 
 
+def test_long_prompts_of_data_leave_room_for_fewer_rows():
+    config = presets.get("recommended_lsp_3b")
+    rows = [micro_batch(game_of(config), config, None, None, 80 * GIB, width) for width in (0, 512, 4096)]
+    assert rows[0] >= rows[1] > rows[2] >= 1
+    game = game_of(config)
+    asked = config.play.max_query_length + len(game.prompts.query_prefix_ids)
+    assert row_bytes(game, data_width=asked) <= row_bytes(game) < row_bytes(game, data_width=4096)
+    wide, whole = fitted(game, config, None, None, 80 * GIB, 4096), fitted(game, config, None, None, 80 * GIB)
+    assert wide.optimizer.micro_batch_size == rows[2] < whole.optimizer.micro_batch_size
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("remat", ["full", "dots", "none"])
 def test_bytes_of_a_row_are_near_what_the_compiler_takes(remat: str):

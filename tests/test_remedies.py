@@ -17,10 +17,12 @@ from lsp_jax.learn.advantages import advantages
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.memory import MemoryConfig
 from lsp_jax.play.data import DataConfig
-from lsp_jax.play.selfplay import PlayConfig
-from lsp_jax.reward.base import HostReward
+from lsp_jax.play.decode import Completions
+from lsp_jax.play.selfplay import Episode, PlayConfig, Queries
+from lsp_jax.reward.base import HostReward, RewardOutput, RewardSpec, combine
 from lsp_jax.reward.verify import callable_reward
 from lsp_jax.run.health import HealthConfig
+from lsp_jax.run.probe import query_values, raw
 from lsp_jax.run.replay import replay
 from lsp_jax.run.resample import replaced, sources
 from test_resume import assert_same_run, config_of
@@ -30,6 +32,14 @@ QUICK_COMPILES = True
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
+
+
+def an_episode() -> Episode:
+    """Two valid queries with two answers each."""
+    zeros = jnp.zeros((2, 2, 3))
+    done = Completions(zeros.astype(int), jnp.full((2, 2), 3), zeros, zeros, jnp.ones((2, 2), bool))
+    text = jnp.zeros((2, 2), int), jnp.full(2, 2)
+    return Episode(Queries(None, text, jnp.ones(2, bool)), text, done)
 
 
 def test_the_gate_and_the_price_by_hand():
@@ -66,10 +76,35 @@ def test_replaced_takes_all_that_belongs_to_a_query():
     assert found[1][0].tolist() == [old[0, 0, 0], fresh[0, 0, 0], old[2, 0, 0]]
 
 
+def test_what_is_measured_only_masks_nothing():
+    """LSP-Zero: answers without a quality verdict are learned from as the others are, and so are their queries."""
+    task, every, verdicts = jnp.asarray([[1.0, 0.0]] * 2), jnp.ones((2, 2), bool), jnp.asarray([[1, 0], [0, 0]], bool)
+    specs = RewardSpec("verifier", "task", 1.0), RewardSpec("quality", "quality", 1.0)
+    outputs = RewardOutput(task, every, every[0]), RewardOutput(task, verdicts, jnp.asarray([True, False]))
+    lsp_zero, with_quality = (combine(specs, outputs, an_episode(), use) for use in (False, True))
+    assert lsp_zero.valid_answer.all() and lsp_zero.valid_query.all()
+    assert lsp_zero.failed["quality"].tolist() == (~verdicts).tolist(), "it is still told"
+    assert with_quality.valid_answer.tolist() == verdicts.tolist()
+    assert with_quality.valid_query.tolist() == [True, False]
+
+
+def test_the_probe_reads_scores_as_they_are():
+    """Bounds of standardised scores are none of raw ones: 25 and 4 would both be 3."""
+    specs = (
+        RewardSpec("preference", "task", 1.0, standardize=True, clip=(-3.0, 3.0)),
+        RewardSpec("rule", "task", 1.0, clip=(0.0, 1.0)),
+    )
+    every = jnp.ones((2, 2), bool)
+    outputs = tuple(RewardOutput(jnp.asarray(v), every, every[0]) for v in ([[25.0] * 2, [4.0] * 2], [[7.0] * 2] * 2))
+    assert query_values(an_episode(), outputs, tuple(map(raw, specs)), True).tolist() == [26.0, 5.0]
+
+
 @pytest.mark.parametrize(
     ("field", "config"),
     [
         ("loss.value_high", LossConfig(value_high=float("nan"))),
+        ("loss.value_high = 0.0: must be above loss.value_low 0.25", LossConfig(value_low=0.25)),
+        ("loss.value_high = 0.1", LossConfig(value_low=0.9, value_high=0.1)),
         ("memory.penalty", MemoryConfig(penalty=-1.0)),
         ("play.max_resamples", PlayConfig(max_resamples=-1)),
         ("health.max_rollbacks", HealthConfig(max_rollbacks=-1)),

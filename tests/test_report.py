@@ -108,6 +108,26 @@ def test_a_long_run_is_thinned_to_its_last_iteration(tmp_path: Path):
     assert dict(data["facts"])["tokens sampled"] == f"{700 * 2501:,}"  # of all of them
 
 
+@pytest.mark.parametrize("last", [1001, 1500, 1999, 12_000])
+def test_the_probe_of_a_long_run_stays(tmp_path: Path, last: int):
+    """It is in every tenth line, and lines two apart that end with an odd one hold none of them."""
+    run = write_run(tmp_path / "long", last=3)
+    lines = [metrics(number, last) for number in range(1, last + 1)]
+    probed = [line | {"probe/gain": line["iteration"] / 10} if not line["iteration"] % 10 else line for line in lines]
+    write_lines(run / "metrics.jsonl", probed)
+    (data,) = shown(run)["runs"]
+    points = [
+        (iteration, gain)
+        for iteration, gain in zip(data["metrics"]["iteration"], data["metrics"]["probe/gain"], strict=True)
+        if gain is not None
+    ]
+    assert all(gain == iteration / 10 for iteration, gain in points)
+    assert points[-1][0] == last - last % 10
+    assert min(last // 10, report.MOST_POINTS // 2) <= len(points) <= report.MOST_POINTS
+    assert len(data["metrics"]["iteration"]) <= 2 * report.MOST_POINTS
+    assert data["metrics"]["iteration"][-1] == last
+
+
 def test_a_run_under_way(tmp_path: Path):
     run = write_run(tmp_path / "run", last=4)
     for name in ("metrics.jsonl", "transcripts.jsonl"):

@@ -68,19 +68,22 @@ class LossConfig:
     value_low: float = 0.0
     """Least V(q) of a query that the Challenger is paid for; what lies outside gets the invalid-query penalty."""
     value_high: float = 0.0
-    """Most V(q) of such a query; not above value_low: any will do. (0.1 and 0.9 keep queries that are solved
+    """Most V(q) of such a query, above value_low; both 0: any will do. (0.1 and 0.9 keep queries that are solved
     sometimes.)"""
 
     @property
     def value_gate(self) -> tuple[float, float] | None:
         """Both bounds; None without."""
-        return (self.value_low, self.value_high) if self.value_high > self.value_low else None
+        return (self.value_low, self.value_high) if (self.value_low, self.value_high) != (0, 0) else None
 
     def check(self) -> None:
         """Raises InputError naming the field."""
         for field in ("value_low", "value_high"):
             if not math.isfinite(getattr(self, field)):
                 raise InputError(f"loss.{field}", getattr(self, field), "must be finite")
+        if self.value_gate and self.value_high <= self.value_low:
+            remedy = f"must be above loss.value_low {self.value_low:g} (both 0: no gate)"
+            raise InputError("loss.value_high", self.value_high, remedy)
         choices = (("kl_estimator", KL_ESTIMATORS), ("loss_type", LOSS_TYPES), ("scale_rewards", SCALES))
         for field, allowed in choices:
             one_of(f"loss.{field}", getattr(self, field), allowed)

@@ -85,6 +85,11 @@ class PromptData:
         return picked
 
 
+def widest(config: DataConfig) -> int:
+    """Columns of a query where a prompt has all the tokens that it may have."""
+    return bucket(config.max_prompt_length, PROMPT_BUCKETS, "data.max_prompt_length")
+
+
 def data_queries(data: PromptData, picked: Sequence[int]) -> Queries:
     """The rows `picked` as queries on device: [N, width] ids, all valid, nothing sampled."""
     tokens, lengths = pad_prompts([data.ids[index] for index in picked], data.width, len(picked))

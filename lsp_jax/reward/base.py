@@ -144,19 +144,22 @@ def check_rewards(rewards: Sequence[Named], use_quality: bool) -> None:
         raise InputError("rewards weights", weights, "sum to zero: what one component gives another takes away")
 
 
-def combine(specs: Sequence[RewardSpec], outputs: Sequence[RewardOutput], episode: Episode) -> Scores:
+def combine(
+    specs: Sequence[RewardSpec], outputs: Sequence[RewardOutput], episode: Episode, use_quality: bool
+) -> Scores:
     """Weighted sums by kind and the joint masks; `outputs` in the order of `specs`. Pure.
 
     Each component is standardised if its spec says so, over the answers that it could score of queries that count, then
-    clipped, then weighted.
+    clipped, then weighted. Without `use_quality` (LSP-Zero) a quality component masks nothing: it is only measured.
     """
     shape = episode.answers.lengths.shape
     totals = {"task": jnp.zeros(shape, jnp.float32), "quality": jnp.zeros(shape, jnp.float32)}
     # a non-finite score is a failed score, wherever it was made
     scored = [jnp.isfinite(output.values) & output.valid_answer for output in outputs]
     valid_query, valid_answer = episode.queries.valid, jnp.ones(shape, bool)
-    for output, finite in zip(outputs, scored, strict=True):
-        valid_answer, valid_query = valid_answer & finite, valid_query & output.valid_query
+    for spec, output, finite in zip(specs, outputs, scored, strict=True):
+        if use_quality or spec.kind == "task":
+            valid_answer, valid_query = valid_answer & finite, valid_query & output.valid_query
     for spec, output, finite in zip(specs, outputs, scored, strict=True):
         values = jnp.where(finite, output.values, 0.0)
         if spec.standardize:

@@ -9,8 +9,8 @@ never from token values.
    as the ids that the policy wrote, and all stays on device.
 2. Where it is another, the texts are decoded and encoded again on the host, and scored by the same program.
 
-Control ids in query and answer are replaced by blanks: nothing that a model wrote can close a turn. LSP, Section 4
-(the task reward R).
+Control ids in query and answer, and what spells a tag of the reward model's chat template (`[/INST]`), are replaced by
+blanks: nothing that a model wrote can close a turn. LSP, Section 4 (the task reward R).
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from lsp_jax.model.weights import check_weights, load_params
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.policy import Policy, open_pretrained
 from lsp_jax.reward.base import DeviceReward, EpisodeReward, Kind, RewardOutput, episode_texts, groups_at_once
-from lsp_jax.text.prompts import SLOT, Ragged, harmless, ids_row, pack, template_pieces
+from lsp_jax.text.prompts import SLOT, Ragged, harmless, ids_row, pack, template_pieces, text_tags
+from lsp_jax.text.tags import TagTables, blank_tags, tag_tables
 from lsp_jax.text.tokenizer import Tokenizer
 
 STRETCHES = (1, 2, 4, 8)
@@ -148,11 +149,13 @@ def preference_reward(
     """
     template = preference_template(model.tokenizer)
     blank = tokenizer.encode(" ")[0]
+    tags = place(tag_tables(tokenizer, text_tags(model.tokenizer, template[:3])))
     if same_tokenizer(model.tokenizer, tokenizer):
         score = partial(preference_scores, config=model.config, template=template, blank=blank, rows=rows)
-        return DeviceReward(name, kind, weight, score, {"model": model.params, "kinds": kinds})
+        return DeviceReward(name, kind, weight, score, {"model": model.params, "kinds": kinds, "tags": tags})
+    written = {"kinds": kinds, "tags": tags}
     foreign = partial(
-        _foreign_scores, model=model, tokenizer=tokenizer, kinds=kinds, template=template, blank=blank, rows=rows
+        _foreign_scores, model=model, tokenizer=tokenizer, written=written, template=template, blank=blank, rows=rows
     )
     return EpisodeReward(name, kind, weight, foreign)
 
@@ -164,7 +167,7 @@ def preference_scores(
 
     Texts enter as written: white space that the policy left at an end stays, also where the template would trim it.
     """
-    query, answer = _harmless_texts(episode, params["kinds"], blank)
+    query, answer = _harmless_texts(episode, params["kinds"], params["tags"], blank)
     values = score_conversations(params["model"], query, answer, config, template, rows)
     return RewardOutput(values, jnp.ones_like(values, bool), jnp.ones(values.shape[0], bool))
 
@@ -195,9 +198,11 @@ def score_conversations(
 
 
 @partial(jax.jit, static_argnames="blank")
-def _harmless_texts(episode: Episode, kinds: jax.Array, blank: int) -> tuple[Ragged, Ragged]:
-    answers = (episode.answers.tokens, episode.answer_lengths)
-    return harmless(episode.queries.text, kinds, blank), harmless(answers, kinds, blank)
+def _harmless_texts(episode: Episode, kinds: jax.Array, tags: TagTables, blank: int) -> tuple[Ragged, Ragged]:
+    tokens, lengths = episode.answers.tokens, episode.answer_lengths
+    flat = (tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
+    query, answer = (blank_tags(harmless(text, kinds, blank), tags, blank) for text in (episode.queries.text, flat))
+    return query, (answer[0].reshape(tokens.shape), lengths)
 
 
 # --- another tokenizer ---------------------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ def _foreign_scores(
     *,
     model: Policy,
     tokenizer: Tokenizer,
-    kinds: jax.Array,
+    written: dict[str, Any],
     template: PreferenceTemplate,
     blank: int,
     rows: int,
@@ -218,7 +223,7 @@ def _foreign_scores(
     What spells a control token is ordinary text there. An answer that is too long for the widest program or for the
     model's context is masked, and so are all answers of such a query.
     """
-    query, (answer, _) = _harmless_texts(episode, kinds, blank)
+    query, (answer, _) = _harmless_texts(episode, **written, blank=blank)
     plain = episode._replace(
         queries=episode.queries._replace(text=query), answers=episode.answers._replace(tokens=answer)
     )

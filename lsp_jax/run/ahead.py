@@ -23,6 +23,7 @@ from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.lora import united
 from lsp_jax.model.sharding import Layout, shardings, use_mesh
+from lsp_jax.play.data import widest
 from lsp_jax.play.selfplay import Queries
 from lsp_jax.reward.base import RewardOutput, RewardSpec
 from lsp_jax.reward.judge_text import write_judgements
@@ -141,7 +142,7 @@ def compile_run(
     key = put(jax.eval_shape(jax.random.key, 0))
     params = _handover(compiler, game)
     if config.data.source:
-        queries = put(_data_queries(game))
+        queries = put(_data_queries(game, widest(config.data)))
     else:
         challenge = partial(stages.challenge.lower, game=game)
         queries = compiler.stage("challenge", challenge, params, kinds, key)
@@ -185,8 +186,8 @@ def _start(compiler: Compiler, config: TrainConfig, game: Game, reward_model: Ll
     del alive["loaded"]
 
 
-def _data_queries(game: Game) -> Queries:
-    number, width = game.play.num_queries, game.play.max_query_length
+def _data_queries(game: Game, width: int) -> Queries:
+    number = game.play.num_queries
     text = _array(jnp.int32, number, width), _array(jnp.int32, number)
     return Queries(None, text, _array(jnp.bool_, number))
 
@@ -203,7 +204,7 @@ def _score(compiler: Compiler, config: TrainConfig, game: Game, reward_model: Ll
             blank=placeholders.BLANK,
             rows=reward.preference_rows,
         )
-        params = {"model": alive["reward model"], "kinds": kinds}
+        params = {"model": alive["reward model"], "kinds": kinds, **placeholders.no_tags()}
         compiler.stage("preference reward", partial(stages.score.lower, preference), params, episode)
     if reward.quality_weight:
         judge = placeholders.judge(config, game.model)

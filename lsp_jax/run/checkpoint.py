@@ -39,10 +39,10 @@ class SaveError(RunError):
 class Checkpoints:
     """The checkpoints of one run, newest `keep` of them, the best and good ones, written in the background."""
 
-    def __init__(self, directory: str | Path, keep: int = 2):
+    def __init__(self, directory: str | Path, keep: int = 2, every: int = 1):
         # the directory is made by the first save, so that looking for checkpoints leaves nothing behind
         self.directory: Path = Path(directory).expanduser().resolve()
-        self._keep = keep
+        self._keep, self._every = keep, every
         self.best: int | None = None
         """Iteration of a checkpoint that stays whatever its age."""
         self.good: set[int] = set()
@@ -64,8 +64,10 @@ class Checkpoints:
         return self._manager
 
     def preserved(self, steps: Sequence[int]) -> list[bool]:
-        """Which of the checkpoints `steps`, oldest first, stay."""
-        return [step in steps[-self._keep :] or step in {self.best, *self.good} for step in steps]
+        """Which of the checkpoints `steps`, oldest first, stay. One between two `every` (a run was stopped there) stays
+        only while it is the newest, and takes the place of none that an uninterrupted run would have."""
+        newest = {*steps[-1:], *[step for step in steps if step % self._every == 0][-self._keep :]}
+        return [step in newest or step in {self.best, *self.good} for step in steps]
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's iteration, None without one."""

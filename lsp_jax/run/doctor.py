@@ -195,7 +195,8 @@ def _mesh(run: Run) -> Finding:
 
 def _memory(run: Run) -> Finding:
     """The estimate of the update against what a device, or on CPUs the machine, can hold."""
-    needed = update_bytes(run.game, run.config, run.reward_model and run.reward_model.config, run.mesh)
+    scorer = run.reward_model and run.reward_model.config
+    needed = update_bytes(run.game, run.config, scorer, run.mesh, run.data.width if run.data else 0)
     limit, place = device_memory(), "a device"
     if limit is None:
         limit, place = host_memory(), "this machine"

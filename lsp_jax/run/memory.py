@@ -44,30 +44,44 @@ def host_memory() -> int | None:
 
 
 def fitted(
-    game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None, memory: int | None
+    game: Game,
+    config: TrainConfig,
+    reward_model: LlamaConfig | None,
+    mesh: Mesh | None,
+    memory: int | None,
+    data_width: int = 0,
 ) -> Game:
     """`game` with the rows of a micro-batch: those of `config`, or as many as `micro_batch` finds."""
     if config.optimizer.micro_batch_size:
         return game
-    rows = micro_batch(game, config, reward_model, mesh, memory)
+    rows = micro_batch(game, config, reward_model, mesh, memory, data_width)
     return replace(game, optimizer=replace(game.optimizer, micro_batch_size=rows))
 
 
 def micro_batch(
-    game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None, memory: int | None
+    game: Game,
+    config: TrainConfig,
+    reward_model: LlamaConfig | None,
+    mesh: Mesh | None,
+    memory: int | None,
+    data_width: int = 0,
 ) -> int:
-    """Rows of one micro-batch on a device of `memory` bytes: a power of two, at least 1, at most the rows there are."""
+    """Rows of one micro-batch on a device of `memory` bytes: a power of two, at least 1, at most the rows there are.
+    `data_width`: columns of the queries where they come from data."""
     if memory is None:
         return UNKNOWN_MICRO_BATCH
     room = USED * memory - _constant_bytes(game, config, reward_model, mesh)
-    fitting = min(max(room / row_bytes(game, _shape(mesh)[2]), 1), _rows(game, mesh))
+    fitting = min(max(room / row_bytes(game, _shape(mesh)[2], data_width), 1), _rows(game, mesh))
     return 2 ** int(np.log2(fitting))
 
 
-def update_bytes(game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None) -> int:
+def update_bytes(
+    game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None, data_width: int = 0
+) -> int:
     """What a device holds during the update with the micro-batch of `game`, by the same estimate."""
     rows = min(game.optimizer.micro_batch_size or UNKNOWN_MICRO_BATCH, _rows(game, mesh))
-    return int(_constant_bytes(game, config, reward_model, mesh) + rows * row_bytes(game, _shape(mesh)[2]))
+    each = row_bytes(game, _shape(mesh)[2], data_width)
+    return int(_constant_bytes(game, config, reward_model, mesh) + rows * each)
 
 
 def _constant_bytes(game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None) -> float:
@@ -93,9 +107,9 @@ def _rows(game: Game, mesh: Mesh | None) -> int:
     return -(-game.play.num_queries * game.play.num_generations // (data * fsdp))
 
 
-def row_bytes(game: Game, tensor: int = 1) -> float:
+def row_bytes(game: Game, tensor: int = 1, data_width: int = 0) -> float:
     """Bytes of one row's activations on a device that shares it with `tensor - 1` others."""
-    model, size, width = game.model, _size(game.compute_dtype), _row_width(game)
+    model, size, width = game.model, _size(game.compute_dtype), _row_width(game, data_width)
     heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
     products = (2 * model.intermediate_size + heads) / tensor + 2 * model.hidden_size  # of one layer with its weights
     kept = {
@@ -110,11 +124,11 @@ def row_bytes(game: Game, tensor: int = 1) -> float:
     return width * (size * (model.num_hidden_layers * kept[game.optimizer.remat] + at_work) + scores)
 
 
-def _row_width(game: Game) -> int:
+def _row_width(game: Game, data_width: int) -> int:
     """Tokens of the longest row, prompt and completion."""
     prompts, play = game.prompts, game.play
-    around = len(prompts.solver.prefix_ids) + len(prompts.solver.suffix_ids) + len(prompts.query_prefix_ids)
-    solver = around + play.max_query_length + play.max_completion_length
+    query = data_width or len(prompts.query_prefix_ids) + play.max_query_length
+    solver = len(prompts.solver.prefix_ids) + query + len(prompts.solver.suffix_ids) + play.max_completion_length
     return max(solver, len(prompts.challenger_ids) + play.max_query_length if game.trains_challenger else 0)
 
 

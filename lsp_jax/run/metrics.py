@@ -261,7 +261,12 @@ def _open_tracker(name: str, module: Any, directory: Path) -> tuple[_Log, Callab
 
         return scalars, board.close
     module.init(project="lsp_jax", name=directory.name)  # wandb, and trackio has its interface
-    return lambda iteration, values: module.log(values, step=iteration), module.finish
+    if name == "trackio":
+        return lambda iteration, values: module.log(values, step=iteration), module.finish
+    # wandb's own step may only rise, and a run that went back to a checkpoint plays iterations again
+    module.define_metric("iteration")
+    module.define_metric("*", step_metric="iteration")
+    return lambda iteration, values: module.log(values), module.finish
 
 
 def summary(metrics: Mapping[str, Any]) -> str:

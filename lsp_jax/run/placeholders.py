@@ -82,5 +82,5 @@ def preference_template() -> PreferenceTemplate:
 
 
 def no_tags() -> dict[str, TagTables]:
-    """The judge's tables: chat templates of Llama 3 spell no tag in ordinary text."""
+    """Tables of what judge and reward model must not read: chat templates of Llama 3 spell no tag in ordinary text."""
     return {"tags": TagTables((), np.zeros(0, np.int32))}

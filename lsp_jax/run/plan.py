@@ -24,6 +24,7 @@ from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.shapes import shape_of
 from lsp_jax.model.sharding import AXES, check_model, make_mesh
 from lsp_jax.paths import user_path
+from lsp_jax.play.data import widest
 from lsp_jax.run import placeholders
 from lsp_jax.run.ahead import Phase, Say, compile_run, device_bytes
 from lsp_jax.run.memory import fitted
@@ -90,7 +91,8 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
     mesh, reward_model = _mesh(config, model, topology), _reward_model(config)
     if reward_model is not None:
         check_model(tuple(mesh.shape.values()), reward_model, "reward model")
-    game = fitted(placeholders.game(config, model), config, reward_model, mesh, topology.chip.memory)
+    width = widest(config.data) if config.data.source else 0
+    game = fitted(placeholders.game(config, model), config, reward_model, mesh, topology.chip.memory, width)
     compiled = compile_run(config, game, reward_model, topology, mesh, say)
     alive, play = compiled.alive, config.play
     resident = {name: device_bytes(alive[name]) for name in RESIDENT if name in alive and name not in compiled.parked}

@@ -71,7 +71,7 @@ class Probe:
         run, data = self._run, self._run.probe
         assert data is not None
         game, size = run.game, run.game.play.num_queries
-        specs = tuple(spec._replace(standardize=False) for spec in run.specs)  # over an iteration: not comparable
+        specs = tuple(map(raw, run.specs))
         found: list[np.ndarray] = []
         for start in range(0, len(data.rows), size):
             begins("probe")
@@ -83,10 +83,16 @@ class Probe:
         return np.concatenate(found).astype(np.float64)[: len(data.rows)]
 
 
+def raw(spec: RewardSpec) -> RewardSpec:
+    """Scores as they are: standardised over an iteration they could not be compared with those of another, and the
+    bounds of such scores are none of these."""
+    return spec._replace(standardize=False, clip=None) if spec.standardize else spec
+
+
 @partial(jax.jit, static_argnames=("specs", "use_quality"))
 def query_values(
     episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], use_quality: bool
 ) -> jax.Array:
     """float32 [N]: each query's mean Solver reward over the answers that count; NaN where none does."""
-    reward, counts = solver_rewards(combine(specs, outputs, episode), use_quality)
+    reward, counts = solver_rewards(combine(specs, outputs, episode, use_quality), use_quality)
     return jnp.sum(jnp.where(counts, reward, 0.0), axis=1) / jnp.sum(counts, axis=1)

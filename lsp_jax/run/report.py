@@ -10,6 +10,7 @@ import importlib.resources
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -103,10 +104,19 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _columns(lines: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Metrics by name, of evenly spaced iterations where there are many, the last one among them."""
-    step = -(-len(lines) // MOST_POINTS) or 1
-    kept = lines[(len(lines) - 1) % step :: step] if lines else []
+    """Metrics by name, of evenly spaced iterations where there are many, the last one among them. What most iterations
+    lack (the probe's figures) is thinned by itself: evenly spaced iterations may hold none of it."""
+    common = Counter(name for line in lines for name in line)
+    rare = {name for name, number in common.items() if 2 * number < len(lines)}
+    special = [number for number, line in enumerate(lines) if not rare.isdisjoint(line)]
+    kept = [lines[number] for number in sorted({*_spaced(range(len(lines))), *_spaced(special)})]
     return {name: [line.get(name) for line in kept] for name in dict.fromkeys(name for line in kept for name in line)}
+
+
+def _spaced(numbers: Sequence[int]) -> Sequence[int]:
+    """At most MOST_POINTS of them, the last one among them."""
+    step = -(-len(numbers) // MOST_POINTS) or 1
+    return numbers[(len(numbers) - 1) % step :: step] if numbers else numbers
 
 
 def _facts(config: TrainConfig, lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ def groups(
     episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], use_quality: bool
 ) -> jax.Array:
     """bool [2, N]: valid queries whose answers that count all have one reward, and those whose have several."""
-    reward, counts = solver_rewards(combine(specs, outputs, episode), use_quality)
+    reward, counts = solver_rewards(combine(specs, outputs, episode, use_quality), use_quality)
     highest = jnp.max(jnp.where(counts, reward, -jnp.inf), axis=1)
     lowest = jnp.min(jnp.where(counts, reward, jnp.inf), axis=1)
     return jnp.stack([jnp.any(counts, axis=1) & (highest <= lowest), highest > lowest])

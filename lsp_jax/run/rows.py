@@ -50,8 +50,8 @@ def learn_batch(
 ) -> Learnable:
     """Rewards -> advantages -> the rows of both roles, and the metrics of play and reward. `challenger_weight` is a
     factor of the Challenger's loss: 0 while it is paused; `near` [N] each query's similarity to an earlier one."""
-    scores = combine(specs, outputs, episode)
     loss, penalty = game.loss, None
+    scores = combine(specs, outputs, episode, loss.use_quality)
     if near is not None and game.memory.penalty:
         penalty = game.memory.penalty * (near >= game.memory.near_duplicate)
     result = advantages(

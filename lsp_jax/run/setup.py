@@ -97,7 +97,7 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
             check_model(tuple(mesh.shape.values()), opened_rewards.reward_model.config, "reward model")
         memory = min(processes.gather("device memory", device_memory() or 0)) or None
         scorer = opened_rewards.reward_model
-        game = fitted(game, config, scorer and scorer.config, mesh, memory)
+        game = fitted(game, config, scorer and scorer.config, mesh, memory, data.width if data else 0)
         # with adapters the base is frozen: master copies of it would move nothing
         dtype = game.compute_dtype if config.lora.rank else config.param_dtype
         policy = replace(opened, params=load(mesh, dtype))

@@ -106,7 +106,8 @@ def _train(
 
 
 def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: Watchdog) -> TrainState:
-    config, checkpoints = run.config, Checkpoints(run.directory / CHECKPOINTS, run.config.save_total_limit)
+    config = run.config
+    checkpoints = Checkpoints(run.directory / CHECKPOINTS, config.save_total_limit, config.save_steps)
     writer = console = report = None
     with use_mesh(run.mesh):
         try:
