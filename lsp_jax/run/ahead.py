@@ -204,8 +204,14 @@ def _score(compiler: Compiler, config: TrainConfig, game: Game, reward_model: Ll
             blank=placeholders.BLANK,
             rows=reward.preference_rows,
         )
-        params = {"model": alive["reward model"], "kinds": kinds, **placeholders.no_tags()}
-        compiler.stage("preference reward", partial(stages.score.lower, preference), params, episode)
+        lower = partial(stages.score.lower, preference)
+        params = {"model": alive["reward model"], "kinds": kinds}
+        compiler.stage(
+            "preference reward",
+            lambda params, episode: lower(params | placeholders.no_tags(), episode),
+            params,
+            episode,
+        )
     if reward.quality_weight:
         judge = placeholders.judge(config, game.model)
         if reward.quality_mode == "logits":
