@@ -21,12 +21,13 @@ from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.model import llama
 from lsp_jax.model.shapes import SHAPES, shape_of
 from lsp_jax.model.sharding import MeshConfig, make_mesh, use_mesh
+from lsp_jax.play.data import DataConfig, widest
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.quality import logits_scores
 from lsp_jax.run import hlo, placeholders
 from lsp_jax.run import iteration as stages
-from lsp_jax.run.ahead import Compiler, Phase
+from lsp_jax.run.ahead import Compiler, Phase, shapes_of_data_queries
 from lsp_jax.run.count import Work, count
 from lsp_jax.run.plan import Plan, bound, plan, table
 from lsp_jax.run.topology import CHIPS, GIB, Topology, open_topology
@@ -198,6 +199,23 @@ def test_the_command_plans_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixt
     total = sum(entry["seconds"] * entry["times"] for entry in made["phases"])
     assert made["seconds"] == pytest.approx(total) and made["seconds"] > 0
     assert made["tokens_per_second"] == pytest.approx(made["sizes"]["generated_tokens"] / total)
+
+
+def test_a_run_on_data_is_planned_with_its_longest_prompts(monkeypatch: pytest.MonkeyPatch):
+    """Both where its queries are made and where rows of a micro-batch are counted."""
+    config = presets.get("paper_grpo")
+    config = replace(config, data=DataConfig(source="prompts.jsonl", max_prompt_length=1500))
+    seen = []
+
+    def stopped(*arguments: Any) -> None:
+        seen.append(shapes_of_data_queries(arguments[1], widest(arguments[0].data)).text[0].shape)
+        raise InputError("plan", None, "far enough")
+
+    monkeypatch.setattr("lsp_jax.run.plan.compile_run", stopped)
+    monkeypatch.setattr("lsp_jax.run.plan.fitted", lambda *arguments: seen.append(arguments[-1]) or arguments[0])
+    with pytest.raises(InputError, match="far enough"):
+        plan(config, Topology("v5e:1x1", CHIPS["v5e"], tuple(jax.devices()[:1])))
+    assert seen == [2048, (config.play.num_queries, 2048)]
 
 
 @needs_libtpu

@@ -142,7 +142,7 @@ def compile_run(
     key = put(jax.eval_shape(jax.random.key, 0))
     params = _handover(compiler, game)
     if config.data.source:
-        queries = put(_data_queries(game, widest(config.data)))
+        queries = put(shapes_of_data_queries(game, widest(config.data)))
     else:
         challenge = partial(stages.challenge.lower, game=game)
         queries = compiler.stage("challenge", challenge, params, kinds, key)
@@ -186,7 +186,8 @@ def _start(compiler: Compiler, config: TrainConfig, game: Game, reward_model: Ll
     del alive["loaded"]
 
 
-def _data_queries(game: Game, width: int) -> Queries:
+def shapes_of_data_queries(game: Game, width: int) -> Queries:
+    """Shapes of an iteration's queries from data, [N, width]."""
     number = game.play.num_queries
     text = _array(jnp.int32, number, width), _array(jnp.int32, number)
     return Queries(None, text, _array(jnp.bool_, number))
