@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/device_check.py [--output FILE.json] [--budget SECONDS] [--small]
 
 Random weights of known shapes and prompts of placeholder ids, as in `lsp-jax plan`: no model, no tokenizer, no network.
-What is run are the package's own stages (`lsp_jax/run/iteration.py`). Every completion runs to its full length (there
-is no stop token) and every query is taken as valid, so time and memory are the most that such an iteration can need.
+What is run are the package's own stages (`lsp_jax/algorithm/stages.py`). Every completion runs to its full length
+(there is no stop token) and every query is taken as valid, so time and memory are the most that such an iteration can need.
 
 1. Ceilings, measured here: one large bfloat16 matrix product, and a triad a = b + s * c over arrays of 1 GiB.
 2. A whole iteration (N = 8, G = 8, 256 + 512 tokens, policy, reference and reward model of the shape): seconds of its
@@ -41,7 +41,7 @@ import device_parts as parts
 import jax
 from device_parts import FULL, SMALL, TINY, Result
 
-from lsp_jax.model.shapes import SHAPES
+from lsp_jax.model.known_models import SHAPES
 
 MODELS = {"llama-3.2-1b": 8, "llama-3.2-3b": 4}
 """The shapes checked, and rows of a micro-batch."""

@@ -12,19 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lsp_jax.algorithm import stages
+from lsp_jax.algorithm.spec import Game
 from lsp_jax.config import TrainConfig
 from lsp_jax.learn.batch import LearnBatch, Rows
 from lsp_jax.learn.logprobs import token_statistics
 from lsp_jax.learn.update import OptimizerConfig, Reference, TrainState, init_state
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.perf import placeholders
 from lsp_jax.play.selfplay import PlayConfig, Queries
+from lsp_jax.reward import scoring
 from lsp_jax.reward.base import DeviceReward, RewardSpec
 from lsp_jax.reward.preference import preference_scores
 from lsp_jax.reward.quality import logits_scores
-from lsp_jax.run import iteration as stages
-from lsp_jax.run import placeholders
-from lsp_jax.run.game import Game
 from lsp_jax.text.prompts import ids_row
 
 # Twice what bfloat16 on the CPU itself differs by at 8 layers: 0.021 and 0.025 of the logits, 0.015 and 0.024 nats, for
@@ -173,7 +174,9 @@ def play_once(
     queries = queries._replace(valid=jnp.ones_like(queries.valid))
     episode = timed("solve", stages.solve, params, queries, key, game)
     del params
-    outputs = tuple(timed(reward.name, stages.score, reward.score, reward.params, episode) for reward in rewards)
+    outputs = tuple(
+        timed(reward.name, scoring.score_component, reward.score, reward.params, episode) for reward in rewards
+    )
     specs = tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in rewards)
     learnable = timed("advantages", stages.learn_batch, episode, outputs, specs, game)
     references = timed("reference", stages.reference, reference, learnable.batch, game)

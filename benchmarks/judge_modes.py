@@ -26,16 +26,16 @@ import numpy as np
 
 import lsp_jax as lsp
 from lsp_jax.model import llama
-from lsp_jax.model.cache import KVCache, empty_decode_cache
 from lsp_jax.model.gguf import demo_model
+from lsp_jax.model.kv_cache import KVCache, empty_decode_cache
 from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.judge import Judge, judge_episode, judge_params
-from lsp_jax.reward.judge_text import judge_turns, parse_score, write_judgements
 from lsp_jax.reward.quality import quality_reward
-from lsp_jax.run.setup import token_kinds
-from lsp_jax.text.judge import CRITERIA, text_judge_template
+from lsp_jax.reward.text_judge import judge_turns, parse_score, write_judgements
+from lsp_jax.text.judge_prompts import CRITERIA, text_judge_template
+from lsp_jax.train.setup import token_kinds
 
 INSTRUCTIONS = (
     "What is the capital of France?",

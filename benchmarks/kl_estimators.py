@@ -26,13 +26,13 @@ import numpy as np
 import optax
 
 import lsp_jax as lsp
+from lsp_jax.algorithm import stages
+from lsp_jax.algorithm.spec import Game
 from lsp_jax.learn.losses import KL_ESTIMATORS, LossConfig
 from lsp_jax.learn.update import reference_statistics, role_gradients
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.game import Game
-from lsp_jax.run.setup import prepare
+from lsp_jax.train.setup import prepare
 
 TRUNCATIONS = {
     "top-p 0.95": SamplingConfig(top_p=0.95),

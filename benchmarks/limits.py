@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.shapes import SHAPES
+from lsp_jax.model.known_models import SHAPES
 
 FLOAT32 = 4
 """Bytes of a number."""

@@ -27,11 +27,11 @@ import measure
 
 import lsp_jax as lsp
 from lsp_jax import presets
-from lsp_jax.learn import memory
-from lsp_jax.learn.memory import COUNT, EMBEDDINGS
-from lsp_jax.run import iteration as stages
-from lsp_jax.run import placeholders
-from lsp_jax.run.health import Health, HealthConfig, wording
+from lsp_jax.algorithm import stages
+from lsp_jax.learn import novelty
+from lsp_jax.learn.novelty import COUNT, EMBEDDINGS
+from lsp_jax.monitor.health import Health, HealthConfig, wording
+from lsp_jax.perf import placeholders
 
 ITERATIONS = 4
 
@@ -60,11 +60,11 @@ def main() -> None:
     key = jax.random.key(0)
     hidden = jax.random.normal(key, (play.num_queries, play.max_query_length, model.hidden_size))
     lengths = jnp.full(play.num_queries, play.max_query_length)
-    full = memory.empty(config.memory.size, model.hidden_size)
+    full = novelty.empty(config.memory.size, model.hidden_size)
     full |= {EMBEDDINGS: jax.random.normal(key, full[EMBEDDINGS].shape), COUNT: jnp.asarray(10**5, jnp.int32)}
-    embeddings, health = jax.jit(memory.pooled)(hidden, lengths), Health(HealthConfig())
+    embeddings, health = jax.jit(novelty.pooled)(hidden, lengths), Health(HealthConfig())
     contestants: dict[str, Callable[[], Any]] = {
-        "pooled states": lambda: jax.jit(memory.pooled)(hidden, lengths),
+        "pooled states": lambda: jax.jit(novelty.pooled)(hidden, lengths),
         "memory": lambda: stages.remembered(full, embeddings, lengths, game),
         "words": lambda: wording(lines, config.prompts.challenger),
         "alarms": lambda: health.look(1, metrics),

@@ -18,10 +18,10 @@ from typing import Any
 
 from lsp_jax import presets
 from lsp_jax.config import TrainConfig
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.model.sharding import MeshConfig
-from lsp_jax.run import plan
-from lsp_jax.run.topology import GIB, open_topology
+from lsp_jax.perf import plan
+from lsp_jax.perf.chips import GIB, open_topology
 
 MODELS = {
     "llama-3.2-3b": "recommended_lsp_3b",

@@ -23,18 +23,19 @@ import measure
 import numpy as np
 
 import lsp_jax as lsp
+from lsp_jax.algorithm import stages
+from lsp_jax.algorithm.spec import Game
 from lsp_jax.learn.batch import LearnBatch, make_rows
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.play.decode import Completions
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig, Queries, splice_queries
+from lsp_jax.reward import scoring
 from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.quality import quality_reward
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.game import Game
-from lsp_jax.run.setup import token_kinds
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
+from lsp_jax.train.setup import token_kinds
 
 QUERIES, REPEATS, QUERY = 8, 8, 32
 LENGTHS = (64, 128, 256)
@@ -84,7 +85,7 @@ def of_length(policy: lsp.Policy, length: int, rounds: int, text_too: bool) -> d
     assert isinstance(judge, DeviceReward)
     contestants: dict[str, Callable[[], Any]] = {
         "reference": lambda: stages.reference(policy.params, batch, game),
-        "logits": lambda: stages.score(judge.score, judge.params, episode),
+        "logits": lambda: scoring.score_component(judge.score, judge.params, episode),
     }
     if text_too:
         writing = quality_reward(*arguments, mode="text")

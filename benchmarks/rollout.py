@@ -28,8 +28,8 @@ from peers.client import Peer
 import lsp_jax as lsp
 from lsp_jax.learn.batch import make_rows
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
-from lsp_jax.play import chunks, decode
-from lsp_jax.play.chunks import Chunks
+from lsp_jax.play import chunked_decode, decode
+from lsp_jax.play.chunked_decode import Chunks
 from lsp_jax.play.decode import Completions
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 
@@ -152,14 +152,14 @@ def dropping(ours: Ours, rounds: int) -> dict[str, Any]:
         return drawn._replace(token=jnp.where(uniform[:, 2] > 0, stop, other).astype(jnp.int32))
 
     def rate(keep: bool) -> float:
-        counts = chunks.row_counts
-        chunks.row_counts = (lambda batch: (batch,)) if keep else counts
+        counts = chunked_decode.row_counts
+        chunked_decode.row_counts = (lambda batch: (batch,)) if keep else counts
         try:
             start = time.perf_counter()
             done = ours.decode(prompts, 8, (stop,))
             return float(np.asarray(done.lengths).sum()) / (time.perf_counter() - start)
         finally:
-            chunks.row_counts = counts
+            chunked_decode.row_counts = counts
 
     decode.row_uniforms, decode.sample = marked, ending  # pyright: ignore[reportPrivateImportUsage]
     try:

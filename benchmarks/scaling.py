@@ -32,18 +32,18 @@ import measure
 import numpy as np
 from limits import head_weights, layer_weights, rollout_roofline, step_roofline
 
+from lsp_jax.algorithm import stages
+from lsp_jax.algorithm.spec import Game
 from lsp_jax.learn.batch import LearnBatch, make_rows
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig, init_state
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.known_models import SHAPES
 from lsp_jax.model.llama import Params, init_params
-from lsp_jax.model.shapes import SHAPES
-from lsp_jax.play import chunks
-from lsp_jax.play.chunks import Chunks
+from lsp_jax.play import chunked_decode
+from lsp_jax.play.chunked_decode import Chunks
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.play.selfplay import PlayConfig
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.game import Game
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 
 PHASES = ("rollout", "reference", "update")
@@ -145,8 +145,8 @@ def rollout(params: Params, prompts: jax.Array, game: Game, rounds: int) -> tupl
     prefix, rows = program.begin(params, prompts, lengths, keys)
     rows = program._grown(rows, play.max_completion_length)
     static = {"config": game.model, "sampling": SamplingConfig(), "stop_ids": ()}
-    layers = chunks._unstack(params, game.model)
-    decode = chunks._advance.lower(params, layers, prefix, rows, jnp.int32(0), **static).compile()
+    layers = chunked_decode._unstack(params, game.model)
+    decode = chunked_decode._advance.lower(params, layers, prefix, rows, jnp.int32(0), **static).compile()
     return taken, kept(decode) + sum(x.nbytes for x in jax.tree.leaves((prefix, rows.cache)))
 
 

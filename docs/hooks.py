@@ -12,8 +12,8 @@ from typing import Any, get_type_hints
 from mkdocs.structure.files import File, Files
 
 from lsp_jax.config import TrainConfig
-from lsp_jax.evaluate.settings import EvaluateConfig
-from lsp_jax.run.metrics import METRICS
+from lsp_jax.evaluate.config import EvaluateConfig
+from lsp_jax.reporting.metrics import METRICS
 
 
 def on_files(files: Files, config: Any) -> Files:

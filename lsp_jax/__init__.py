@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lsp_jax import presets
     from lsp_jax.config import TrainConfig
-    from lsp_jax.errors import InputError
+    from lsp_jax.core.errors import InputError
     from lsp_jax.model.llama import forward
     from lsp_jax.play.generate import generate
     from lsp_jax.policy import Policy, load_pretrained, save_pretrained
-    from lsp_jax.run.trainer import train
+    from lsp_jax.train.loop import train
 
 __version__ = "0.1.0"
 

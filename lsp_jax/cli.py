@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from lsp_jax.errors import LOST_STATUS, InputError, ProcessError, RunError, Stopped, printable
+from lsp_jax.core.console import printable
+from lsp_jax.core.errors import LOST_STATUS, InputError, ProcessError, RunError, Stopped
 
 if TYPE_CHECKING:
     from lsp_jax.config import TrainConfig
@@ -22,17 +23,17 @@ LONGEST_LINE = 1000  # characters of an error on the terminal
 
 def train(arguments: Sequence[str]) -> None:
     """Run Language Self-Play: `lsp-jax train --preset NAME`, any field overridden by its name."""
-    from lsp_jax.run.trainer import train as run
+    from lsp_jax.train.loop import train as run
 
     run(_train_config(arguments, "train", "Run Language Self-Play."))
 
 
 def doctor(arguments: Sequence[str]) -> None:
     """Look over a run before it starts: takes what `train` takes, trains nothing, writes nothing."""
-    from lsp_jax import processes
-    from lsp_jax.run.compiled import keep_programs
-    from lsp_jax.run.messages import findings
-    from lsp_jax.run.pair import examine_all
+    from lsp_jax.core import processes
+    from lsp_jax.core.runtime import keep_programs
+    from lsp_jax.train.announce import findings
+    from lsp_jax.train.doctor import examine_all
 
     config = _train_config(arguments, "doctor", "Look over a run before it starts.")
     processes.start(config.processes)
@@ -147,7 +148,7 @@ class ExportOptions:
 
 def export(arguments: Sequence[str]) -> None:
     """Write a run's policy as a Hugging Face directory: `lsp-jax export RUN DIR`."""
-    from lsp_jax.run.folder import check_repo_id, export_adapters, export_run, push_to_hub
+    from lsp_jax.checkpoint.export import check_repo_id, export_adapters, export_run, push_to_hub
 
     options = tyro.cli(ExportOptions, args=list(arguments), prog="lsp-jax export")
     if options.adapters and options.dtype:
@@ -168,9 +169,9 @@ def export(arguments: Sequence[str]) -> None:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Measure runs and models: `lsp-jax evaluate RUN_OR_MODEL --tasks gsm8k --winrate-against MODEL`."""
-    from lsp_jax.evaluate.settings import EvaluateConfig
+    from lsp_jax.evaluate.config import EvaluateConfig
+    from lsp_jax.evaluate.runner import evaluate as run
     from lsp_jax.evaluate.tables import results_table
-    from lsp_jax.run.evaluation import evaluate as run
 
     config = tyro.cli(tyro.conf.PositionalRequiredArgs[EvaluateConfig], args=list(arguments), prog="lsp-jax evaluate")
     print(results_table(run(config)))
@@ -189,7 +190,7 @@ class ReportOptions:
 
 def report(arguments: Sequence[str]) -> None:
     """Write an HTML report of a run, or of several: `lsp-jax report RUN [RUN ...]`."""
-    from lsp_jax.run.report import write_report
+    from lsp_jax.reporting.html_report import write_report
 
     options = tyro.cli(ReportOptions, args=list(arguments), prog="lsp-jax report")
     print(write_report(options.runs, options.output))
@@ -209,7 +210,7 @@ def replay(arguments: Sequence[str]) -> None:
     """Play an iteration of a run once more: `lsp-jax replay RUN --step K`."""
     import json
 
-    from lsp_jax.run.replay import replay as play
+    from lsp_jax.train.replay import replay as play
 
     options = tyro.cli(ReplayOptions, args=list(arguments), prog="lsp-jax replay")
     again = play(options.run, options.step)
@@ -226,9 +227,9 @@ def plan(arguments: Sequence[str]) -> None:
 
     from lsp_jax import presets
     from lsp_jax.config import TrainConfig
-    from lsp_jax.model.shapes import SHAPES
-    from lsp_jax.run import plan as planning
-    from lsp_jax.run.topology import EXAMPLES, open_topology
+    from lsp_jax.model.known_models import SHAPES
+    from lsp_jax.perf import plan as planning
+    from lsp_jax.perf.chips import EXAMPLES, open_topology
 
     jax.config.update("jax_platforms", "cpu")  # whatever is at hand stays untouched
     topology, rest = _take("topology", arguments)

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from lsp_jax.errors import InputError, one_of
+from lsp_jax.core.errors import InputError, one_of
+from lsp_jax.core.processes import ProcessConfig
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.memory import MemoryConfig
+from lsp_jax.learn.novelty import MemoryConfig
 from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.model.lora import LoraConfig
 from lsp_jax.model.sharding import MeshConfig
-from lsp_jax.play.data import DataConfig
+from lsp_jax.monitor.health import HealthConfig
+from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
-from lsp_jax.processes import ProcessConfig
-from lsp_jax.reward.settings import RewardConfig
-from lsp_jax.run.health import HealthConfig
+from lsp_jax.reward.config import RewardConfig
 from lsp_jax.text.prompts import PromptConfig
 
 RESUMES = ("never", "auto", "must")

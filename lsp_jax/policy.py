@@ -14,12 +14,11 @@ import jax
 from huggingface_hub import constants, errors, snapshot_download
 from jax.sharding import Mesh
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import CARD, check_writable, is_ours, sealed, user_path
 from lsp_jax.model.config import ARCHITECTURES, Head, LlamaConfig
 from lsp_jax.model.llama import Params
 from lsp_jax.model.weights import INDEX, check_dtype, load_params, read_config, save_params
-from lsp_jax.paths import check_writable, user_path
-from lsp_jax.sealed import CARD, is_ours, sealed
 from lsp_jax.text.tokenizer import FILES, Tokenizer
 
 _WEIGHTS = "model*.safetensors"

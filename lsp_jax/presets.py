@@ -12,14 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 from lsp_jax.config import RewardConfig, TrainConfig
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.model.lora import LoraConfig
-from lsp_jax.play.data import DataConfig
+from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
-from lsp_jax.text import tasks
+from lsp_jax.text import challenger_tasks
 from lsp_jax.text.prompts import PromptConfig
 
 DEMO_MODEL = "./models/SmolLM2-135M-Instruct"  # with a dot: never a hub id
@@ -71,7 +71,7 @@ def quickstart() -> TrainConfig:
         save_steps=3,
         save_total_limit=1,
         play=PlayConfig(num_queries=8, num_generations=4, max_query_length=12, max_completion_length=20),
-        prompts=PromptConfig(challenger=tasks.ARITHMETIC, query_prefix="What is "),
+        prompts=PromptConfig(challenger=challenger_tasks.ARITHMETIC, query_prefix="What is "),
         sampling=SamplingConfig(temperature=0.8),
         challenger_sampling=SamplingConfig(temperature=0.8),
         # the quality score 0..7 at a weight that leaves a right answer worth more than a pretty one
@@ -95,7 +95,7 @@ def paper_lsp() -> TrainConfig:
             max_query_length=_open("play.max_query_length"),
             max_completion_length=_open("play.max_completion_length"),
         ),
-        prompts=PromptConfig(challenger=tasks.INSTRUCTIONS),
+        prompts=PromptConfig(challenger=challenger_tasks.INSTRUCTIONS),
         sampling=SamplingConfig(_open("sampling.temperature"), top_p=_open("sampling.top_p")),
         challenger_sampling=SamplingConfig(
             _open("challenger_sampling.temperature"), top_p=_open("challenger_sampling.top_p")
@@ -145,7 +145,9 @@ def paper_grpo() -> TrainConfig:
 
 def paper_lsp_maths() -> TrainConfig:
     """LSP whose Challenger sets mathematics problems (evaluated on MATH and GSM8K)."""
-    return replace(paper_lsp(), output_dir="runs/paper_lsp_maths", prompts=PromptConfig(challenger=tasks.MATHEMATICS))
+    return replace(
+        paper_lsp(), output_dir="runs/paper_lsp_maths", prompts=PromptConfig(challenger=challenger_tasks.MATHEMATICS)
+    )
 
 
 def paper_lsp_zero_maths() -> TrainConfig:
@@ -167,7 +169,9 @@ def paper_grpo_maths() -> TrainConfig:
 
 def paper_lsp_code() -> TrainConfig:
     """LSP whose Challenger asks for Python functions (evaluated on HumanEval)."""
-    return replace(paper_lsp(), output_dir="runs/paper_lsp_code", prompts=PromptConfig(challenger=tasks.PYTHON))
+    return replace(
+        paper_lsp(), output_dir="runs/paper_lsp_code", prompts=PromptConfig(challenger=challenger_tasks.PYTHON)
+    )
 
 
 def paper_lsp_zero_code() -> TrainConfig:

@@ -19,7 +19,7 @@ from typing import Any
 
 import lsp_jax as lsp
 from lsp_jax.config import TrainConfig
-from lsp_jax.errors import RunError
+from lsp_jax.core.errors import RunError
 from test_trainer import host_reward
 
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24

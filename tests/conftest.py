@@ -117,7 +117,8 @@ def whole_run(game_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading weights raises `WeightsRead`."""
     from lsp_jax import policy
-    from lsp_jax.run import setup, subjects
+    from lsp_jax.evaluate import models
+    from lsp_jax.train import setup
     from refusal import WeightsRead
 
     def fail(*_: Any) -> None:
@@ -125,7 +126,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(policy, "load_params", fail)
     monkeypatch.setattr(setup, "load_params", fail)
-    monkeypatch.setattr(subjects, "load_params", fail)
+    monkeypatch.setattr(models, "load_params", fail)
 
 
 @pytest.fixture

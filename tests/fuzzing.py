@@ -17,7 +17,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from lsp_jax import cli
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from refusal import WeightsRead
 
 SECONDS = 20  # of the processor, for one input; most take milliseconds

@@ -13,7 +13,7 @@ import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 4)
 
-from lsp_jax.model import flash  # noqa: E402
+from lsp_jax.model import fused_attention  # noqa: E402
 from lsp_jax.model.sharding import MeshConfig, make_mesh, use_mesh  # noqa: E402
 from test_attention import gradient, inputs, interpreted, xla  # noqa: E402
 
@@ -28,9 +28,12 @@ def main() -> None:
         seen.append([part.shape for part in parts])
         return interpreted(*parts)
 
-    vars(flash)["fused_kernel"] = lambda dtype, width: kernel
+    vars(fused_attention)["fused_kernel"] = lambda dtype, width: kernel
     with use_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2))):
-        actual = (jax.jit(flash.causal_attention)(*arrays), *gradient(flash.causal_attention, arrays, target))
+        actual = (
+            jax.jit(fused_attention.causal_attention)(*arrays),
+            *gradient(fused_attention.causal_attention, arrays, target),
+        )
 
     def distance(a: Any, b: Any) -> float:
         return float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max())

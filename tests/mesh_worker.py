@@ -19,17 +19,19 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 
 import lsp_jax as lsp  # noqa: E402
+from lsp_jax.algorithm import stages  # noqa: E402
 from lsp_jax.config import RewardConfig  # noqa: E402
 from lsp_jax.learn.update import OptimizerConfig  # noqa: E402
 from lsp_jax.model import llama  # noqa: E402
 from lsp_jax.model.sharding import HOST_MEMORY, MeshConfig, at_work, make_mesh, partitions, use_mesh  # noqa: E402
 from lsp_jax.play.selfplay import Episode, PlayConfig  # noqa: E402
+from lsp_jax.reward import scoring  # noqa: E402
 from lsp_jax.reward.judge import Judge, judge_params  # noqa: E402
-from lsp_jax.reward.judge_text import write_judgements  # noqa: E402
-from lsp_jax.run import iteration as stages  # noqa: E402
-from lsp_jax.run import setup  # noqa: E402
-from lsp_jax.run.step import Phases, play_and_learn  # noqa: E402
-from lsp_jax.text.judge import text_judge_template  # noqa: E402
+from lsp_jax.reward.text_judge import write_judgements  # noqa: E402
+from lsp_jax.text.judge_prompts import text_judge_template  # noqa: E402
+from lsp_jax.train import setup  # noqa: E402
+from lsp_jax.train.run import Run  # noqa: E402
+from lsp_jax.train.step import Phases, play_and_learn  # noqa: E402
 from test_trainer import game_config  # noqa: E402
 
 MESHES = {
@@ -47,12 +49,12 @@ def vector(tree: Any) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-def iteration(run: setup.Run) -> dict[str, Any]:
+def iteration(run: Run) -> dict[str, Any]:
     """The stages by themselves, so that the gradient before clipping can be seen."""
     key = stages.iteration_key(run.seed_key, state := start(run))
     params = stages.rollout_params(state.params, run.game, run.reference)
     episode = stages.solve(params, stages.challenge(params, run.kinds, key, run.game), key, run.game)
-    outputs = tuple(stages.score(reward.score, at_work(reward.params), episode) for reward in run.rewards)
+    outputs = tuple(scoring.score_component(reward.score, at_work(reward.params), episode) for reward in run.rewards)
     learnable = stages.learn_batch(episode, outputs, run.specs, run.game)
     reference = at_work(run.reference)
     references = stages.reference(reference, learnable.batch, run.game)
@@ -81,7 +83,7 @@ def iteration(run: setup.Run) -> dict[str, Any]:
     }
 
 
-def judged(run: setup.Run, episode: Episode) -> np.ndarray:
+def judged(run: Run, episode: Episode) -> np.ndarray:
     """What the policy writes as the judge in `text` mode."""
     tokenizer = run.policy.tokenizer
     judge = Judge(run.game.model, text_judge_template(tokenizer), tokenizer.encode(" ")[0], 4)
@@ -93,7 +95,7 @@ def is_spec(value: Any) -> bool:
     return isinstance(value, jax.sharding.PartitionSpec)
 
 
-def start(run: setup.Run) -> Any:
+def start(run: Run) -> Any:
     return jax.jit(run.game.fresh_state)(run.policy.params)
 
 
@@ -102,7 +104,7 @@ def specs(tree: Any) -> list[str]:
     return [str(getattr(leaf.sharding, "spec", None)) for leaf in jax.tree.leaves(tree)]
 
 
-def activations(run: setup.Run) -> dict[str, str]:
+def activations(run: Run) -> dict[str, str]:
     """What lies where in a prefill and a teacher-forced pass of 8 rows."""
     tokens, lengths = jax.numpy.ones((8, 16), int), jax.numpy.full(8, 16)
 

@@ -29,17 +29,18 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is what takes long here
 
 import lsp_jax as lsp  # noqa: E402
-from lsp_jax import cli, host, processes  # noqa: E402
+from lsp_jax import cli  # noqa: E402
+from lsp_jax.checkpoint.manager import Checkpoints  # noqa: E402
+from lsp_jax.checkpoint.provenance import identity  # noqa: E402
 from lsp_jax.config import RewardConfig, TrainConfig  # noqa: E402
-from lsp_jax.errors import InputError, ProcessError, Stopped  # noqa: E402
+from lsp_jax.core import processes, runtime  # noqa: E402
+from lsp_jax.core.errors import InputError, ProcessError, Stopped  # noqa: E402
 from lsp_jax.learn.update import OptimizerConfig  # noqa: E402
 from lsp_jax.model.sharding import MeshConfig, use_mesh  # noqa: E402
 from lsp_jax.play.selfplay import PlayConfig  # noqa: E402
-from lsp_jax.reward.verify import callable_reward  # noqa: E402
-from lsp_jax.run.checkpoint import Checkpoints  # noqa: E402
-from lsp_jax.run.identity import identity  # noqa: E402
-from lsp_jax.run.setup import prepare  # noqa: E402
-from lsp_jax.run.start import start_state  # noqa: E402
+from lsp_jax.reward.user_callable import callable_reward  # noqa: E402
+from lsp_jax.train.resume import start_state  # noqa: E402
+from lsp_jax.train.setup import prepare  # noqa: E402
 from test_process_runs import digests  # noqa: E402
 from test_trainer import game_config, host_reward, low_share  # noqa: E402
 
@@ -140,7 +141,7 @@ def played(config: TrainConfig, killed: int = -1) -> dict[str, Any]:
             os.kill(os.getpid(), 9)
 
     state = lsp.train(config, rewards=[callable_reward(share, "share", weight=2.0)], callbacks=[callback])
-    return {"metrics": seen, "lines": lines, "scored": scored, "ended": digests(host.to_host(state))}
+    return {"metrics": seen, "lines": lines, "scored": scored, "ended": digests(runtime.to_host(state))}
 
 
 def play() -> dict[str, Any]:
@@ -174,7 +175,7 @@ def resume() -> dict[str, Any]:
     with use_mesh(run.mesh):
         state, saved = start_state(run, checkpoints, identity(run.config, run.policy, run.reward_model))
         assert saved is not None and saved["iteration"] == 2
-        restored = digests(host.to_host(state))
+        restored = digests(runtime.to_host(state))
     layout = [str(getattr(leaf.sharding, "spec", None)) for leaf in jax.tree.leaves(state)]
     checkpoints.close()
     run.workers.close()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lsp_jax import cli, host
+from lsp_jax import cli
+from lsp_jax.core import runtime
 from test_trainer import tree_hash
 
 
@@ -22,12 +23,12 @@ class Refused:
         self.capsys, self.watched = capsys, watched
 
     def __call__(self, arguments: list[Any], *words: str) -> str:
-        before, compiled = tree_hash(self.watched), host.compiles()[0]
+        before, compiled = tree_hash(self.watched), runtime.compiles()[0]
         status = cli.main([str(argument) for argument in arguments])
         captured = self.capsys.readouterr()
         check_line(captured.err, words)
         assert status == 2 and captured.out == ""
-        assert host.compiles()[0] == compiled
+        assert runtime.compiles()[0] == compiled
         assert tree_hash(self.watched) == before
         return captured.err
 

@@ -1,4 +1,6 @@
-"""Folders of runs as `lsp_jax.run.report` finds them, written by hand: texts that attack a page, alarms, many lines."""
+"""Folders of runs as `lsp_jax.reporting.html_report` finds them, written by hand.
+
+They hold texts that attack a page, alarms, many lines."""
 
 from __future__ import annotations
 

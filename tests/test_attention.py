@@ -19,13 +19,13 @@ from jax.experimental.topologies import get_topology_desc
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, use_abstract_mesh
 
 import lsp_jax
-from lsp_jax.model import flash, llama
+from lsp_jax.model import fused_attention, llama
 from lsp_jax.model.attention import Segment, as_held, attend, causal_mask
 from lsp_jax.model.sharding import AXES, P, shardings, use_mesh
 from tiny import tiny_config
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array]
-H100 = Path(lsp_jax.__file__).parent / "run/topologies/h100_sxm.txtpb"
+H100 = Path(lsp_jax.__file__).parent / "perf/topologies/h100_sxm.txtpb"
 
 
 def inputs(rows: int, length: int, heads: int, kv_heads: int, width: int, dtype: Any = jnp.float32) -> Arrays:
@@ -40,7 +40,7 @@ def xla(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def interpreted(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    return flash.splash_attention(queries, keys, values, interpret=True)
+    return fused_attention.splash_attention(queries, keys, values, interpret=True)
 
 
 def exact(queries: jax.Array, keys: jax.Array, values: jax.Array) -> np.ndarray:
@@ -72,7 +72,7 @@ def assert_close(actual: Any, expected: Any, bound: float) -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 def test_xla_equals_the_definition(heads: int, kv_heads: int, dtype: Any, bound: float) -> None:
     arrays = inputs(2, 9, heads, kv_heads, 8, dtype)
-    out = flash.causal_attention(*arrays)
+    out = fused_attention.causal_attention(*arrays)
     assert out.dtype == dtype
     assert_close(out, exact(*arrays), bound)
 
@@ -110,11 +110,11 @@ def test_splash_on_each_devices_rows_and_heads() -> None:
 @pytest.mark.parametrize(
     ("platform", "dtype", "width", "expected"),
     [
-        ("tpu", jnp.bfloat16, 64, flash.splash_attention),
-        ("tpu", jnp.float32, 12, flash.splash_attention),
+        ("tpu", jnp.bfloat16, 64, fused_attention.splash_attention),
+        ("tpu", jnp.float32, 12, fused_attention.splash_attention),
         ("tpu", jnp.float16, 64, None),
-        ("gpu", jnp.bfloat16, 128, flash.cudnn_attention),
-        ("gpu", jnp.float16, 8, flash.cudnn_attention),
+        ("gpu", jnp.bfloat16, 128, fused_attention.cudnn_attention),
+        ("gpu", jnp.float16, 8, fused_attention.cudnn_attention),
         ("gpu", jnp.bfloat16, 12, None),
         ("gpu", jnp.bfloat16, 136, None),
         ("gpu", jnp.float32, 64, None),
@@ -124,9 +124,9 @@ def test_splash_on_each_devices_rows_and_heads() -> None:
 def test_the_kernel_is_that_of_the_mesh(platform: str, dtype: Any, width: int, expected: Any) -> None:
     """Of its devices, one or many, whatever runs the compiler; the rest is XLA's."""
     device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
-    assert flash.fused_kernel(dtype, width) is None
+    assert fused_attention.fused_kernel(dtype, width) is None
     with use_abstract_mesh(AbstractMesh((1, 1, 1), AXES, abstract_device=device)):
-        assert flash.fused_kernel(dtype, width) is expected
+        assert fused_attention.fused_kernel(dtype, width) is expected
 
 
 # --- compiled for devices that are not here ------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 import lsp_jax as lsp
 from lsp_jax.config import RewardConfig
-from lsp_jax.reward.verify import callable_reward
+from lsp_jax.reward.user_callable import callable_reward
 from test_resume import config_of
 from test_trainer import read_lines
 

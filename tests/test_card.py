@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from lsp_jax import cli
-from lsp_jax.errors import InputError
-from lsp_jax.run import folder
-from lsp_jax.run.card import TOLD, model_card
-from lsp_jax.run.metrics import describe
+from lsp_jax.checkpoint import export, run_dir
+from lsp_jax.checkpoint.model_card import TOLD, model_card
+from lsp_jax.core.errors import InputError
+from lsp_jax.reporting.metrics import describe
 from test_trainer import read_lines
 
 QUICK_COMPILES = True
@@ -75,12 +75,12 @@ def test_earlier_stages_are_followed_to_the_first_and_in_no_circle(run: Path, tm
 
 def test_an_export_replaces_its_own_card_and_no_edited_one(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    folder.export_run(run, out)
-    folder.export_run(run, out)
+    export.export_run(run, out)
+    export.export_run(run, out)
     card = out / "README.md"
     card.write_text(card.read_text(encoding="utf-8").replace("## Recipe", "## Our recipe"), encoding="utf-8")
     with pytest.raises(InputError, match=r"README\.md"):
-        folder.export_run(run, out)
+        export.export_run(run, out)
     assert "## Our recipe" in card.read_text(encoding="utf-8")
 
 
@@ -123,7 +123,7 @@ def test_an_export_is_uploaded_when_asked(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub = Hub()
-    monkeypatch.setattr(folder, "HfApi", hub)
+    monkeypatch.setattr(export, "HfApi", hub)
     command = ["export", str(run), str(tmp_path / "out")]
     assert cli.main(command) == 0 and hub.asked == [], "never by itself"
     assert cli.main([*command, "--push-to-hub", "me/mine", "--private"]) == 0
@@ -146,4 +146,4 @@ def test_an_export_is_uploaded_when_asked(
     assert "push_to_hub" in said.err and "RuntimeError" in said.err and "hf_secret" not in said.out + said.err
     assert (tmp_path / "out" / "model.safetensors").is_file(), "what was written stays"
     with pytest.raises(InputError, match="no export"):
-        folder.push_to_hub(tmp_path, "me/mine")
+        export.push_to_hub(tmp_path, "me/mine")

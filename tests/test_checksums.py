@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsp_jax.run.checksums import checksum, differing, manifest
+from lsp_jax.checkpoint.checksums import checksum, differing, manifest
 
 DTYPES = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16, "int32": np.uint32, "int8": np.uint8}
 

@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from everyday import everyday
-from lsp_jax import host
+from lsp_jax.core import runtime
 from lsp_jax.model import llama
 from lsp_jax.model.sharding import AXES
-from lsp_jax.play import chunks as chunking
-from lsp_jax.play.chunks import Chunks, cache_lengths, row_counts
+from lsp_jax.play import chunked_decode as chunking
+from lsp_jax.play.chunked_decode import Chunks, cache_lengths, row_counts
 from lsp_jax.play.decode import Completions
 from lsp_jax.play.generate import complete
 from lsp_jax.play.sampler import SamplingConfig, row_keys
@@ -91,10 +91,10 @@ def test_what_the_chunks_work_on(params: llama.Params, monkeypatch: pytest.Monke
         return advance(params, layers, prefix, rows, until, **static)
 
     monkeypatch.setattr(chunking, "_advance", watched)
-    reads = host.reads()
+    reads = runtime.reads()
     lengths = np.asarray(chunked(params, 4, 4, STOPS, 4).lengths)
     assert len(seen) == -(-lengths.max() // 4)
-    assert host.reads() - reads == min(len(seen), COLUMNS // 4 - 1)
+    assert runtime.reads() - reads == min(len(seen), COLUMNS // 4 - 1)
     number = 16
     for until, rows, cache in seen:
         alive = int((lengths > until - 4).sum()) if until > 4 else 16
@@ -113,11 +113,11 @@ def test_precompiled_chunks_compile_nothing(params: llama.Params, monkeypatch: p
     keys = [row_keys(jax.random.key(seed), 16) for seed in range(20)]
     other = [(tokens + seed) % VOCABULARY for seed in range(20)]
     chunks.precompile(params, tokens, lengths, keys[0])
-    compiled, shapes = host.compiles()[0], set()
+    compiled, shapes = runtime.compiles()[0], set()
     for seed in range(20):
         done = chunks.run(params, other[seed], lengths, keys[seed])
         shapes.add(tuple(sorted(np.asarray(done.lengths).tolist())))
-    assert len(shapes) == 20 and host.compiles()[0] == compiled
+    assert len(shapes) == 20 and runtime.compiles()[0] == compiled
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -14,7 +14,7 @@ import pytest
 
 from lsp_jax import cli
 from lsp_jax.config import TrainConfig
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.model.weights import save_params
 from refusal import Refused, WeightsRead, check_line
 from test_trainer import game_config
@@ -328,7 +328,7 @@ def test_a_real_command_fails_with_one_line(arguments: list[str], words: tuple[s
 
 IMPORT = """
 import sys
-import lsp_jax, lsp_jax.cli, lsp_jax.run.trainer
+import lsp_jax, lsp_jax.cli, lsp_jax.train.loop
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 unwanted = {"torch", "wandb", "tensorboardX", "trackio"} & set(sys.modules)

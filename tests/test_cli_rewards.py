@@ -11,8 +11,8 @@ import pytest
 
 import lsp_jax as lsp
 from lsp_jax import cli
-from lsp_jax.errors import InputError
-from lsp_jax.reward.verify import arithmetic_reward
+from lsp_jax.core.errors import InputError
+from lsp_jax.reward.user_callable import arithmetic_reward
 from refusal import Refused, WeightsRead
 from test_trainer import game_config
 from tiny import tiny_dir

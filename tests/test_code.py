@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.reward.code import check_rows, code_reward, extract_code, program_and_tests
-from lsp_jax.reward.workers import Workers
+from lsp_jax.reward.execution.pool import Workers
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap is not on PATH")
 ADD = {"test_list": ["assert add(2, 3) == 5", "assert add(-1, 1) == 0"]}
@@ -120,7 +120,8 @@ def test_an_endless_program_is_wrong_and_what_does_not_start_is_masked(monkeypat
         answers = ["while True: pass", RIGHT, "import time\ntime.sleep(99)"]
         values, valid, _ = reward.score(["q"], [answers], [ADD])
         assert values.tolist() == [[0, 1, 0]] and valid.all()
-    from lsp_jax.reward import code, sandbox
+    from lsp_jax.reward import code
+    from lsp_jax.reward.execution import sandbox
 
     broken = sandbox.sandboxed("code", once=True)
     broken = broken._replace(argv=(broken.argv[0], "--ro-bind", "/no/such/place", "/x", *broken.argv[1:]))

@@ -14,14 +14,14 @@ import pytest
 
 import lsp_jax as lsp
 from lsp_jax.config import RewardConfig, TrainConfig
-from lsp_jax.errors import Collapsed
+from lsp_jax.core.errors import Collapsed
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
-from lsp_jax.play.data import DataConfig
+from lsp_jax.monitor.health import HealthConfig
+from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
-from lsp_jax.reward.verify import callable_reward
-from lsp_jax.run.health import HealthConfig
+from lsp_jax.reward.user_callable import callable_reward
 from lsp_jax.text.prompts import PromptConfig
 from test_trainer import game_config, host_reward, read_lines
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 from lsp_jax.model import llama
-from lsp_jax.run import hlo
-from lsp_jax.run.count import COLLECTIVES, Work, count, group_size
-from lsp_jax.run.products import flops
+from lsp_jax.perf import hlo
+from lsp_jax.perf.cost import COLLECTIVES, Work, count, group_size
+from lsp_jax.perf.matmul_flops import flops
 from tiny import tiny_config, tiny_params
 
 

@@ -14,14 +14,14 @@ import pytest
 
 import llama3_tokenizer
 from lsp_jax.config import RewardConfig, TrainConfig
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.play.data import DataConfig, data_queries, load_data
+from lsp_jax.play.prompt_data import DataConfig, data_queries, load_data
 from lsp_jax.play.selfplay import splice_queries
 from lsp_jax.reward.base import HostReward, RewardOutput, Rows
-from lsp_jax.run.trainer import train
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
 from lsp_jax.text.tokenizer import Tokenizer
+from lsp_jax.train.loop import train
 from test_trainer import game_config, game_dir, read_lines, same_bits
 from tiny import write_tokenizer
 

@@ -18,8 +18,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from lsp_jax.model import llama, modules
-from lsp_jax.model.cache import empty_decode_cache
-from lsp_jax.model.shapes import SHAPES
+from lsp_jax.model.known_models import SHAPES
+from lsp_jax.model.kv_cache import empty_decode_cache
 from lsp_jax.play.selfplay import PlayConfig
 from tiny import tiny_config, tiny_params
 

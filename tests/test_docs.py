@@ -15,8 +15,8 @@ import tyro
 
 from lsp_jax import cli
 from lsp_jax.config import TrainConfig, flat
-from lsp_jax.evaluate.settings import EvaluateConfig
-from lsp_jax.run.metrics import METRICS, describe
+from lsp_jax.evaluate.config import EvaluateConfig
+from lsp_jax.reporting.metrics import METRICS, describe
 
 ROOT = Path(cli.__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]

@@ -14,17 +14,17 @@ import pytest
 
 from lsp_jax import cli
 from lsp_jax.config import RewardConfig, TrainConfig
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.play.data import DataConfig
+from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput
-from lsp_jax.run import doctor
-from lsp_jax.run.doctor import Finding, examine, kl_pull
-from lsp_jax.run.messages import findings
-from lsp_jax.run.pair import examine_rewards, pair
-from lsp_jax.run.setup import Run, prepare
 from lsp_jax.text.prompts import PromptConfig
 from lsp_jax.text.tokenizer import Tokenizer
+from lsp_jax.train import doctor
+from lsp_jax.train.announce import findings
+from lsp_jax.train.doctor import Finding, examine, examine_rewards, kl_pull, pair
+from lsp_jax.train.run import Run
+from lsp_jax.train.setup import prepare
 from test_tokenizer import SENTENCEPIECE_FILES, sentencepiece_dir
 from test_trainer import game_config, game_dir, host_reward, tree_hash
 from tiny import EOS, tiny_dir

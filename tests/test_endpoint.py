@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lsp_jax.errors import InputError, RunError
+from lsp_jax.core.errors import InputError, RunError
 from lsp_jax.evaluate import endpoint as module
 from lsp_jax.evaluate.endpoint import Endpoint, EndpointConfig
 

@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
-from lsp_jax import cli, host
-from lsp_jax.errors import InputError
-from lsp_jax.evaluate import answers as answers_module
-from lsp_jax.evaluate.answers import Request, answers, chat_prompts
-from lsp_jax.evaluate.settings import EvaluateConfig, JudgeConfig
-from lsp_jax.evaluate.store import Store
+from lsp_jax import cli
+from lsp_jax.core import runtime
+from lsp_jax.core.errors import InputError
+from lsp_jax.evaluate import generation as answers_module
+from lsp_jax.evaluate import models, runner
+from lsp_jax.evaluate.config import EvaluateConfig, JudgeConfig
+from lsp_jax.evaluate.generation import Request, answers, chat_prompts
+from lsp_jax.evaluate.result_cache import Store
+from lsp_jax.evaluate.runner import evaluate
 from lsp_jax.model.weights import save_params
 from lsp_jax.play.generate import prompt_ids
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.policy import Policy, load_pretrained
-from lsp_jax.run import evaluation, subjects
-from lsp_jax.run.evaluation import evaluate
 from refusal import Refused
 from test_endpoint import KEY, Server, completion, server
 from test_tasks import GSM8K, needs_sandbox, write
@@ -146,11 +147,11 @@ def test_many_checkpoints_compile_once(number: int, model: Path, reward_model: P
         instructions=instructions,
         judge=JudgeConfig("reward_model", str(reward_model)),
     )
-    before = host.compiles()[0]
+    before = runtime.compiles()[0]
     evaluate(replace(config, steps=("1",), output_dir=str(tmp_path / "one")))
-    once = host.compiles()[0] - before
+    once = runtime.compiles()[0] - before
     results = evaluate(replace(config, steps=("all",)))
-    assert once > 0 and host.compiles()[0] - before == once, "further checkpoints compile nothing"
+    assert once > 0 and runtime.compiles()[0] - before == once, "further checkpoints compile nothing"
     assert [entry["step"] for entry in results["models"]] == list(range(1, number + 1))
     assert len({entry["weights"] for entry in results["models"]}) == number
     assert all(entry["tasks"]["gsm8k"]["pass@1"]["number"] == 5 for entry in results["models"])
@@ -360,9 +361,9 @@ def test_refused_before_anything_is_made(
 
 def test_refused_names_and_runs(model: Path, tmp_path: Path):
     with pytest.raises(InputError, match="is named twice"):
-        subjects.open_subjects([str(model), str(model)])
+        models.open_subjects([str(model), str(model)])
     with pytest.raises(InputError, match="no such directory"):
-        subjects.open_subjects([str(tmp_path / "none")])
+        models.open_subjects([str(tmp_path / "none")])
     with pytest.raises(InputError, match="all alone"):
-        subjects.open_subjects([str(model)], ["all", "3"])
-    assert evaluation._file("a/b c|d@3") == "a_b_c_d@3" and evaluation._file("../..") == "model"
+        models.open_subjects([str(model)], ["all", "3"])
+    assert runner._file("a/b c|d@3") == "a_b_c_d@3" and runner._file("../..") == "model"

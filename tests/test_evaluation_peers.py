@@ -23,13 +23,13 @@ import pytest
 
 import lsp_jax as lsp
 from lsp_jax.evaluate import statistics
-from lsp_jax.evaluate.answers import Request, answers
-from lsp_jax.evaluate.store import Store
+from lsp_jax.evaluate.generation import Request, answers
+from lsp_jax.evaluate.result_cache import Store
 from lsp_jax.evaluate.tasks import grade, load_task
 from lsp_jax.evaluate.winrate import annotations_json, compare, outcome, outputs_json
 from lsp_jax.play.generate import prompt_ids
 from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.reward.workers import Workers
+from lsp_jax.reward.execution.pool import Workers
 from test_tasks import write
 from test_winrate import BASE, INSTRUCTIONS, MODEL, SCRIPT, Scripted
 

@@ -1,8 +1,8 @@
 """An exact game: on five tokens the joint LSP gradient is enumerated and compared with the mean of sampled gradients.
 
-The sampled side is the real code path, stage by stage as in `run/iteration.py`, over thousands of iterations. The exact
-side knows nothing of it: every query and every answer is listed, its probability comes from plain `llama.forward` calls
-on whole sequences, and jax differentiates the objective as the paper writes it, with the factors 1 - 1/G and 1 - 1/N of
+The sampled side is the real code path, stage by stage as in `algorithm/stages.py`, over thousands of iterations. The
+exact side knows nothing of it: every query and every answer is listed, its probability comes from plain `llama.forward`
+calls on whole sequences, and jax differentiates the objective as the paper writes it, with the factors 1 - 1/G and 1 - 1/N of
 baselines that include the sample itself.
 """
 
@@ -21,14 +21,15 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from lsp_jax.algorithm import stages
+from lsp_jax.algorithm.spec import Game
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig, init_state
 from lsp_jax.model import llama
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig
+from lsp_jax.reward import scoring
 from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.game import Game
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 from lsp_jax.text.tokenizer import BLANK, SPECIAL, TEXT
 from tiny import tiny_config, tiny_params
@@ -121,7 +122,7 @@ def reference_policy() -> llama.Params:
     return jax.tree.map(lambda x, y: x + 0.4 * (y - x), policy(), other)
 
 
-# --- the sampled side: the stages of `run/iteration.py` ------------------------------------------------------------
+# --- the sampled side: the stages of `algorithm/stages.py` ------------------------------------------------------------
 
 
 def code(tokens: jax.Array) -> jax.Array:
@@ -169,7 +170,7 @@ def sampled(setting: Setting) -> np.ndarray:
     tables = {name: jnp.asarray(table) for name, table in make_tables(setting.masked)._asdict().items()}
 
     def learn(episode: Episode) -> jax.Array:
-        outputs = tuple(stages.score(reward.score, tables, episode) for reward in REWARDS)
+        outputs = tuple(scoring.score_component(reward.score, tables, episode) for reward in REWARDS)
         batch = stages.learn_batch(episode, outputs, SPECS, game).batch
         references = stages.reference(reference, batch, game)
         return ravel_pytree(stages.joint_gradient(params, reference, batch, references, game)[0])[0]

@@ -14,7 +14,7 @@ import pytest
 
 import lsp_jax as lsp
 from lsp_jax.config import RewardConfig, TrainConfig
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.play.selfplay import PlayConfig
 from test_trainer import game_config, host_reward, read_lines, tree_hash
 

@@ -23,17 +23,18 @@ from hypothesis import strategies as st
 from jax.experimental import topologies
 
 from fuzzing import SECONDS, WORDS, Place, any_of, changed, changed_json, sentencepiece
-from lsp_jax import cli, policy, processes
+from lsp_jax import cli, policy
 from lsp_jax.config import TrainConfig, flat
+from lsp_jax.core import processes
 from lsp_jax.model import gguf
 from lsp_jax.model.weights import load_params, read_config, save_params
-from lsp_jax.play.data import DataConfig, load_data
+from lsp_jax.play.prompt_data import DataConfig, load_data
 from lsp_jax.policy import open_pretrained
-from lsp_jax.reward import code, maths
-from lsp_jax.run import rewards, trainer
-from lsp_jax.text.judge import judge_template
+from lsp_jax.reward import build, code, maths
+from lsp_jax.text.judge_prompts import judge_template
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
 from lsp_jax.text.tokenizer import Tokenizer
+from lsp_jax.train import loop
 from refusal import WeightsRead
 from test_gguf import tiny_gguf
 from test_tokenizer import SENTENCEPIECE_TEMPLATE
@@ -89,11 +90,11 @@ def place(originals: Path, tmp_path: Path, no_weights: None, monkeypatch: pytest
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for module, name in ((rewards, "probe_callable"), (rewards, "check_sandbox"), (topologies, "get_topology_desc")):
+    for module, name in ((build, "probe_callable"), (build, "check_sandbox"), (topologies, "get_topology_desc")):
         monkeypatch.setattr(module, name, begun)
     monkeypatch.setattr(policy, "snapshot_download", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(processes, "start", start)
-    monkeypatch.setattr(trainer, "Watchdog", lambda _: nullcontext())  # it would end this process
+    monkeypatch.setattr(loop, "Watchdog", lambda _: nullcontext())  # it would end this process
     monkeypatch.setattr(gguf, "_demo_gguf", lambda: place.gguf)
     cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     yield place

@@ -12,11 +12,11 @@ import pytest
 
 import lsp_jax as lsp
 from everyday import everyday
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.learn.batch import make_rows
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.model import llama
-from lsp_jax.model.cache import KVCache
+from lsp_jax.model.kv_cache import KVCache
 from lsp_jax.play.decode import Completions, rollout
 from lsp_jax.play.generate import complete
 from lsp_jax.play.sampler import SamplingConfig, row_keys

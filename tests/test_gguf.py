@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from gguf import GGUFWriter
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.model import gguf
 
 os.environ["HF_HUB_OFFLINE"] = "1"

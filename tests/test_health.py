@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import pytest
 
 import lsp_jax as lsp
+from lsp_jax.checkpoint.manager import Checkpoints, SaveError
 from lsp_jax.config import TrainConfig
-from lsp_jax.errors import COLLAPSED_STATUS, Collapsed, InputError
-from lsp_jax.run.checkpoint import Checkpoints, SaveError
-from lsp_jax.run.health import RULES, Action, Event, Health, HealthConfig, said_of, wording
-from lsp_jax.run.metrics import describe
-from lsp_jax.run.replay import replay
-from lsp_jax.run.saving import Progress, Saving
+from lsp_jax.core.errors import COLLAPSED_STATUS, Collapsed, InputError
+from lsp_jax.monitor.health import RULES, Action, Event, Health, HealthConfig, said_of, wording
+from lsp_jax.reporting.metrics import describe
+from lsp_jax.train.checkpointing import Progress, Saving
+from lsp_jax.train.replay import replay
 from test_resume import assert_same_run, config_of, without_clocks
 from test_trainer import host_reward, read_lines, same_bits
 
@@ -272,7 +272,7 @@ AT_ONCE = RULES[0]._replace(limit=2.0)  # fires at the first full window, and is
 @pytest.mark.full
 def test_a_paused_challenger_learns_nothing(game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its loss is zero while the alarm lasts; resumed it is the same run, and an iteration of it can be replayed."""
-    monkeypatch.setattr("lsp_jax.run.health.RULES", (AT_ONCE,))
+    monkeypatch.setattr("lsp_jax.monitor.health.RULES", (AT_ONCE,))
     health = HealthConfig(window=2, repetition="pause")
     config = config_of(game_model, tmp_path / "run", health=health)
     state = lsp.train(config, rewards=[host_reward()])
@@ -289,7 +289,7 @@ def test_a_paused_challenger_learns_nothing(game_model: Path, tmp_path: Path, mo
 
 @pytest.mark.full
 def test_a_collapse_that_ends_the_run_is_saved(game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lsp_jax.run.health.RULES", (AT_ONCE,))
+    monkeypatch.setattr("lsp_jax.monitor.health.RULES", (AT_ONCE,))
     config = config_of(game_model, tmp_path / "run", save_steps=100, health=HealthConfig(window=3, repetition="stop"))
     with pytest.raises(Collapsed, match=r"iteration 3.*iteration 3 is saved") as caught:
         lsp.train(config, rewards=[host_reward()])

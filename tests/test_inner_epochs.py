@@ -12,16 +12,17 @@ import numpy as np
 import optax
 import pytest
 
-from lsp_jax import host
+from lsp_jax.algorithm import stages
+from lsp_jax.algorithm.spec import Game
+from lsp_jax.core import runtime
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.game import Game, policy_in_the_loss
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 from lsp_jax.text.tokenizer import TEXT
+from lsp_jax.train.announce import policy_in_the_loss
 from tiny import tiny_config, tiny_params
 
 QUICK_COMPILES = True
@@ -120,10 +121,10 @@ def test_further_iterations_compile_nothing_and_a_composed_one_does_the_same() -
     assert int(whole.iteration) == int(staged.iteration) == 1
     np.testing.assert_allclose(metrics["grad_norm"], others["grad_norm"], rtol=1e-3)
     np.testing.assert_allclose(metrics["solver/kl_to_old"], others["solver/kl_to_old"], rtol=0.05)
-    compiled = host.compiles()[0]
+    compiled = runtime.compiles()[0]
     for _ in range(2):
         staged, _ = stages.learn(staged, REFERENCE, batch, references, GAME)
-    assert host.compiles()[0] == compiled and int(staged.iteration) == 3
+    assert runtime.compiles()[0] == compiled and int(staged.iteration) == 3
 
 
 @pytest.mark.full

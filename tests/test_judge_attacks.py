@@ -14,11 +14,11 @@ import lsp_jax as lsp
 from everyday import everyday
 from lsp_jax.reward import judge as judging
 from lsp_jax.reward.judge import Judge, judge_params
-from lsp_jax.reward.judge_text import parse_score
-from lsp_jax.run.setup import token_kinds
-from lsp_jax.text.judge import TEXT_VERDICT, judge_tags, load_criteria, rubric_text, text_judge_template
+from lsp_jax.reward.text_judge import parse_score
+from lsp_jax.text.judge_prompts import TEXT_VERDICT, judge_tags, load_criteria, rubric_text, text_judge_template
 from lsp_jax.text.prompts import Ragged
-from lsp_jax.text.tags import blank_tags, tag_tables
+from lsp_jax.text.template_tags import blank_tags, tag_tables
+from lsp_jax.train.setup import token_kinds
 from test_judge_text import played, speaking_policy, text_reward
 from test_quality import ragged
 

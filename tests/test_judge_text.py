@@ -15,7 +15,7 @@ import pytest
 from tokenizers import AddedToken
 
 import lsp_jax as lsp
-from lsp_jax import host
+from lsp_jax.core import runtime
 from lsp_jax.model.llama import Params
 from lsp_jax.model.weights import save_params
 from lsp_jax.play.generate import complete
@@ -23,10 +23,10 @@ from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import EpisodeReward
 from lsp_jax.reward.judge import Judge, judge_params
-from lsp_jax.reward.judge_text import judge_turns, parse_score, write_judgements
 from lsp_jax.reward.quality import quality_reward
-from lsp_jax.run.setup import token_kinds
-from lsp_jax.text.judge import TEXT_VERDICT, load_criteria, rubric_text, text_judge_template
+from lsp_jax.reward.text_judge import judge_turns, parse_score, write_judgements
+from lsp_jax.text.judge_prompts import TEXT_VERDICT, load_criteria, rubric_text, text_judge_template
+from lsp_jax.train.setup import token_kinds
 from test_quality import encoded, episode, ragged
 from tiny import EOS, byte_tokenizer, tiny_config, tiny_dir, tiny_params, write_tokenizer
 
@@ -210,9 +210,9 @@ def test_scores_come_to_the_device_with_one_read(tmp_path: Path) -> None:
     reward = text_reward(policy, name="judge", weight=2.0)
     assert (reward.name, reward.kind, reward.weight) == ("judge", "quality", 2.0)
     play = played(policy, [("Add 1", "2"), ("What", "Yes")])
-    before = host.reads()
+    before = runtime.reads()
     out = reward.score(play)
-    assert host.reads() == before + 1
+    assert runtime.reads() == before + 1
     assert all(isinstance(array, jax.Array) for array in out)
     assert out.values.dtype == jnp.float32 and out.values.tolist() == [[5, 5], [5, 5]]
     assert out.valid_answer.tolist() == [[True, True], [True, True]] and out.valid_query.tolist() == [True, True]
@@ -247,7 +247,7 @@ def test_demo_model_writes_what_it_would_in_its_own_chat(demo_dir: Path) -> None
     judge = Judge(policy.config, text_judge_template(policy.tokenizer), encode(" ")[0], rows=2)
     params = judge_params(policy.params, judge, policy.tokenizer, token_kinds(policy))
     written = write_judgements(params, play, judge=judge, max_length=12, stop_ids=policy.tokenizer.stop_ids)
-    tokens, lengths = host.to_host((written.tokens[0], written.lengths[0] - written.stopped[0]))
+    tokens, lengths = runtime.to_host((written.tokens[0], written.lengths[0] - written.stopped[0]))
     turns = [policy.tokenizer.decode(ids[:length].tolist()) for ids, length in zip(tokens, lengths, strict=True)]
     assert turns == lsp.generate(policy, conversations(policy, texts), temperature=0, max_completion_length=12)
     out = text_reward(policy, max_length=12).score(play)

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsp_jax.algorithm import stages
+from lsp_jax.algorithm.spec import Game
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
 from lsp_jax.model import llama
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.game import Game
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 from lsp_jax.text.tokenizer import SPECIAL, TEXT
 from tiny import tiny_config, tiny_params

@@ -15,20 +15,20 @@ import pytest
 import child_run
 import lsp_jax as lsp
 from lsp_jax import cli
+from lsp_jax.algorithm import stages
+from lsp_jax.checkpoint.export import export_adapters, export_run, load_run_adapters, load_run_params
+from lsp_jax.checkpoint.provenance import parameters_digest
 from lsp_jax.config import RewardConfig, TrainConfig
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.model.llama import forward
 from lsp_jax.model.lora import PROJECTIONS, LoraConfig, attached, init_adapters, merged
 from lsp_jax.model.sharding import MeshConfig
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.folder import export_adapters, export_run, load_run_adapters, load_run_params
-from lsp_jax.run.identity import parameters_digest
-from lsp_jax.run.memory import update_bytes
-from lsp_jax.run.setup import prepare
-from lsp_jax.run.start import start_state
-from lsp_jax.run.step import Phases, play_and_learn
+from lsp_jax.perf.memory import update_bytes
+from lsp_jax.train.resume import start_state
+from lsp_jax.train.setup import prepare
+from lsp_jax.train.step import Phases, play_and_learn
 from test_inner_epochs import GAME, REFERENCE, fresh, play
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits
 from tiny import tiny_config, tiny_params

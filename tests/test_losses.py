@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.learn.batch import Rows, make_rows
 from lsp_jax.learn.logprobs import TokenStatistics, token_statistics
 from lsp_jax.learn.losses import KL_ESTIMATORS, LOSS_TYPES, LossConfig, kl_terms, policy_loss

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.reward import maths
-from lsp_jax.reward.inside import final_answer
+from lsp_jax.reward.execution.pool import Workers
+from lsp_jax.reward.execution.sandbox_main import final_answer
 from lsp_jax.reward.maths import check_maths, check_rows, maths_reward
-from lsp_jax.reward.workers import Workers
 
 needs_sandbox = pytest.mark.skipif(
     shutil.which("bwrap") is None or importlib.util.find_spec("math_verify") is None,

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from lsp_jax import presets
+from lsp_jax.algorithm.spec import Game
 from lsp_jax.config import TrainConfig
 from lsp_jax.learn.batch import Rows
 from lsp_jax.learn.logprobs import completion_hidden
 from lsp_jax.learn.update import UNKNOWN_MICRO_BATCH, OptimizerConfig
+from lsp_jax.model.known_models import shape_of
 from lsp_jax.model.llama import params_shape
-from lsp_jax.model.shapes import shape_of
+from lsp_jax.perf import placeholders
+from lsp_jax.perf.memory import fitted, micro_batch, row_bytes
 from lsp_jax.play.selfplay import PlayConfig
-from lsp_jax.run import placeholders
-from lsp_jax.run.game import Game
-from lsp_jax.run.memory import fitted, micro_batch, row_bytes
 from tiny import tiny_config
 
 GIB = 2**30

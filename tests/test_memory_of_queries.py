@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsp_jax.errors import InputError
-from lsp_jax.learn import memory as memories
-from lsp_jax.learn.memory import COUNT, EMBEDDINGS, MemoryConfig
+from lsp_jax.core.errors import InputError
+from lsp_jax.learn import novelty as memories
+from lsp_jax.learn.novelty import COUNT, EMBEDDINGS, MemoryConfig
 
 QUICK_COMPILES = True  # shares programs with the other modules that play the tiny game
 RNG = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def test_settings_that_cannot_be_used(config: MemoryConfig, field: str):
 def test_a_run_remembers_its_queries(game_model: Path, tmp_path: Path):
     """The embeddings in the state are those of the queries that were played, made here from a whole forward pass."""
     import lsp_jax as lsp
-    from lsp_jax.run.setup import prepare
+    from lsp_jax.train.setup import prepare
     from test_resume import config_of
     from test_trainer import host_reward, read_lines
 

@@ -20,8 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lsp_jax.errors import InputError
-from lsp_jax.run.metrics import METRICS, PHASES, Console, MetricsWriter, describe, printable, summary
+from lsp_jax.core.console import printable
+from lsp_jax.core.errors import InputError
+from lsp_jax.reporting.metrics import METRICS, PHASES, describe
+from lsp_jax.reporting.progress import Console, summary
+from lsp_jax.reporting.writer import MetricsWriter
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07\r\n\x9b2J\u202eevil\u2066\u200b\ufeff\x00\u2028\x7f\ud800 ok é 中"
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lsp_jax.run.iteration import first_checked
-from lsp_jax.run.step import Phases
+from lsp_jax.core.stage import first_checked
+from lsp_jax.train.step import Phases
 
 
 @jax.jit

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
-from lsp_jax.errors import FAILED_STATUS
-from lsp_jax.learn.finite import component_names, first_not_finite
+from lsp_jax.algorithm import stages
+from lsp_jax.core.errors import FAILED_STATUS
+from lsp_jax.learn.nonfinite import component_names, first_not_finite
 from lsp_jax.learn.update import Reference
+from lsp_jax.monitor.numerics import Alarms, NumbersError, parameter_not_finite
 from lsp_jax.policy import Policy
-from lsp_jax.reward.verify import callable_reward
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.alarms import Alarms, NumbersError, parameter_not_finite
-from lsp_jax.run.saving import Progress
+from lsp_jax.reward.user_callable import callable_reward
+from lsp_jax.train.checkpointing import Progress
 from test_resume import config_of, train
 from test_trainer import host_reward, low_share, read_lines
 
@@ -66,7 +66,7 @@ def test_the_diagnosis_names_the_place(
     name: str, game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     stage, change = PLANTED[name]
-    monkeypatch.setattr("lsp_jax.run.step.first_checked", lambda call, *arguments: call(*arguments))
+    monkeypatch.setattr("lsp_jax.train.step.first_checked", lambda call, *arguments: call(*arguments))
     monkeypatch.setattr(stages, stage, planted(getattr(stages, stage), change))
     config = config_of(game_model, tmp_path / "run", max_skipped=2)
     with pytest.raises(NumbersError, match=rf"iteration 2.*{name}; so for 2 iterations in a row") as error:
@@ -149,7 +149,7 @@ def test_every_component_by_itself(game_model: Path, tmp_path: Path, monkeypatch
 
 def test_the_count_in_a_row_goes_on_after_a_restart(monkeypatch: pytest.MonkeyPatch):
     """Else a run that is restarted more often than `max_skipped` allows would never end."""
-    monkeypatch.setattr("lsp_jax.run.alarms.component_names", lambda _: ["a"])
+    monkeypatch.setattr("lsp_jax.monitor.numerics.component_names", lambda _: ["a"])
     numbers = {"not_finite/component": 1.0, "sampling/token_mult_prob_error": 1.0, "grad_norm": 1.0}
     first = Alarms(max_skipped=3)
     for number in (1, 2):
@@ -163,7 +163,7 @@ def test_a_single_iteration_that_is_skipped_is_got_over(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     """The count in a row begins anew; a sampler that disagrees is said, a NaN of it too."""
-    monkeypatch.setattr("lsp_jax.run.alarms.component_names", lambda _: ["a", "b"])
+    monkeypatch.setattr("lsp_jax.monitor.numerics.component_names", lambda _: ["a", "b"])
     params, batch, alarms = {"w": jnp.ones(2)}, cast(Any, None), Alarms(max_skipped=2)
     sound = {"not_finite/component": 0.0, "sampling/token_mult_prob_error": 1.0, "grad_norm": 1.0}
     for numbers in ({"not_finite/component": 2.0}, {}, {"grad_norm": math.inf}, {}):

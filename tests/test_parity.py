@@ -15,8 +15,8 @@ import pytest
 
 from everyday import everyday
 from lsp_jax.model import llama
-from lsp_jax.model.cache import KVCache, empty_decode_cache
 from lsp_jax.model.config import LlamaConfig, RopeScaling
+from lsp_jax.model.kv_cache import KVCache, empty_decode_cache
 from lsp_jax.model.weights import load_params, read_config, save_params
 from tiny import hf_tiny, tiny_config, tiny_params
 

@@ -14,23 +14,23 @@ import jax.numpy as jnp
 import pytest
 
 from lsp_jax import cli, presets
+from lsp_jax.algorithm import stages
 from lsp_jax.config import RewardConfig, TrainConfig
-from lsp_jax.errors import InputError
-from lsp_jax.learn.memory import MemoryConfig
+from lsp_jax.core.errors import InputError
+from lsp_jax.learn.novelty import MemoryConfig
 from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.model import llama
-from lsp_jax.model.shapes import SHAPES, shape_of
+from lsp_jax.model.known_models import SHAPES, shape_of
 from lsp_jax.model.sharding import MeshConfig, make_mesh, use_mesh
-from lsp_jax.play.data import DataConfig, widest
+from lsp_jax.perf import hlo, placeholders
+from lsp_jax.perf.aot import Compiler, Phase, shapes_of_data_queries
+from lsp_jax.perf.chips import CHIPS, GIB, Topology, open_topology
+from lsp_jax.perf.cost import Work, count
+from lsp_jax.perf.plan import Plan, bound, plan, table
+from lsp_jax.play.prompt_data import DataConfig, widest
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.quality import logits_scores
-from lsp_jax.run import hlo, placeholders
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.ahead import Compiler, Phase, shapes_of_data_queries
-from lsp_jax.run.count import Work, count
-from lsp_jax.run.plan import Plan, bound, plan, table
-from lsp_jax.run.topology import CHIPS, GIB, Topology, open_topology
 from refusal import Refused
 from tiny import tiny_config
 
@@ -211,8 +211,8 @@ def test_a_run_on_data_is_planned_with_its_longest_prompts(monkeypatch: pytest.M
         seen.append(shapes_of_data_queries(arguments[1], widest(arguments[0].data)).text[0].shape)
         raise InputError("plan", None, "far enough")
 
-    monkeypatch.setattr("lsp_jax.run.plan.compile_run", stopped)
-    monkeypatch.setattr("lsp_jax.run.plan.fitted", lambda *arguments: seen.append(arguments[-1]) or arguments[0])
+    monkeypatch.setattr("lsp_jax.perf.plan.compile_run", stopped)
+    monkeypatch.setattr("lsp_jax.perf.plan.fitted", lambda *arguments: seen.append(arguments[-1]) or arguments[0])
     with pytest.raises(InputError, match="far enough"):
         plan(config, Topology("v5e:1x1", CHIPS["v5e"], tuple(jax.devices()[:1])))
     assert seen == [2048, (config.play.num_queries, 2048)]

@@ -15,9 +15,9 @@ import pytest
 
 import lsp_jax as lsp
 from lsp_jax.config import TrainConfig
-from lsp_jax.errors import InputError, Stopped
-from lsp_jax.run import preemption
-from lsp_jax.run.preemption import Preemption
+from lsp_jax.core.errors import InputError, Stopped
+from lsp_jax.monitor import preemption
+from lsp_jax.monitor.preemption import Preemption
 from test_resume import assert_same_run, config_of, train
 from test_trainer import host_reward, same_bits
 

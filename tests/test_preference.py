@@ -16,13 +16,13 @@ import pytest
 
 import llama3_tokenizer
 import lsp_jax as lsp
-from lsp_jax import host
-from lsp_jax.errors import InputError
+from lsp_jax.core import runtime
+from lsp_jax.core.errors import InputError
 from lsp_jax.model.weights import save_params
 from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.policy import Policy, open_pretrained
-from lsp_jax.reward import preference
+from lsp_jax.reward import preference, scoring
 from lsp_jax.reward.base import DeviceReward, EpisodeReward, RewardOutput
 from lsp_jax.reward.preference import (
     check_context,
@@ -33,9 +33,8 @@ from lsp_jax.reward.preference import (
     same_tokenizer,
     score_conversations,
 )
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.setup import token_kinds
 from lsp_jax.text.tokenizer import Tokenizer
+from lsp_jax.train.setup import token_kinds
 from test_judge_attacks import INST
 from tiny import BOS, EOS, VOCABULARY, byte_tokenizer, hf_classifier, tiny_dir
 
@@ -99,7 +98,7 @@ def encoded(tokenizer: Tokenizer, **options: Any) -> Episode:
 
 def scored(reward: Any, play: Episode) -> RewardOutput:
     if isinstance(reward, DeviceReward):
-        return stages.score(reward.score, reward.params, play)
+        return scoring.score_component(reward.score, reward.params, play)
     return reward.score(play)
 
 
@@ -309,9 +308,9 @@ def test_another_tokenizer_reads_the_texts(policy: Policy, tmp_path: Path) -> No
     assert isinstance(reward, EpisodeReward)
     trimmed = [text.strip() for text in QUERIES], [[text.strip() for text in group] for group in ANSWERS]
     expected = hf_scores(classifier, tmp_path, *trimmed)
-    before = host.reads()
+    before = runtime.reads()
     out = scored(reward, encoded(policy.tokenizer))
-    assert host.reads() - before == 1
+    assert runtime.reads() - before == 1
     assert bool(jnp.all(out.valid_answer)) and bool(jnp.all(out.valid_query))
     np.testing.assert_allclose(out.values, expected, rtol=0, atol=TOLERANCE)
 

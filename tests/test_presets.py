@@ -15,10 +15,10 @@ import pytest
 
 from lsp_jax import cli, presets
 from lsp_jax.config import TrainConfig
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.model.config import RopeScaling
 from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.run import trainer
+from lsp_jax.train import loop
 from test_data import write_rows
 from test_trainer import game_dir, read_lines
 from tiny import tiny_dir
@@ -162,7 +162,7 @@ def marks(name: str) -> list[pytest.MarkDecorator]:
 )
 def test_three_iterations(name: str, models: dict[str, Path], tmp_path: Path):
     config = small(presets.get(name), models, tmp_path / "run")
-    trainer.train(config)
+    loop.train(config)
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     transcripts = read_lines(tmp_path / "run" / "transcripts.jsonl")
     assert [line["iteration"] for line in metrics] == [1, 2, 3]
@@ -206,7 +206,7 @@ def test_two_stages_are_two_commands(order: tuple[str, str], models: dict[str, P
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], TrainConfig]:
     """What a command of the table would train."""
     seen: list[TrainConfig] = []
-    monkeypatch.setattr(trainer, "train", seen.append)
+    monkeypatch.setattr(loop, "train", seen.append)
 
     def run(command: str) -> TrainConfig:
         program, *arguments = command.split()

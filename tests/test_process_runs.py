@@ -12,13 +12,13 @@ import numpy as np
 import optax
 import pytest
 
+from lsp_jax.checkpoint.manager import Checkpoints, abstract
 from lsp_jax.config import TrainConfig
-from lsp_jax.learn.memory import MemoryConfig
+from lsp_jax.learn.novelty import MemoryConfig
 from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
 from lsp_jax.model.llama import init_params
 from lsp_jax.model.sharding import partitions
 from lsp_jax.model.weights import read_config
-from lsp_jax.run.checkpoint import Checkpoints, abstract
 from test_processes import LIMIT, check_killed, run_together
 from test_trainer import read_lines
 

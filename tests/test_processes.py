@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lsp_jax import processes
-from lsp_jax.errors import LOST_STATUS, InputError
-from lsp_jax.processes import ProcessConfig
+from lsp_jax.core import processes
+from lsp_jax.core.errors import LOST_STATUS, InputError
+from lsp_jax.core.processes import ProcessConfig
 
 WORKER = Path(__file__).with_name("process_worker.py")
 LIMIT = 60

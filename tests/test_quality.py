@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
+from lsp_jax.reward import scoring
 from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.quality import quality_reward
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.setup import token_kinds
-from lsp_jax.text.judge import (
+from lsp_jax.text.judge_prompts import (
     CRITERIA,
     RUBRIC_FILE,
     TEXT_VERDICT,
@@ -31,6 +30,7 @@ from lsp_jax.text.judge import (
     rubric_text,
     text_judge_template,
 )
+from lsp_jax.train.setup import token_kinds
 from tiny import tiny_dir
 
 
@@ -87,7 +87,7 @@ def plain_scores(policy: lsp.Policy, queries: list[str], answers: list[list[str]
 
 
 def scores(reward: DeviceReward, play: Episode) -> np.ndarray:
-    return np.asarray(stages.score(reward.score, reward.params, play).values)
+    return np.asarray(scoring.score_component(reward.score, reward.params, play).values)
 
 
 def test_templates_are_the_conversation(policy: lsp.Policy) -> None:
@@ -126,7 +126,7 @@ def encoded(policy: lsp.Policy) -> Episode:
 
 def test_score_equals_plain_forwards_over_the_chat_template(policy: lsp.Policy) -> None:
     reward = component(policy)
-    out = stages.score(reward.score, reward.params, encoded(policy))
+    out = scoring.score_component(reward.score, reward.params, encoded(policy))
     expected = plain_scores(policy, QUERIES, ANSWERS)
     np.testing.assert_allclose(out.values, expected, atol=2e-4)
     assert np.ptp(out.values) > 1e-3, "scores must differ for this test to say anything"

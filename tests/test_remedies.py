@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
-from lsp_jax.errors import InputError
+from lsp_jax.algorithm.resampling import replaced, sources
+from lsp_jax.core.errors import InputError
 from lsp_jax.learn.advantages import advantages
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.memory import MemoryConfig
-from lsp_jax.play.data import DataConfig
+from lsp_jax.learn.novelty import MemoryConfig
+from lsp_jax.monitor.health import HealthConfig
 from lsp_jax.play.decode import Completions
+from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig, Queries
 from lsp_jax.reward.base import HostReward, RewardOutput, RewardSpec, combine
-from lsp_jax.reward.verify import callable_reward
-from lsp_jax.run.health import HealthConfig
-from lsp_jax.run.probe import query_values, raw
-from lsp_jax.run.replay import replay
-from lsp_jax.run.resample import replaced, sources
+from lsp_jax.reward.user_callable import callable_reward
+from lsp_jax.train.probe import query_values, raw
+from lsp_jax.train.replay import replay
 from test_resume import assert_same_run, config_of
 from test_trainer import host_reward, read_lines, same_bits
 

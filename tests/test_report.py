@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lsp_jax import cli
-from lsp_jax.run import report
-from lsp_jax.run.transcripts import token_texts
+from lsp_jax.reporting import html_report
+from lsp_jax.reporting.transcripts import token_texts
 from lsp_jax.text.tokenizer import Tokenizer
 from reported import HOSTILE, metrics, write_lines, write_run
 from test_tokenizer import SENTENCEPIECE_FILES, TEXTS, sentencepiece_dir
@@ -56,11 +56,11 @@ def run(tmp_path: Path) -> Path:
 
 def shown(*runs: Path) -> dict[str, Any]:
     """What the report of the runs holds."""
-    return json.loads(Page(report.page(runs)).data)
+    return json.loads(Page(html_report.page(runs)).data)
 
 
 def test_model_text_is_data_and_nothing_else(run: Path):
-    text = report.page([run])
+    text = html_report.page([run])
     page = Page(text)
     assert page.tags.count("script") == 3 and "img" not in page.tags
     assert page.titles == ["Self-play: lsp <b>1"] * 2
@@ -80,7 +80,7 @@ def test_what_is_shown_of_a_run(run: Path):
     assert facts["Solver's reward"] == "0.238 → 0.778"  # means of four
     assert [alarm["action"] for alarm in data["alarms"]] == ["pause", "over"]
     numbers = [record["iteration"] for record in data["queries"]]
-    assert len(set(numbers)) == report.SHOWN_ITERATIONS and {1, 40} <= set(numbers)
+    assert len(set(numbers)) == html_report.SHOWN_ITERATIONS and {1, 40} <= set(numbers)
     assert {record["index"] for record in data["queries"]} == {0, 1, 2, 3}
     assert data["repeated"] == [
         {"query": HOSTILE, "count": 40, "first": 1, "last": 40},
@@ -103,7 +103,7 @@ def test_a_long_run_is_thinned_to_its_last_iteration(tmp_path: Path):
     write_lines(run / "metrics.jsonl", [metrics(number, 2501) for number in range(1, 2502)])
     (data,) = shown(run)["runs"]
     iterations = data["metrics"]["iteration"]
-    assert len(iterations) <= report.MOST_POINTS and iterations[-1] == 2501
+    assert len(iterations) <= html_report.MOST_POINTS and iterations[-1] == 2501
     assert {b - a for a, b in itertools.pairwise(iterations)} == {3}
     assert dict(data["facts"])["tokens sampled"] == f"{700 * 2501:,}"  # of all of them
 
@@ -123,8 +123,8 @@ def test_the_probe_of_a_long_run_stays(tmp_path: Path, last: int):
     ]
     assert all(gain == iteration / 10 for iteration, gain in points)
     assert points[-1][0] == last - last % 10
-    assert min(last // 10, report.MOST_POINTS // 2) <= len(points) <= report.MOST_POINTS
-    assert len(data["metrics"]["iteration"]) <= 2 * report.MOST_POINTS
+    assert min(last // 10, html_report.MOST_POINTS // 2) <= len(points) <= html_report.MOST_POINTS
+    assert len(data["metrics"]["iteration"]) <= 2 * html_report.MOST_POINTS
     assert data["metrics"]["iteration"][-1] == last
 
 
@@ -152,7 +152,7 @@ def test_several_runs_beside_one_another(tmp_path: Path, monkeypatch: pytest.Mon
     assert [run["name"] for run in found] == list(map(str, runs))
     assert [run["config"]["seed"] for run in found] == ["0", "1"]
     monkeypatch.chdir(tmp_path)
-    assert report.write_report(runs) == Path("comparison.html") and Path("comparison.html").is_file()
+    assert html_report.write_report(runs) == Path("comparison.html") and Path("comparison.html").is_file()
 
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -192,9 +192,9 @@ def test_a_report_under_way_takes_little_time_and_stops_nothing(
         if len(written) == 3:
             raise OSError("the disk is full")
 
-    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(report, "write_report", write)
-    live = report.LiveReport(run)
+    monkeypatch.setattr(html_report.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(html_report, "write_report", write)
+    live = html_report.LiveReport(run)
     for _ in range(30):
         live.refresh()
         now[0] += 10.0

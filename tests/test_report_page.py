@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from browser import Browser, chromium
-from lsp_jax.run.report import write_report
+from lsp_jax.reporting.html_report import write_report
 from reported import write_run
 
 pytestmark = [

@@ -17,14 +17,15 @@ import pytest
 
 import lsp_jax as lsp
 from child_run import QUICK
-from lsp_jax import host, policy
+from lsp_jax import policy
+from lsp_jax.checkpoint.run_dir import claim
 from lsp_jax.config import RewardConfig, TrainConfig
-from lsp_jax.errors import InputError
+from lsp_jax.core import runtime
+from lsp_jax.core.errors import InputError
 from lsp_jax.learn.update import TrainState
 from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.run import setup
-from lsp_jax.run.folder import claim
-from lsp_jax.run.setup import prepare
+from lsp_jax.train import setup
+from lsp_jax.train.setup import prepare
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits, tree_hash
 
 K = 2
@@ -190,12 +191,12 @@ def test_a_resumed_run_shows_its_own_day(tmp_path: Path):
 
 def refused(config: TrainConfig, *words: str) -> None:
     directory = Path(config.output_dir)
-    before, compiled = tree_hash(directory), host.compiles()[0]
+    before, compiled = tree_hash(directory), runtime.compiles()[0]
     with pytest.raises(InputError) as error:
         train(config)
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
-    assert tree_hash(directory) == before and host.compiles()[0] == compiled
+    assert tree_hash(directory) == before and runtime.compiles()[0] == compiled
 
 
 @pytest.mark.usefixtures("no_weights")

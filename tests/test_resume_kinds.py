@@ -18,7 +18,7 @@ from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.model.lora import LoraConfig
 from lsp_jax.model.sharding import MeshConfig
-from lsp_jax.play.data import DataConfig
+from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.text.prompts import PromptConfig
 from test_process_runs import saved_state
 from test_resume import K, assert_same_run, config_of

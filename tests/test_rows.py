@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsp_jax.algorithm import stages
+from lsp_jax.algorithm.learner_batch import learn_batch, unscored
 from lsp_jax.config import RewardConfig
 from lsp_jax.learn.update import init_state
 from lsp_jax.reward.base import RewardOutput, RewardSpec
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.rows import learn_batch, unscored
-from lsp_jax.run.setup import Run, prepare
-from lsp_jax.run.step import Phases, play_and_learn
+from lsp_jax.train.run import Run
+from lsp_jax.train.setup import prepare
+from lsp_jax.train.step import Phases, play_and_learn
 from test_trainer import game_config, host_reward
 
 QUICK_COMPILES = True

@@ -10,9 +10,9 @@ import pytest
 
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.model.llama import params_shape
+from lsp_jax.perf.chips import CHIPS
+from lsp_jax.perf.roofline import Rates, least_seconds, rates, shares, weights
 from lsp_jax.play.selfplay import PlayConfig
-from lsp_jax.run.limits import Rates, least_seconds, rates, shares, weights
-from lsp_jax.run.topology import CHIPS
 from tiny import tiny_config
 
 MODEL = tiny_config()  # two layers of 32 x (4 * 8 * 2 + 2 * 8 * 2 + 3 * 48) = 7680 weights, a head of 296 x 32 = 9472

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import chisquare
 
 from everyday import everyday
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.play import sampler
 from lsp_jax.play.sampler import BLOCK, SamplingConfig, draw_index, row_keys, row_uniforms, sample, truncate
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from lsp_jax.errors import InputError
-from lsp_jax.reward import sandbox
+from lsp_jax.core.errors import InputError
 from lsp_jax.reward.code import code_reward
-from lsp_jax.reward.inside import system_call_filter
-from lsp_jax.reward.sandbox import check_sandbox, sandboxed
-from lsp_jax.reward.workers import Workers
+from lsp_jax.reward.execution import sandbox
+from lsp_jax.reward.execution.pool import Workers
+from lsp_jax.reward.execution.sandbox import check_sandbox, sandboxed
+from lsp_jax.reward.execution.sandbox_main import system_call_filter
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap is not on PATH")
 OK = "def f():\n    return 1\n"

@@ -76,7 +76,7 @@ def test_nothing_of_it_is_in_the_package(path: Path):
 
 
 def test_what_runs_in_the_sandbox_is_imported_by_nothing():
-    name = "lsp_jax.reward.inside"
+    name = "lsp_jax.reward.execution.sandbox_main"
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):

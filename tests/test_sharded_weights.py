@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import weights_worker
 from lsp_jax.model import weights
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.names import file_tensors
+from lsp_jax.model.hf_names import file_tensors
 from tiny import tiny_config, tiny_dir, tiny_params
 from weights_worker import CHECKS, MODELS
 

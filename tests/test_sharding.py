@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.learn.update import OptimizerConfig, init_state
 from lsp_jax.model import sharding
 from lsp_jax.model.llama import params_shape

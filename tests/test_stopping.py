@@ -17,12 +17,11 @@ import pytest
 import lsp_jax as lsp
 from child_run import QUICK
 from lsp_jax import cli
-from lsp_jax.errors import STALLED_STATUS, STOPPED_STATUS, InputError, Stopped
+from lsp_jax.algorithm import rollout, stages
+from lsp_jax.checkpoint.manager import Checkpoints
+from lsp_jax.core.errors import STALLED_STATUS, STOPPED_STATUS, InputError, Stopped
 from lsp_jax.learn.update import TrainState
-from lsp_jax.reward.verify import callable_reward
-from lsp_jax.run import iteration as stages
-from lsp_jax.run import playing
-from lsp_jax.run.checkpoint import Checkpoints
+from lsp_jax.reward.user_callable import callable_reward
 from test_resume import config_of, train, without_clocks
 from test_trainer import low_share, same_bits
 
@@ -46,7 +45,7 @@ def signalled(call: Callable[..., Any], at: int) -> Callable[..., Any]:
 
 PHASES = {
     # where the signal comes, in which iteration: what is saved then
-    "play": (playing, "solve", 4, 3),
+    "play": (rollout, "solve", 4, 3),
     "reward": (None, "the reward itself", 5, 3),  # it is tried once before anything is played
     "update": (stages, "learn", 3, 3),
     "save": (Checkpoints, "save", 1, 2),
@@ -76,7 +75,7 @@ def test_a_signal_in_any_phase(
 
 
 def test_a_signal_before_anything_was_learned(game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(playing, "solve", signalled(playing.solve, 1))
+    monkeypatch.setattr(rollout, "solve", signalled(rollout.solve, 1))
     with pytest.raises(Stopped, match="nothing was there to save"):
         train(config_of(game_model, tmp_path / "run"))
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -106,9 +105,9 @@ import sys, time
 sys.path[:0] = sys.argv[4:]
 import lsp_jax as lsp
 import test_resume
-from lsp_jax.errors import RunError
-from lsp_jax.reward.verify import callable_reward
-from lsp_jax.run.watchdog import Watchdog
+from lsp_jax.core.errors import RunError
+from lsp_jax.reward.user_callable import callable_reward
+from lsp_jax.monitor.watchdog import Watchdog
 
 tried = []
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lsp_jax.errors import InputError
-from lsp_jax.evaluate.store import Store, digest
+from lsp_jax.core.errors import InputError
+from lsp_jax.evaluate.result_cache import Store, digest
 
 
 def test_what_was_added_is_there_again(tmp_path: Path):
@@ -24,7 +24,7 @@ def test_what_was_added_is_there_again(tmp_path: Path):
 
 def test_a_killed_process_has_lost_nothing(tmp_path: Path):
     program = (
-        "import sys; from lsp_jax.evaluate.store import Store\n"
+        "import sys; from lsp_jax.evaluate.result_cache import Store\n"
         "store = Store(sys.argv[1]); store.add({'a': 1}); print('added', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.jsonl")]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.evaluate.tasks import TASKS, check_grading, grade, load_task, named, results
-from lsp_jax.reward.workers import Workers
+from lsp_jax.reward.execution.pool import Workers
 from test_maths import needs_sandbox
 
 # fmt: off

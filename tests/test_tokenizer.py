@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Rust
 
 import llama3_tokenizer
 from everyday import everyday
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.text.tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -16,22 +16,22 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
+from lsp_jax.algorithm import stages
+from lsp_jax.checkpoint.export import export_run
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig
 from lsp_jax.model.weights import load_params
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
+from lsp_jax.reporting.metrics import describe
 from lsp_jax.reward.base import HostReward
-from lsp_jax.reward.verify import callable_reward
-from lsp_jax.run import iteration as stages
-from lsp_jax.run import setup, trainer
-from lsp_jax.run.folder import export_run
-from lsp_jax.run.messages import WRITTEN
-from lsp_jax.run.metrics import describe
-from lsp_jax.run.setup import make_game, prepare, token_kinds
-from lsp_jax.run.trainer import IterationEvent
+from lsp_jax.reward.user_callable import callable_reward
 from lsp_jax.text.prompts import PromptConfig
+from lsp_jax.train import loop, setup
+from lsp_jax.train.announce import WRITTEN
+from lsp_jax.train.loop import IterationEvent
+from lsp_jax.train.setup import make_game, prepare, token_kinds
 from tiny import EOS, tiny_dir
 
 STEPS = 3
@@ -266,7 +266,7 @@ def test_a_callback_that_raises_ends_the_run_and_the_bar(
 ):
     closed = []
 
-    class Closing(trainer.Console):
+    class Closing(loop.Console):
         def close(self) -> None:
             closed.append(True)
             super().close()
@@ -274,7 +274,7 @@ def test_a_callback_that_raises_ends_the_run_and_the_bar(
     def stop(event: IterationEvent) -> None:
         raise StopIteration(event.iteration)
 
-    monkeypatch.setattr(trainer, "Console", Closing)
+    monkeypatch.setattr(loop, "Console", Closing)
     with pytest.raises(StopIteration, match="1"):
         lsp.train(game_config(model, tmp_path / "run"), rewards=[host_reward()], callbacks=[stop])
     assert closed == [True]

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
-from lsp_jax import host
+from lsp_jax.algorithm import stages
+from lsp_jax.core import runtime
 from lsp_jax.learn.update import TrainState
 from lsp_jax.play.generate import PROMPT_BUCKETS
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import DeviceReward, RewardOutput
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.setup import Run, prepare
-from lsp_jax.run.step import Phases, play_and_learn
+from lsp_jax.train.run import Run
+from lsp_jax.train.setup import prepare
+from lsp_jax.train.step import Phases, play_and_learn
 from test_trainer import game_config, game_dir
 
 
@@ -76,11 +77,11 @@ def forbid_reads(monkeypatch: pytest.MonkeyPatch, array_type: type) -> None:
 def test_an_iteration_reads_nothing_and_sends_nothing(warm: Warm, monkeypatch: pytest.MonkeyPatch):
     run, state = warm.run, copied(warm.state)
     assert {reward.name for reward in run.rewards} == {"low", "quality"}
-    reads = host.reads()
+    reads = runtime.reads()
     with monkeypatch.context() as patch, jax.transfer_guard_host_to_device("disallow"):
         forbid_reads(patch, type(state.iteration))
         played = play_and_learn(run, state, Phases())
-    assert host.reads() == reads
+    assert runtime.reads() == reads
     assert played.texts is None
     assert int(played.state.iteration) == int(warm.state.iteration) + 1
 
@@ -92,7 +93,7 @@ READS = {
     "asarray": lambda x: np.asarray(x),
     "tolist": lambda x: x.tolist(),
     "device_get": lambda x: jax.device_get(x),
-    "to_host": host.to_host,
+    "to_host": runtime.to_host,
 }
 
 
@@ -103,9 +104,9 @@ def test_that_test_would_notice_a_read(name: str, warm: Warm, monkeypatch: pytes
         forbid_reads(patch, type(counter))
         with pytest.raises(AssertionError, match="the host read an array"):
             READS[name](counter)
-    reads = host.reads()
-    host.to_host({"a": counter, "b": counter})
-    assert host.reads() == reads + 1
+    reads = runtime.reads()
+    runtime.to_host({"a": counter, "b": counter})
+    assert runtime.reads() == reads + 1
 
 
 def test_that_test_would_notice_a_transfer(warm: Warm):
@@ -115,14 +116,14 @@ def test_that_test_would_notice_a_transfer(warm: Warm):
 
 def test_twenty_iterations_of_changing_lengths_compile_nothing(warm: Warm):
     run, state = warm.run, copied(warm.state)
-    compiled, lengths, answers = host.compiles()[0], set(), set()
+    compiled, lengths, answers = runtime.compiles()[0], set(), set()
     for _ in range(20):
         played = play_and_learn(run, state, Phases())
         state = played.state
         query_lengths, answer_lengths = jax.device_get((played.episode.prompts[1], played.episode.answers.lengths))
         lengths.add(tuple(query_lengths.tolist()))
         answers.add(int(answer_lengths.sum()))
-    assert host.compiles()[0] == compiled
+    assert runtime.compiles()[0] == compiled
     assert len(lengths) >= 10 and len(answers) >= 10, "or the lengths did not change"
 
 
@@ -170,11 +171,11 @@ def test_generation_compiles_once_a_bucket(warm: Warm):
 
     def generate(*lengths: int) -> int:
         """Programs compiled for prompts of these lengths."""
-        compiled = host.compiles()[0]
+        compiled = runtime.compiles()[0]
         prompts = [random.integers(3, 290, length).tolist() for length in lengths]
         texts = lsp.generate(policy, prompts, max_completion_length=3, temperature=0.7)
         assert len(texts) == len(lengths)
-        return host.compiles()[0] - compiled
+        return runtime.compiles()[0] - compiled
 
     new = [generate(narrow), generate(wide), generate(narrow, 1), generate(2, wide)]
     assert min(new) >= 1, "a new bucket of rows or of lengths is a new program: the count counts"

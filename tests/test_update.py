@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.learn.batch import LearnBatch, Rows, make_rows
 from lsp_jax.learn.losses import KL_ESTIMATORS, LossConfig
 from lsp_jax.learn.update import (

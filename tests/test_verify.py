@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.reward.arithmetic import MAX_QUESTION, final_number, parse_arithmetic
 from lsp_jax.reward.base import EpisodeTexts, HostReward, RewardOutput, check_rewards, score_on_host
-from lsp_jax.reward.calls import load_callable
-from lsp_jax.reward.verify import arithmetic_reward, callable_reward, probe_callable
+from lsp_jax.reward.execution.user_functions import load_callable
+from lsp_jax.reward.user_callable import arithmetic_reward, callable_reward, probe_callable
 
 SPELLINGS = {
     operator.add: ("+", " + ", " plus "),

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lsp_jax import host, policy
-from lsp_jax.errors import InputError
+from lsp_jax import policy
+from lsp_jax.core import runtime
+from lsp_jax.core.errors import InputError
 from lsp_jax.model import weights
+from lsp_jax.model.hf_names import leaf_shapes
 from lsp_jax.model.llama import params_shape
-from lsp_jax.model.names import leaf_shapes
 from lsp_jax.policy import Policy, load_pretrained, save_pretrained
 from tiny import VOCABULARY, byte_tokenizer, tiny_config, tiny_dir, tiny_params
 
@@ -338,9 +339,9 @@ def test_bad_index(sharded: Path, index: str) -> None:
 
 
 def test_reads_are_counted(loaded: Policy, tmp_path: Path) -> None:
-    before = host.reads()
+    before = runtime.reads()
     weights.save_params(loaded.params, loaded.config, tmp_path)
-    assert host.reads() - before == 2 * 9 + 3
+    assert runtime.reads() - before == 2 * 9 + 3
 
 
 # --- export ------------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.evaluate.judges import FAILED, FIRST, MALFORMED, SECOND, TIE, Pair, Verdict, question, read_verdict
-from lsp_jax.evaluate.store import Store
+from lsp_jax.evaluate.result_cache import Store
 from lsp_jax.evaluate.winrate import (
     Instruction,
     annotations_json,

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.reward.base import EpisodeTexts, score_on_host
-from lsp_jax.reward.verify import arithmetic_reward, callable_reward, probe_callable
-from lsp_jax.reward.workers import MAX_LOG, Program, WorkerFailure, Workers, printable
+from lsp_jax.reward.execution.pool import MAX_LOG, Program, WorkerFailure, Workers, printable
+from lsp_jax.reward.user_callable import arithmetic_reward, callable_reward, probe_callable
 
 CHILD = """
 import json, os, sys, time
@@ -200,8 +200,8 @@ def test_a_function_object_is_left_behind_when_it_is_late():
 
 PARENT = """
 import sys
-from lsp_jax.reward.verify import callable_reward
-from lsp_jax.reward.workers import Workers
+from lsp_jax.reward.user_callable import callable_reward
+from lsp_jax.reward.execution.pool import Workers
 with Workers(1, timeout=60) as workers:
     callable_reward(sys.argv[1], "mine", workers=workers).score([sys.argv[2]], [["a"]], ())
 """
@@ -257,7 +257,7 @@ def score(queries, answers):
 def test_a_function_that_hangs_shows_where(asked: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     """Its own stack when its time is over, and when somebody asks while it works."""
     path = write(tmp_path / "slow.py", SLOW)
-    program = Program((sys.executable, "-m", "lsp_jax.reward.worker", f"{path}:score"))
+    program = Program((sys.executable, "-m", "lsp_jax.reward.execution.worker_main", f"{path}:score"))
     item = {"queries": ["q"], "answers": [["a"]], "rows": []}
     with Workers(1, timeout=4) as workers:
         workers.ready(program)

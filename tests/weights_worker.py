@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.model import weights
 from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import Layout, MeshConfig, make_mesh, partitions, shard_params, use_mesh

@@ -1,6 +1,6 @@
 """This project as a peer, for steps: a process of its own, so that its memory is measured as the others' is.
 
-A step is the run's own stages: decoding by chunks, reference pass, update (`lsp_jax/run/iteration.py`), rows in
+A step is the run's own stages: decoding by chunks, reference pass, update (`lsp_jax/algorithm/stages.py`), rows in
 micro-batches of `micro_batch_size`. Loss, scaling and KL as in the TRL peer: mean over a row's tokens, then over rows
 (all completions have one length here), advantages divided by the group's standard deviation + 1e-4, k3. Compiled in
 the first request of a shape. Further fields: `remat`, and `share` False for the plain form, every row with its prompt.
@@ -17,14 +17,14 @@ import numpy as np
 from protocol import Reply, Unsupported, peak_bytes, reset_peak, serve, threads, versions
 
 import lsp_jax as lsp
+from lsp_jax.algorithm import stages
+from lsp_jax.algorithm.spec import Game
 from lsp_jax.learn.batch import LearnBatch, make_rows
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
-from lsp_jax.play.chunks import Chunks
+from lsp_jax.play.chunked_decode import Chunks
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.play.selfplay import PlayConfig
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.game import Game
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 
 SHARED = stages.prompt_sharing

@@ -32,7 +32,7 @@ from problems import TRAINING, Problem, part
 
 from lsp_jax import presets
 from lsp_jax.config import RewardConfig, TrainConfig
-from lsp_jax.play.data import DataConfig
+from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.text.prompts import PromptConfig
 

@@ -27,8 +27,8 @@ import rows
 from problems import DEVELOPMENT, HELD_OUT, Expression
 
 import lsp_jax as lsp
+from lsp_jax.checkpoint.provenance import versions
 from lsp_jax.presets import DEMO_MODEL
-from lsp_jax.run.identity import versions
 
 HERE = Path(__file__).parent
 CURVES = (

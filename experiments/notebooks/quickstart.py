@@ -26,10 +26,10 @@ import jax
 import plotly.graph_objects as go
 
 import lsp_jax as lsp
+from lsp_jax.algorithm import stages
 from lsp_jax.reward.base import episode_texts
-from lsp_jax.run import iteration as stages
-from lsp_jax.run.scoring import score
-from lsp_jax.run.setup import prepare
+from lsp_jax.reward.scoring import score
+from lsp_jax.train.setup import prepare
 
 DEMO = Path("models/SmolLM2-135M-Instruct")  # `lsp-jax demo-model models/SmolLM2-135M-Instruct` in the checkout
 ABOVE = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / DEMO).is_dir()]
@@ -90,7 +90,7 @@ for query, answers in zip(texts.queries[:3], texts.answers, strict=False):
 # The verifier reads the texts, the frozen reference judges on the device: R and R_Q, both [N, G].
 
 # %%
-outputs = score(run, episode)
+outputs = score(run.rewards, run.policy.tokenizer, episode)
 for spec, output in zip(run.specs, outputs, strict=True):
     print(f"{spec.name} ({spec.kind}, weight {spec.weight})\n{jax.device_get(output.values).round(2)}")
 

@@ -28,7 +28,7 @@ from lsp_jax.config import RewardConfig
 from lsp_jax.model.weights import save_params
 from lsp_jax.reward.arithmetic import final_number, grade, parse_arithmetic
 from lsp_jax.reward.preference import load_reward_model, preference_template, score_conversations
-from lsp_jax.reward.verify import callable_reward
+from lsp_jax.reward.user_callable import callable_reward
 
 DEMO = Path("models/SmolLM2-135M-Instruct")  # `lsp-jax demo-model models/SmolLM2-135M-Instruct` in the checkout
 ABOVE = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / DEMO).is_dir()]

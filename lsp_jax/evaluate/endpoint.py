@@ -18,8 +18,9 @@ from typing import Any
 
 import httpx2 as httpx
 
-from lsp_jax.errors import InputError, RunError, printable
-from lsp_jax.evaluate.store import digest
+from lsp_jax.core.console import printable
+from lsp_jax.core.errors import InputError, RunError
+from lsp_jax.evaluate.result_cache import digest
 
 BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """Statuses after which the same question may be answered later."""

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lsp_jax import host
-from lsp_jax.evaluate.answers import Request, answers, chat_prompts
-from lsp_jax.evaluate.store import Store, digest
+from lsp_jax.core import runtime
+from lsp_jax.evaluate.generation import Request, answers, chat_prompts
+from lsp_jax.evaluate.result_cache import Store, digest
 from lsp_jax.model.sharding import mesh_of, place, use_mesh
 from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts
 from lsp_jax.play.sampler import SamplingConfig
@@ -169,7 +169,7 @@ class RewardModelJudge:
         with use_mesh(mesh_of(self._model.params)):
             placed = place((queries, (answers_[0][:, None], answers_[1][:, None])))
             values = score_conversations(self._model.params, *placed, self._model.config, self._template, rows)
-            return host.to_host(values)[:, 0]
+            return runtime.to_host(values)[:, 0]
 
 
 class TextJudge:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lsp_jax.errors import printable
+from lsp_jax.core.console import printable
 
 
 def results_table(results: Mapping[str, Any]) -> str:

@@ -10,14 +10,14 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import user_path
 from lsp_jax.evaluate.statistics import Interval, mean_interval, pass_at_k, wilson
-from lsp_jax.paths import user_path
-from lsp_jax.play.data import DataConfig, read_rows
+from lsp_jax.play.prompt_data import DataConfig, read_rows
 from lsp_jax.reward import code, maths
 from lsp_jax.reward.base import HostReward
-from lsp_jax.reward.sandbox import check_sandbox
-from lsp_jax.reward.workers import Workers
+from lsp_jax.reward.execution.pool import Workers
+from lsp_jax.reward.execution.sandbox import check_sandbox
 
 Row = Mapping[str, Any]
 GRADED_AT_ONCE = 256

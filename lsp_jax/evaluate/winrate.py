@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import user_path
 from lsp_jax.evaluate.judges import FAILED, FIRST, MALFORMED, SECOND, TIE, Judge, Pair, Verdict
+from lsp_jax.evaluate.result_cache import Store, digest
 from lsp_jax.evaluate.statistics import WinRate, win_rate
-from lsp_jax.evaluate.store import Store, digest
-from lsp_jax.paths import user_path
 
 TIES = "a tie counts half in the win rate and nothing among wins only"
 _FOR_FIRST = {FIRST: 1.0, TIE: 0.5, SECOND: 0.0}

@@ -25,7 +25,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.errors import InputError, one_of
+from lsp_jax.core.errors import InputError, one_of
 from lsp_jax.learn.batch import Rows
 from lsp_jax.learn.logprobs import TokenStatistics
 

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.learn.batch import LearnBatch, Rows, fitting, micro_batches, widths
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.learn.losses import LossConfig, policy_loss
-from lsp_jax.learn.memory import Memory, empty, pooled
+from lsp_jax.learn.novelty import Memory, empty, pooled
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.llama import Params, Remat, cast
 from lsp_jax.model.sharding import row_shards, shard_params, shard_rows
@@ -105,7 +105,7 @@ class Reference(NamedTuple):
     hidden: jax.Array | None
     """[B, T, D] for the `full` KL, else None."""
     embeddings: jax.Array | None = None
-    """float32 [B, D] of the Challenger's rows (`learn/memory.py`), else None."""
+    """float32 [B, D] of the Challenger's rows (`learn/novelty.py`), else None."""
 
 
 def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

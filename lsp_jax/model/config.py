@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 
 ROPE_TYPES = ("default", "linear", "llama3")
 Head = Literal["lm", "score"]

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lsp_jax.model.attention import Segment, as_held, attend, causal_mask, length_mask
-from lsp_jax.model.cache import DecodeCache, KVCache, written
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.flash import causal_attention
+from lsp_jax.model.fused_attention import causal_attention
+from lsp_jax.model.kv_cache import DecodeCache, KVCache, written
 from lsp_jax.model.modules import Llama, RMSNorm, Rotation, layer_of, rotation
 from lsp_jax.model.sharding import TENSOR, row_axes, shard, shard_rows
 

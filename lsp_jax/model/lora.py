@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lsp_jax.errors import InputError
-from lsp_jax.host import to_host
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import CARD, check_writable, is_ours, sealed
+from lsp_jax.core.runtime import to_host
 from lsp_jax.model.llama import Params
-from lsp_jax.paths import check_writable
-from lsp_jax.sealed import CARD, is_ours, sealed
 
 PROJECTIONS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),

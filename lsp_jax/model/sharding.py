@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.model.config import LlamaConfig
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
@@ -310,3 +310,8 @@ def shard_heads(x: jax.Array, axis: int = 2) -> jax.Array:
     axes: list[Any] = [row_axes(x.shape[0]) or None, None, None, None]
     axes[axis] = TENSOR if x.shape[axis] % sizes[TENSOR] == 0 else None
     return shard(x, *axes)
+
+
+def path_name(path: Any) -> str:
+    """`params/model/norm/weight` of a key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")

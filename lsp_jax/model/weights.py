@@ -1,4 +1,4 @@
-"""Hugging Face directories <-> parameters: `config.json` and safetensors, by the names of `model/names.py`.
+"""Hugging Face directories <-> parameters: `config.json` and safetensors, by the names of `model/hf_names.py`.
 
 Weights are read from memory-mapped files into one stacked array a leaf, and written tensor by tensor. On a mesh each
 process reads the parts that its devices hold and nothing else; only process 0 writes.
@@ -23,11 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from lsp_jax.errors import InputError
-from lsp_jax.host import to_host
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.runtime import to_host
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.hf_names import Tensor, file_tensors, leaf_shapes
 from lsp_jax.model.llama import Params
-from lsp_jax.model.names import Tensor, file_tensors, leaf_shapes
 from lsp_jax.model.sharding import AXES, Layout, check_model, mesh_of, partition
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -4,7 +4,7 @@
 2. `advance` feeds tokens back until a column is reached, or every row has stopped.
 3. `rollout` is both in one, up to the last column; it composes under `jax.jit` and never asks the host.
 
-`play/chunks.py` runs `advance` from the host instead.
+`play/chunked_decode.py` runs `advance` from the host instead.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from lsp_jax.model import llama
-from lsp_jax.model.cache import DecodeCache, KVCache, empty_decode_cache
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.kv_cache import DecodeCache, KVCache, empty_decode_cache
 from lsp_jax.model.sharding import shard_rows
 from lsp_jax.play.sampler import Draw, SamplingConfig, row_uniforms, sample
 

@@ -12,8 +12,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from lsp_jax import host
-from lsp_jax.errors import InputError
+from lsp_jax.core import runtime
+from lsp_jax.core.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.sharding import mesh_of, place, use_mesh
@@ -110,7 +110,7 @@ def generate(
                 columns=max_completion_length,
                 stop_ids=stop_ids,
             )
-        done = host.to_host((out.tokens, out.lengths - out.stopped))
+        done = runtime.to_host((out.tokens, out.lengths - out.stopped))
         rows_ids = [row[:length].tolist() for row, length in zip(*done, strict=True)][: len(part)]
         texts += [policy.tokenizer.decode(row, skip_special_tokens=True) for row in rows_ids]
     return texts

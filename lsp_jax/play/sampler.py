@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 
 BLOCK = 256  # tokens summed together at the first level; V / 256 and 256 are both short enough to scan
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.play.decode import Completions, rollout

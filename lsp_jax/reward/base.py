@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsp_jax import host, processes
-from lsp_jax.errors import InputError
+from lsp_jax.core import processes, runtime
+from lsp_jax.core.errors import InputError
 from lsp_jax.model.sharding import place, row_shards
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.text.tokenizer import Tokenizer
@@ -216,7 +216,7 @@ def episode_texts(
     episode: Episode, tokenizer: Tokenizer, skip_special_tokens: bool = True, queries: range | None = None
 ) -> EpisodeTexts:
     """Reads the episode's tokens once and decodes them, without the stop tokens; of `queries` alone where given."""
-    (query_ids, query_lengths), answer_ids, answer_lengths = host.to_host(
+    (query_ids, query_lengths), answer_ids, answer_lengths = runtime.to_host(
         (episode.queries.text, episode.answers.tokens, episode.answer_lengths)
     )
 

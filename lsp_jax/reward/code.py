@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.reward.base import HostReward, RewardOutput, Rows
-from lsp_jax.reward.sandbox import sandboxed
-from lsp_jax.reward.workers import Workers
+from lsp_jax.reward.execution.pool import Workers
+from lsp_jax.reward.execution.sandbox import sandboxed
 
 MAX_PROGRAM = 100_000  # characters; a longer program scores 0
 SECONDS = 10.0  # for a program and its tests

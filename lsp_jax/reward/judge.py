@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from lsp_jax.model import llama
-from lsp_jax.model.cache import KVCache
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.kv_cache import KVCache
 from lsp_jax.model.sharding import place, shard_rows
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import groups_at_once
-from lsp_jax.text.judge import JudgeTemplate, judge_tags
+from lsp_jax.text.judge_prompts import JudgeTemplate, judge_tags
 from lsp_jax.text.prompts import Ragged, ids_row, pack
-from lsp_jax.text.tags import blank_tags, tag_tables
+from lsp_jax.text.template_tags import blank_tags, tag_tables
 from lsp_jax.text.tokenizer import SPECIAL, Tokenizer
 
 

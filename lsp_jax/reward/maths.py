@@ -11,10 +11,10 @@ import logging
 
 import numpy as np
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.reward.base import HostReward, RewardOutput, Rows
-from lsp_jax.reward.sandbox import sandboxed
-from lsp_jax.reward.workers import Outcome, Workers
+from lsp_jax.reward.execution.pool import Outcome, Workers
+from lsp_jax.reward.execution.sandbox import sandboxed
 
 SECONDS = 20.0  # for one comparison; math-verify itself gives up after 5 for each of its steps
 _PACKAGES = ("math_verify", "latex2sympy2_extended", "antlr4", "sympy", "mpmath")

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lsp_jax import processes
-from lsp_jax.errors import InputError
+from lsp_jax.core import processes
+from lsp_jax.core.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.sharding import place, shard_rows
@@ -36,7 +36,7 @@ from lsp_jax.play.selfplay import Episode
 from lsp_jax.policy import Policy, open_pretrained
 from lsp_jax.reward.base import DeviceReward, EpisodeReward, Kind, RewardOutput, episode_texts, groups_at_once
 from lsp_jax.text.prompts import SLOT, Ragged, harmless, ids_row, pack, template_pieces, text_tags
-from lsp_jax.text.tags import TagTables, blank_tags, tag_tables
+from lsp_jax.text.template_tags import TagTables, blank_tags, tag_tables
 from lsp_jax.text.tokenizer import Tokenizer
 
 STRETCHES = (1, 2, 4, 8)

@@ -1,6 +1,6 @@
 """The quality self-reward R_Q in 0..7: the frozen reference judges answers by seven yes/no criteria.
 
-`text` mode is the paper's: the judge writes a calculation and a tagged score (`reward/judge_text.py`). It needs a model
+`text` mode is the paper's: the judge writes a calculation and a tagged score (`reward/text_judge.py`). It needs a model
 that keeps to a form, and what it does not write well is masked.
 
 `logits` mode reads the same verdicts without decoding, and cannot fail to parse: after rubric, query and answer
@@ -18,15 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.errors import InputError
+from lsp_jax.core.errors import InputError
 from lsp_jax.model import llama
-from lsp_jax.model.cache import KVCache
 from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.kv_cache import KVCache
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import DeviceReward, EpisodeReward, RewardOutput
 from lsp_jax.reward.judge import Judge, judge_episode, judge_params
-from lsp_jax.reward.judge_text import text_scores
-from lsp_jax.text.judge import (
+from lsp_jax.reward.text_judge import text_scores
+from lsp_jax.text.judge_prompts import (
     CRITERIA,
     LogitsTemplate,
     Mode,

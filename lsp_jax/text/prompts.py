@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.errors import InputError
-from lsp_jax.text import tasks
+from lsp_jax.core.errors import InputError
+from lsp_jax.text import challenger_tasks
 from lsp_jax.text.tokenizer import SPECIAL, Tokenizer
 
 Message = dict[str, str]
@@ -32,7 +32,7 @@ _STAND_INS = ("Apples", "Which 2", "question?", "seven things.", "Blue", "Write 
 class PromptConfig:
     """What the Challenger is asked for."""
 
-    challenger: str = tasks.INSTRUCTIONS
+    challenger: str = challenger_tasks.INSTRUCTIONS
     """The Challenger's user message: names the task and the form of one input to it."""
     query_prefix: str = ""
     """Fixed beginning of every query, such as `What is `. It belongs to the query; only what follows is sampled."""

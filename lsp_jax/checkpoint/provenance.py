@@ -1,0 +1,72 @@
+"""What a run's numbers come from, beside its configuration: the parameters it started with, and the packages."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lsp_jax.checkpoint.checksums import manifest
+from lsp_jax.config import TrainConfig, flat
+from lsp_jax.core.errors import InputError
+from lsp_jax.model.llama import Params
+from lsp_jax.policy import Policy
+
+MANIFEST = "manifest.json"
+"""The file in which a run notes its identity at its start."""
+PACKAGES = ("lsp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the packages that decide what is computed, and the kind of device."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {"device": jax.devices()[0].device_kind}
+
+
+def parameters_digest(params: Params, dtype: str | None = None) -> str:
+    """SHA-256 of all arrays' names, shapes, dtypes and checksums, as they are or in `dtype`: the same on every mesh."""
+    return hashlib.sha256(json.dumps(manifest(params, dtype), sort_keys=True).encode()).hexdigest()
+
+
+def reference_of(run: Path) -> dict[str, Any]:
+    """What the run in that folder noted of its reference: `source`, `revision`, `commit`, `digest`. Raises InputError
+    where that cannot be read."""
+    try:
+        return dict(json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = f"its {MANIFEST} cannot be read ({type(error).__name__}): restore the file"
+        raise InputError("run", str(run), remedy) from error
+
+
+def identity(config: TrainConfig, policy: Policy, reward_model: Policy | None) -> dict[str, Any]:
+    """What every checkpoint of a run records; `policy` is what it started from, its reference."""
+    settings = flat(config)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    source = f"{config.init_from} checkpoint {config.init_step}" if config.init_from else config.model
+    return {
+        "config": settings,
+        "config_digest": digest,
+        "versions": versions(),
+        "reference": {
+            "source": source,
+            "revision": config.revision,
+            "commit": policy.commit,
+            "digest": parameters_digest(policy.params),
+        },
+        "reward_model": reward_model
+        and {
+            "source": reward_model.source,
+            "revision": config.reward.preference_revision,
+            "commit": reward_model.commit,
+        },
+    }

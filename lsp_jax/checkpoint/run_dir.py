@@ -1,0 +1,112 @@
+"""A run's folder: what may be written there, what it holds, and another run's policy read out of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lsp_jax import config as configs
+from lsp_jax.checkpoint.manager import Checkpoints
+from lsp_jax.checkpoint.provenance import MANIFEST
+from lsp_jax.config import TrainConfig
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import check_writable, user_path
+from lsp_jax.policy import Policy, check_replaceable
+
+METRICS_FILE, TRANSCRIPTS_FILE, CHECKSUMS_FILE = "metrics.jsonl", "transcripts.jsonl", "checksums.jsonl"
+ALARMS_FILE = "alarms.jsonl"
+FILES = METRICS_FILE, TRANSCRIPTS_FILE, CHECKSUMS_FILE, ALARMS_FILE
+CHECKPOINTS, BASE, EXPORT, PROFILE = "checkpoints", "base", "export", "profile"
+REPORT = "report.html"
+_RUN_FILES = ("config.json", *FILES, CHECKPOINTS, EXPORT)
+
+
+# --- this run's folder -------------------------------------------------------------------------------------------
+
+
+def check_output(config: TrainConfig, directory: Path) -> None:
+    """Raises InputError when the folder cannot be written to, holds another run, or not the one to be resumed."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError("output_dir", config.output_dir, "is a file; give a directory")
+    check_writable("output_dir", directory)
+    check_replaceable(directory / EXPORT)
+    found = [name for name in _RUN_FILES if (directory / name).exists()]
+    if config.resume == "never" and found:
+        raise InputError(
+            "output_dir",
+            config.output_dir,
+            f"holds another run ({found[0]}); give a new directory, or --resume auto to go on with it",
+        )
+    if config.resume == "must" and not saved_steps(directory):
+        raise InputError("resume", "must", f"no checkpoint in {directory / CHECKPOINTS}; use auto or never to start")
+    if found and "config.json" not in found:
+        raise InputError("output_dir", config.output_dir, f"holds {found[0]} but no config.json; give a new directory")
+    if "config.json" in found:
+        changed = configs.differences(TrainConfig.load(directory / "config.json"), config)
+        if changed:
+            raise InputError(
+                "resume",
+                config.resume,
+                f"the run in {directory} was started with another {', '.join(changed)}; "
+                "use the same values or a new output_dir",
+            )
+
+
+def settled(config: TrainConfig, directory: Path) -> TrainConfig:
+    """With what is decided once a run: the day that chat templates show, and the checkpoint that it starts from.
+
+    Given in `config`, else the resumed run's, else today's day and the newest checkpoint of `init_from`.
+    """
+    saved = directory / "config.json"
+    earlier = TrainConfig.load(saved) if config.resume != "never" and saved.is_file() else None
+    date, step = config.date, config.init_step
+    if earlier is not None:
+        date = date or earlier.date
+        if config.init_from == earlier.init_from:
+            step = step or earlier.init_step
+    if config.init_from:
+        step = _checked_step(user_path("init_from", config.init_from), step or None, "init_step")
+    return replace(config, date=date or time.strftime("%d %b %Y"), init_step=step)
+
+
+def claim(directory: Path, config: TrainConfig, policy: Policy, identity: Mapping[str, Any]) -> None:
+    """Makes the run's folder, with its configuration, what it started with (`identity`, the first time) and, so that
+    the run can be exported alone, the base model's configuration and tokenizer."""
+    base = directory / BASE
+    base.mkdir(parents=True, exist_ok=True)
+    files = {"config.json": config.to_json()}
+    if not (directory / MANIFEST).exists():
+        started_with = {name: value for name, value in identity.items() if name != "config"}
+        files = {MANIFEST: json.dumps(started_with, indent=2) + "\n", **files}
+    for name, text in files.items():
+        fresh = directory / f".{name}.new"
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(directory / name)  # whole or not at all: without a configuration the run cannot be resumed
+    hf_config = json.dumps(policy.config.to_hf(), indent=2) + "\n"
+    (base / "config.json").write_text(hf_config, encoding="utf-8")
+    policy.tokenizer.save(base)
+
+
+# --- a run's policy, for its export or for the next stage ----------------------------------------------------------
+
+
+def _checked_step(run: Path, step: int | None, field: str) -> int:
+    """`step`, or the newest checkpoint; InputError where there is no run or no such checkpoint."""
+    TrainConfig.load(run / "config.json")
+    saved = saved_steps(run)
+    if not saved or (step is not None and step not in saved):
+        raise InputError(field, step, f"{run} has checkpoints {saved or 'none'}; give one of them or none")
+    return max(saved) if step is None else step
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Iterations of the checkpoints in that run's folder, the oldest first."""
+    checkpoints = Checkpoints(run / CHECKPOINTS)
+    try:
+        return checkpoints.steps()
+    finally:
+        checkpoints.close()

@@ -1,0 +1,138 @@
+"""Answers of a model to many prompts, with the programs that play in training, kept as they come.
+
+Prompts of all tasks are batched by length, so few programs are compiled and little is padding: one for each width of
+prompts and length of completions, whatever the number of models of one shape that are asked in turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from lsp_jax.core import runtime
+from lsp_jax.evaluate.result_cache import Store, digest
+from lsp_jax.model.sharding import mesh_of, place, row_shards, use_mesh
+from lsp_jax.play.chunked_decode import Chunks
+from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts, prompt_ids
+from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.policy import Policy
+from lsp_jax.text.prompts import SLOT, template_pieces
+
+CHUNK = 32
+"""Columns between two looks at which rows still run."""
+
+
+class Request(NamedTuple):
+    """One answer that is wanted."""
+
+    ids: tuple[int, ...]
+    """The prompt, checked by `play.generate.prompt_ids`."""
+    columns: int
+    """Longest answer in tokens."""
+    sampling: SamplingConfig
+    sample: int = 0
+    """Which of several answers to this prompt."""
+    seed: int = 0
+
+    def key(self, model: str) -> str:
+        """What the answer is kept under: everything that it depends on, `model` being the digest of its weights."""
+        return digest(
+            "answer", model, list(self.ids), self.columns, list(vars(self.sampling).values()), self.sample, self.seed
+        )
+
+    @property
+    def width(self) -> int:
+        """Of the batch that holds the prompt."""
+        return bucket(len(self.ids), PROMPT_BUCKETS, "prompt length")
+
+    @property
+    def program(self) -> tuple[Any, ...]:
+        """Requests that are equal here run in one program."""
+        return self.columns, tuple(vars(self.sampling).values()), self.width
+
+
+class Answer(NamedTuple):
+    """What the model wrote."""
+
+    text: str
+    """Without its stop token."""
+    tokens: int
+    stopped: bool
+    """False: cut off at `columns`."""
+
+
+@partial(jax.jit, static_argnames="seed")
+def _row_keys(prompts: jax.Array, samples: jax.Array, seed: int) -> jax.Array:
+    """A key a row from its prompt and its sample's number: which rows share a batch changes no draw."""
+    whole = jax.random.key(seed)
+    return jax.vmap(lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(whole, prompt), sample))(
+        prompts, samples
+    )
+
+
+def chat_prompts(policy: Policy, texts: Sequence[str], columns: int) -> list[tuple[int, ...]]:
+    """Ids of one user message each, in the model's chat template.
+
+    They are spliced in as plain text: a control token that a data set or a model spells in them closes nothing.
+    Raises InputError where one does not fit the model with `columns` new tokens.
+    """
+    before, after = template_pieces(policy.tokenizer, [{"role": "user", "content": SLOT}])
+    encoded = [[*before, *policy.tokenizer.encode(text.strip()), *after] for text in texts]
+    return [tuple(prompt_ids(policy, ids, columns)) for ids in encoded]
+
+
+def answers(
+    policy: Policy, requests: Sequence[Request], store: Store, model: str, batch_size: int = 32, about: str = "answers"
+) -> list[Answer]:
+    """The answer to each request, from `store` where it is there; new ones are kept in it batch by batch.
+
+    `model` names the weights (their digest); `about` stands before the progress bar. An answer depends on the weights,
+    its request and, by rounding alone, on the batch it is in.
+    """
+    keys = [request.key(model) for request in requests]
+    missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in store}
+    with tqdm(total=len(set(keys)), desc=about, unit="answer", disable=None) as progress:
+        progress.update(len(set(keys)) - len(missing))
+        for batch in _batches(list(missing.items()), batch_size):
+            made = _complete(policy, [request for _, request in batch], batch_size)
+            store.add({key: list(answer) for (key, _), answer in zip(batch, made, strict=True)})
+            progress.update(len(batch))
+    return [Answer(*store[key]) for key in keys]
+
+
+def _batches(missing: list[tuple[str, Request]], size: int) -> Iterator[list[tuple[str, Request]]]:
+    """At most `size` of one program each, the shortest prompts first."""
+    ordered = sorted(missing, key=lambda item: (item[1].program, item[1].seed, len(item[1].ids)))
+    for _, group in groupby(ordered, key=lambda item: (item[1].program, item[1].seed)):
+        alike = list(group)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def _complete(policy: Policy, requests: Sequence[Request], batch_size: int) -> list[Answer]:
+    first = requests[0]
+    with use_mesh(mesh_of(policy.params)):
+        shards = row_shards()
+        rows = -(-batch_size // shards) * shards  # always as many, so that the last batch is no program of its own
+        tokens, lengths = pad_prompts([request.ids for request in requests], first.width, rows)
+        numbers = np.zeros((2, rows), np.uint32)
+        for row, request in enumerate(requests):
+            content = hashlib.sha256(np.asarray(request.ids, np.int64).tobytes()).digest()
+            numbers[:, row] = int.from_bytes(content[:4], "little"), request.sample
+        prompts, lengths_there, *parts = place((tokens, lengths, *numbers))
+        chunks = Chunks(
+            policy.config, first.sampling, first.columns, policy.tokenizer.stop_ids, min(CHUNK, first.columns)
+        )
+        out = chunks.run(policy.params, prompts, lengths_there, _row_keys(*parts, seed=first.seed))
+        told = runtime.to_host((out.tokens, out.lengths, out.stopped))
+    made = []
+    for ids, length, stopped in list(zip(*told, strict=True))[: len(requests)]:
+        text = policy.tokenizer.decode(ids[: length - stopped].tolist(), skip_special_tokens=True)
+        made.append(Answer(text, int(length), bool(stopped)))
+    return made

@@ -1,0 +1,87 @@
+"""Results by what they were made of, a JSON line each: a rerun makes only those that are missing.
+
+A line is on disk before the next result is waited for, so a crash loses nothing; a line that it cut short is dropped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import check_writable, user_path
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of JSON values: equal for equal content, on every machine."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+class Store:
+    """A file of results; one process writes it at a time."""
+
+    def __init__(self, path: str | Path):
+        """Reads what is there. Raises InputError for a file that is none of ours, or that another process writes."""
+        self.path: Path = user_path("output_dir", path)
+        check_writable("output_dir", self.path.parent)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise InputError(
+                "output_dir", str(self.path), "another evaluation is writing it; wait, or give another one"
+            ) from None
+        try:
+            self._values = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read(self) -> dict[str, Any]:
+        self._file.seek(0)
+        whole = self._file.read()
+        end = whole.rfind(b"\n") + 1
+        self._file.truncate(end)
+        values: dict[str, Any] = {}
+        for number, line in enumerate(whole[:end].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                values[record["key"]] = record["value"]
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                remedy = "is not a line of ours; remove the file, or give another output_dir"
+                raise InputError("output_dir", f"{self.path}:{number}", remedy) from error
+        return values
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Adds results and has them on disk when it returns."""
+        lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in values.items()]
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._values.update(values)
+
+    def close(self) -> None:
+        """Others may write the file now."""
+        self._file.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,281 @@
+"""`lsp-jax evaluate`: models and checkpoints on benchmarks, and against another model before a judge.
+
+1. Everything that can be wrong is looked at first: options, files, sandboxes, the judge's key and address.
+2. Each subject answers all that is asked of it, batched by length; answers are kept by content as they come.
+3. Answers are graded; pairs are judged in both orders; result files are written.
+
+A rerun makes only what is missing, so one that was killed goes on, and a further checkpoint costs only itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from lsp_jax.checkpoint.provenance import parameters_digest, versions
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import user_path
+from lsp_jax.core.runtime import keep_programs
+from lsp_jax.evaluate import tasks
+from lsp_jax.evaluate.config import EvaluateConfig
+from lsp_jax.evaluate.endpoint import Endpoint
+from lsp_jax.evaluate.generation import Answer, Request, answers, chat_prompts
+from lsp_jax.evaluate.judges import Judge, ModelJudge, RewardModelJudge, TextJudge, question
+from lsp_jax.evaluate.models import Subject, open_subjects
+from lsp_jax.evaluate.result_cache import Store
+from lsp_jax.evaluate.tables import results_table
+from lsp_jax.evaluate.winrate import (
+    Compared,
+    Instruction,
+    annotations_json,
+    compare,
+    load_instructions,
+    missing,
+    outcome,
+    outputs_json,
+)
+from lsp_jax.model.sharding import make_mesh
+from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.policy import Policy, load_pretrained
+from lsp_jax.reward.execution.pool import Workers
+from lsp_jax.reward.preference import load_reward_model
+
+WINRATE_COLUMNS = 1024
+"""Longest answer to an instruction unless told otherwise, in tokens."""
+
+
+class Asked(NamedTuple):
+    """What every subject is asked."""
+
+    problems: dict[str, list[tasks.Problem]]
+    """Of each task."""
+    instructions: list[Instruction]
+    """Of the win rate."""
+    config: EvaluateConfig
+
+    def of_tasks(self, policy: Policy) -> list[Request]:
+        """Every problem's answers, task by task. InputError for what does not fit the model."""
+        config, wanted = self.config, []
+        for name, problems in self.problems.items():
+            columns = config.max_completion_length or tasks.TASKS[name].columns
+            for ids in chat_prompts(policy, [problem.prompt for problem in problems], columns):
+                wanted += [self._request(ids, columns, n, config.seed) for n in range(config.num_samples)]
+        return wanted
+
+    def of_winrate(self, policy: Policy, seed: int) -> list[Request]:
+        """One answer to each instruction. InputError for what does not fit the model."""
+        columns = self.config.max_completion_length or WINRATE_COLUMNS
+        prompts = chat_prompts(policy, [instruction.text for instruction in self.instructions], columns)
+        return [self._request(prompt, columns, 0, seed) for prompt in prompts]
+
+    def _request(self, ids: tuple[int, ...], columns: int, sample: int, seed: int) -> Request:
+        return Request(ids, columns, SamplingConfig(self.config.temperature), sample, seed)
+
+
+class Baseline(NamedTuple):
+    """What the win rate is against."""
+
+    subject: Subject | None
+    """None: a file of outputs."""
+    label: str
+    outputs: list[str]
+    """The file's; empty for a subject, which has not answered yet."""
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Does all that `config` asks for, writes it to `output_dir` and returns what `results.json` holds.
+
+    Raises InputError, before anything is generated, for what cannot be used; RunError where a judge no longer answers
+    (what it has said is kept).
+    """
+    config.check()
+    asked, baseline = _asked(config)
+    subjects = open_subjects(config.models, config.steps)
+    for subject in subjects:  # what does not fit is said before gigabytes are read
+        asked.of_tasks(subject.opened)
+    for subject in (*subjects, *([baseline.subject] if baseline and baseline.subject else [])):
+        asked.of_winrate(subject.opened, config.seed)
+    with Workers() as workers, _judge_endpoint(config) as endpoint:
+        tasks.check_grading(asked.problems, workers)
+        directory = user_path("output_dir", config.output_dir)
+        mesh = make_mesh(config.mesh, subjects[0].opened.config)
+        keep_programs(config.compilation_cache)
+        with Store(directory / "answers.jsonl") as store, Store(directory / "verdicts.jsonl") as verdicts:
+            entries, texts = [], []
+            for subject in subjects:
+                entry, written = _answered(subject, asked, store, workers, mesh)
+                entries.append(entry)
+                texts.append(written)
+            results = {"versions": versions(), "models": entries}
+            if baseline is not None:
+                against = _WinRates(asked, baseline, _baseline_texts(baseline, asked, store, mesh), directory)
+                judge = (
+                    TextJudge(endpoint.name, endpoint.identity, endpoint.ask)
+                    if endpoint
+                    else _local(config, store, mesh)
+                )
+                results["winrate"] = against.judged(subjects, texts, judge, verdicts, endpoint)
+    _write(directory / "results.json", json.dumps(results, indent=1) + "\n")
+    _write(directory / "results.md", results_table(results))
+    return results
+
+
+def _asked(config: EvaluateConfig) -> tuple[Asked, Baseline | None]:
+    """All that is read from files; InputError for one of another form."""
+    named = tasks.named(config.tasks)
+    problems = {name: tasks.load_task(name, file, config.limit) for name, file in named.items()}
+    if not config.winrate_against:
+        return Asked(problems, [], config), None
+    if config.baseline_is_file:
+        given = load_instructions(config.winrate_against, "winrate_against", outputs=True)
+        instructions = load_instructions(config.instructions, "instructions") if config.instructions else given
+        instructions = instructions[: config.limit or None]
+        outputs = {row.text: row.output or "" for row in given}
+        lacking = [row.text for row in instructions if row.text not in outputs]
+        if lacking:
+            remedy = f"has no output for {len(lacking)} of the instructions, the first {lacking[0][:60]!r}"
+            raise InputError("winrate_against", config.winrate_against, remedy)
+        label = given[0].generator or Path(config.winrate_against).name
+        baseline = Baseline(None, label, [outputs[row.text] for row in instructions])
+    else:
+        instructions = load_instructions(config.instructions, "instructions")[: config.limit or None]
+        (subject,) = open_subjects([config.winrate_against])
+        baseline = Baseline(subject, subject.label, [])
+    return Asked(problems, instructions, config), baseline
+
+
+@contextmanager
+def _judge_endpoint(config: EvaluateConfig) -> Iterator[Endpoint | None]:
+    """The endpoint that judges, found to be there; None where none does."""
+    if not config.winrate_against or config.judge.kind != "endpoint":
+        yield None
+        return
+    endpoint = Endpoint(config.judge.endpoint, "judge.endpoint")
+    try:
+        endpoint.check()
+        yield endpoint
+    finally:
+        endpoint.close()
+
+
+def _local(config: EvaluateConfig, store: Store, mesh: Mesh | None) -> Judge:
+    """A judge that is loaded here."""
+    judge = config.judge
+    if judge.kind == "reward_model":
+        model = load_reward_model(judge.source, "auto", mesh=mesh)
+        return RewardModelJudge(model, parameters_digest(model.params))
+    policy = load_pretrained(judge.source, config.dtype, mesh=mesh)
+    return ModelJudge(policy, parameters_digest(policy.params), store, judge.max_tokens)
+
+
+def _answered(
+    subject: Subject, asked: Asked, store: Store, workers: Workers, mesh: Mesh | None
+) -> tuple[dict[str, Any], list[str]]:
+    """A subject's entry among the results, its tasks graded, and its answers to the instructions."""
+    config = asked.config
+    policy = subject.load(config.dtype, mesh)
+    weights = parameters_digest(policy.params)
+    of_tasks, of_winrate = asked.of_tasks(policy), asked.of_winrate(policy, config.seed)
+    made = answers(policy, [*of_tasks, *of_winrate], store, weights, config.batch_size, subject.label)
+    del policy  # grading needs no device
+    entry = {"name": subject.name, "step": subject.step, "weights": weights, "tasks": {}}
+    start = 0
+    for name, problems in asked.problems.items():
+        part = made[start : start + len(problems) * config.num_samples]
+        start += len(part)
+        entry["tasks"][name] = _graded(name, problems, part, config, workers)
+    return entry, [answer.text for answer in made[start:]]
+
+
+def _graded(
+    name: str, problems: list[tasks.Problem], made: list[Answer], config: EvaluateConfig, workers: Workers
+) -> dict[str, Any]:
+    number = config.num_samples
+    texts = [[answer.text for answer in made[i : i + number]] for i in range(0, len(made), number)]
+    grades = tasks.grade(name, problems, texts, workers)
+    return {
+        **{metric: figure.as_dict() for metric, figure in tasks.results(grades, config.pass_k).items()},
+        "ungraded": grades.ungraded,
+        "mean_tokens": sum(answer.tokens for answer in made) / len(made),
+        "cut_off": sum(not answer.stopped for answer in made) / len(made),
+        "right": [sum(row) for row in grades.right],
+    }
+
+
+def _baseline_texts(baseline: Baseline, asked: Asked, store: Store, mesh: Mesh | None) -> tuple[list[str], list[str]]:
+    """The baseline's answers, and those drawn with another seed for the control (none of a file)."""
+    if baseline.subject is None:
+        return baseline.outputs, []
+    config = asked.config
+    policy = baseline.subject.load(config.dtype, mesh)
+    seeds = (config.seed, config.seed + 1) if config.control else (config.seed,)
+    wanted = [request for seed in seeds for request in asked.of_winrate(policy, seed)]
+    made = answers(policy, wanted, store, parameters_digest(policy.params), config.batch_size, baseline.label)
+    texts, number = [answer.text for answer in made], len(asked.instructions)
+    return texts[:number], texts[number:]
+
+
+class _WinRates(NamedTuple):
+    """The comparisons of one evaluation."""
+
+    asked: Asked
+    baseline: Baseline
+    texts: tuple[list[str], list[str]]
+    """The baseline's answers, and its others."""
+    directory: Path
+
+    def judged(
+        self, subjects: list[Subject], texts: list[list[str]], judge: Judge, verdicts: Store, endpoint: Endpoint | None
+    ) -> dict[str, Any]:
+        """Every subject's outcome, and the control's; writes outputs and annotations in AlpacaEval's form."""
+        base, other = self.texts
+        named = [(subject.label, written) for subject, written in zip(subjects, texts, strict=True)]
+        control = [(f"{self.baseline.label} (control)", other)] if other else []
+        self._outputs(self.baseline.label, base)
+        for label, written in named:
+            self._outputs(label, written)
+        if endpoint is not None:
+            pairs = [
+                pair
+                for _, made in [*named, *control]
+                for pair in missing(self._instructions, base, made, judge, verdicts)
+            ]
+            print(endpoint.estimate([question(pair) for pair in dict.fromkeys(pairs)]), flush=True)
+        told: dict[str, Any] = {"judge": judge.name, "judge_identity": judge.identity, "baseline": self.baseline.label}
+        told["against"] = {}
+        for label, written in [*named, *control]:
+            compared = compare(self._instructions, base, written, judge, verdicts)
+            told["against"][label] = outcome(compared).as_dict()
+            self._annotations(label, compared, judge)
+        if endpoint is not None:
+            told["endpoint"] = {"counts": dict(endpoint.counts), "models": dict(endpoint.models)}
+        return told
+
+    @property
+    def _instructions(self) -> list[Instruction]:
+        return self.asked.instructions
+
+    def _outputs(self, label: str, texts: list[str]) -> None:
+        _write(self.directory / f"outputs-{_file(label)}.json", outputs_json(self._instructions, texts, label))
+
+    def _annotations(self, label: str, compared: list[Compared], judge: Judge) -> None:
+        text = annotations_json(compared, self.baseline.label, label, judge.name)
+        _write(self.directory / f"annotations-{_file(label)}.json", text)
+
+
+def _file(label: str) -> str:
+    """A label as a part of a file's name."""
+    return re.sub(r"[^\w.@-]+", "_", label).strip("_.")[-100:] or "model"
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)

@@ -1,0 +1,78 @@
+"""Shapes of well-known Llamas by name, for what needs a model's sizes and none of its weights."""
+
+from __future__ import annotations
+
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import user_path
+from lsp_jax.model.config import LlamaConfig, RopeScaling
+from lsp_jax.model.weights import read_config
+
+
+def _llama3(
+    width: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    *,
+    head_dim: int = 128,
+    stretch: float = 0.0,
+    tied: bool = False,
+    context: int = 131072,
+) -> LlamaConfig:
+    """A Llama 3: one vocabulary, 8 kv heads; `stretch` is RoPE's factor from 3.1 on."""
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling("llama3", stretch) if stretch else None,
+        tie_word_embeddings=tied,
+        max_position_embeddings=context,
+        bos_token_id=128000,
+        eos_token_id=(128001, 128008, 128009),
+    )
+
+
+SHAPES: dict[str, LlamaConfig] = {
+    "llama-3.2-1b": _llama3(2048, 8192, 16, 32, head_dim=64, stretch=32.0, tied=True),
+    "llama-3.2-3b": _llama3(3072, 8192, 28, 24, stretch=32.0, tied=True),
+    "llama-3.1-8b": _llama3(4096, 14336, 32, 32, stretch=8.0),
+    "llama-3-8b": _llama3(4096, 14336, 32, 32, context=8192),
+    "llama-3.1-70b": _llama3(8192, 28672, 80, 64, stretch=8.0),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        bos_token_id=1,
+        eos_token_id=(2,),
+    ),
+}
+"""Constants as their makers published them in `config.json`."""
+
+
+def shape_of(name: str, field: str = "model") -> LlamaConfig:
+    """The configuration of `name`: a directory with config.json, a name of SHAPES, or a hub id that contains one.
+
+    `meta-llama/Llama-3.2-3B-Instruct` is `llama-3.2-3b`. Reads no weights and no network. InputError names `field`.
+    """
+    path = user_path(field, name)
+    if path.is_dir():
+        return read_config(path)
+    last = name.rsplit("/", 1)[-1].lower()
+    for known in sorted(SHAPES, key=len, reverse=True):
+        if known in last:
+            return SHAPES[known]
+    raise InputError(field, name, f"give a directory with config.json, or one of {', '.join(SHAPES)}")

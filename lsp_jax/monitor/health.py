@@ -1,0 +1,232 @@
+"""Whether self-play is still alive: what is watched, when it is an alarm, and what then happens.
+
+An alarm looks at the mean of a metric over the last `health.window` iterations, and most compare it with the first
+window too: a run may begin with long answers, but should not end with nothing else. Each has an action:
+
+1. warn: said once, when it begins.
+2. pause: the Challenger learns nothing until the alarm is over; the Solver goes on.
+3. rollback: the run goes back to its last good checkpoint and plays on with other noise (`train/checkpointing.py`).
+4. stop: the run saves and ends with a status of its own.
+
+All that decides lies in the checkpoint, so a resumed run is the run that never stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+from lsp_jax.core import processes
+from lsp_jax.core.errors import InputError, one_of
+
+COPIED_WORDS = 8
+_TAG = re.compile(r"<[/|]?[A-Za-z_]{2,20}[|]?>|\[/?[A-Z_]{3,20}\]")
+
+Action = Literal["off", "warn", "pause", "rollback", "stop"]
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """What happens when self-play collapses: nothing, a warning, a pause of the Challenger's learning until it is over,
+    a return to the last good checkpoint, or the end of the run with status 6. A resumed run may change these."""
+
+    window: int = 10
+    """Iterations whose mean an alarm looks at; the first so many are what it compares with."""
+    max_rollbacks: int = 3
+    """Times that a run may go back; at the next alarm it ends with status 6."""
+    probe: str = ""
+    """A JSONL file of prompts (and what rewards read beside them), fields as `data` says; empty: none. The Solver
+    answers them every `probe_steps` iterations: a checkpoint is good while the answers' rewards are not below the
+    reference's."""
+    probe_steps: int = 10
+    """Iterations between two looks at the probe."""
+    repetition: Action = "warn"
+    """The Challenger asks the same again and again."""
+    validity: Action = "warn"
+    """Most queries have become invalid."""
+    leaks: Action = "warn"
+    """Queries hold the chat template's tags, or answers are full of tags."""
+    length: Action = "warn"
+    """Nearly all answers run to the longest."""
+    learning: Action = "warn"
+    """Nearly all groups of answers have one reward: there is nothing to learn."""
+    entropy: Action = "warn"
+    """The Solver has become deterministic."""
+    drift: Action = "warn"
+    """The Solver is far from the reference."""
+    decline: Action = "warn"
+    """The probe is answered worse than by the reference."""
+
+    def check(self) -> None:
+        """Raises InputError naming the field."""
+        for name in ("window", "probe_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"health.{name}", getattr(self, name), "must be at least 1 iteration")
+        if self.max_rollbacks < 0:
+            raise InputError("health.max_rollbacks", self.max_rollbacks, "must be at least 0")
+        for name in ALARMS:
+            one_of(f"health.{name}", getattr(self, name), typing.get_args(Action))
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether any alarm does: then the last good checkpoint is kept."""
+        return any(getattr(self, name) == "rollback" for name in ALARMS)
+
+
+ALARMS = tuple(field.name for field in fields(HealthConfig) if field.type == "Action")
+
+
+class Rule(NamedTuple):
+    """An alarm: the mean of `metric` beyond `limit`, and further than `change` from where it began (None: wherever)."""
+
+    name: str
+    """Also the field of `HealthConfig` that says what to do."""
+    metric: str
+    above: bool
+    limit: float
+    change: float | None
+    meaning: str
+
+    def fires(self, recent: float, first: float | None) -> bool:
+        """Whether it does on means of the last and of the first window; None: nothing is known of the first."""
+        sign = 1 if self.above else -1
+        far = self.change is None or (first is not None and sign * (recent - first) >= self.change)
+        return sign * recent > sign * self.limit and far
+
+
+RULES = (
+    Rule("repetition", "queries/unique_fraction", False, 0.5, None, "the Challenger asks the same again and again"),
+    Rule("repetition", "queries/cluster_entropy", False, 0.25, 0.25, "the Challenger's queries are all alike"),
+    Rule("validity", "queries/valid_fraction", False, 0.25, 0.25, "most queries have become invalid"),
+    Rule("leaks", "queries/leak_fraction", True, 0.5, 0.25, "queries hold tags of the chat template"),
+    Rule("leaks", "answers/tag_fraction", True, 0.5, 0.25, "answers are full of tags"),
+    Rule("length", "solver/completions/clipped_ratio", True, 0.9, 0.25, "nearly all answers run to the longest"),
+    Rule("learning", "solver/frac_reward_zero_std", True, 0.95, 0.25, "nearly all groups have one reward: no gradient"),
+    Rule("entropy", "solver/entropy", False, 0.02, 0.1, "the Solver has become deterministic"),
+    Rule("drift", "solver/kl", True, 1.0, 0.5, "the Solver is far from the reference"),
+    Rule("decline", "probe/declined", True, 0.5, None, "the probe is answered worse than by the reference"),
+)
+
+
+def wording(lines: Sequence[Mapping[str, Any]], instruction: str) -> dict[str, float]:
+    """Of an iteration's transcripts: how varied the words of its queries are, how many of them repeat the
+    `instruction` that the Challenger was given, and how many answers hold a tag."""
+    words = [line["query"].split() for line in lines]
+    single = [word for query in words for word in query]
+    pairs = [pair for query in words for pair in itertools.pairwise(query)]
+    given = instruction.split()
+    runs = {tuple(given[n : n + COPIED_WORDS]) for n in range(len(given) - COPIED_WORDS + 1)}
+    copied = [any(tuple(query[n : n + COPIED_WORDS]) in runs for n in range(len(query))) for query in words]
+    tagged = [_TAG.search(answer["text"]) is not None for line in lines for answer in line["answers"]]
+    return {
+        "queries/distinct_1": len(set(single)) / max(len(single), 1),
+        "queries/distinct_2": len(set(pairs)) / max(len(pairs), 1),
+        "queries/copy_fraction": sum(copied) / max(len(copied), 1),
+        "answers/tag_fraction": sum(tagged) / max(len(tagged), 1),
+    }
+
+
+class Event(NamedTuple):
+    """An alarm that begins or is over."""
+
+    iteration: int
+    alarm: str
+    """Its field of `HealthConfig`."""
+    action: str
+    """What follows: the alarm's action, or `over`."""
+    said: str
+
+
+class Health:
+    """Looks at each iteration's metrics and says what follows. All processes call it together."""
+
+    def __init__(self, config: HealthConfig, saved: Mapping[str, Any] | None = None):
+        """`saved` is `record` of the checkpoint that the run goes on from."""
+        self._config = config
+        saved = saved or {}
+        self._first: list[list[float | None]] = [list(row) for row in saved.get("first", [])]
+        self._recent: list[list[float | None]] = [list(row) for row in saved.get("recent", [])]
+        self._on: set[str] = set(saved.get("on", []))
+        self.rollbacks: int = saved.get("rollbacks", 0)
+        """Times that the run has gone back."""
+        self.declined: float = saved.get("declined", 0.0)
+        """1 where the last probe was answered worse than by the reference."""
+
+    def record(self) -> dict[str, Any]:
+        """What the next iteration's decision depends on, for the checkpoint."""
+        lasting = {"rollbacks": self.rollbacks, "declined": self.declined}
+        # copies: it is written to disk while the next iteration is looked at
+        rows = {"first": list(self._first), "recent": list(self._recent)}
+        return {**rows, "on": sorted(self._on), **lasting}
+
+    @property
+    def paused(self) -> bool:
+        """Whether the Challenger learns nothing now."""
+        return any(getattr(self._config, name) == "pause" for name in self._on)
+
+    @property
+    def good(self) -> bool:
+        """Whether the policy is one to go back to: no alarm is on, and the last probe was answered well."""
+        return not self._on and not self.declined
+
+    def look(self, number: int, metrics: Mapping[str, float]) -> list[Event]:
+        """At the metrics of iteration `number`, of which only process 0 need have them all; alarms that begin or are
+        over."""
+        found = [float(metrics.get(rule.metric, math.nan)) for rule in RULES]
+        mine = [value if math.isfinite(value) else None for value in found]
+        values, self.declined = processes.gather("health", [mine, metrics.get("probe/declined", 0.0)])[0]
+        window = self._config.window
+        if number <= window and number == len(self._first) + 1:  # not after a resume with a longer window
+            self._first.append(values)
+        self._recent = [*self._recent, values][-window:]
+        if len(self._recent) < window:
+            return []
+        firing = {rule.name: self._said(place, rule) for place, rule in enumerate(RULES) if self._fires(place, rule)}
+        firing = {name: said for name, said in firing.items() if getattr(self._config, name) != "off"}
+        # one that ends a run or sends it back does so for as long as it is on, also after a resume
+        told = {name for name in self._on if getattr(self._config, name) not in ("rollback", "stop")}
+        new = sorted(firing.keys() - told)
+        begun = [Event(number, name, getattr(self._config, name), firing[name]) for name in new]
+        unknown = {rule.name for place, rule in enumerate(RULES) if self._unknown(place)}
+        over = sorted(self._on - firing.keys() - unknown)
+        self._on = (self._on & unknown) | set(firing)
+        return begun + [Event(number, name, "over", f"the alarm {name} is over") for name in over]
+
+    def _unknown(self, place: int) -> bool:
+        """Whether a metric was not finite, or not there, in a part of the window: neither an alarm nor its end."""
+        there = [row[place] is not None for row in self._recent]
+        return any(there) and not all(there)
+
+    def _means(self, place: int) -> tuple[float, float | None] | None:
+        """Over the last window, None where not finite in all of it; and over the first, None where it had none."""
+        recent, first = (
+            [value for row in rows if (value := row[place]) is not None] for rows in (self._recent, self._first)
+        )
+        if len(recent) < len(self._recent):
+            return None
+        return sum(recent) / len(recent), sum(first) / len(first) if first else None
+
+    def _fires(self, place: int, rule: Rule) -> bool:
+        means = self._means(place)
+        return means is not None and rule.fires(*means)
+
+    def _said(self, place: int, rule: Rule) -> str:
+        recent, first = self._means(place) or (math.nan, None)
+        began = "" if first is None else f" (first {first:.3g})"
+        return f"{rule.meaning}: {rule.metric} {recent:.3g} over {self._config.window} iterations{began}"
+
+
+def said_of(event: Event) -> str:
+    """One line for the terminal."""
+    more = {
+        "pause": "; the Challenger learns nothing until it is over",
+        "rollback": "; going back to the last good checkpoint",
+        "stop": "; the run ends",
+    }
+    setting = "" if event.action == "over" else f" (health.{event.alarm} {event.action})"
+    return f"iteration {event.iteration}: {event.said}{setting}{more.get(event.action, '')}"

@@ -1,0 +1,86 @@
+"""A run's fixed texts as ids of the right number, for when no tokenizer is at hand.
+
+A program's memory and speed depend on how long its prompts are, not on what they say. Four characters count as one
+token, as in English with a vocabulary of 128 thousand, and a chat template's turns take what Llama 3's take.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsp_jax.algorithm.spec import Game
+from lsp_jax.config import TrainConfig
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.reward.judge import Judge
+from lsp_jax.reward.preference import PreferenceTemplate
+from lsp_jax.text.judge_prompts import (
+    CRITERIA,
+    TEXT_VERDICT,
+    VERDICT,
+    JudgeTemplate,
+    LogitsTemplate,
+    load_criteria,
+    rubric_text,
+)
+from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
+from lsp_jax.text.template_tags import TagTables
+
+BLANK = 0
+_OPENING, _TURN = 30, 5  # Llama 3.2's system message with its dates and the user's header; end of turn and next header
+
+
+def ids(text: str, more: int = 0) -> tuple[int, ...]:
+    """As many ids as `text` takes, and `more`."""
+    return (1,) * (-(-len(text) // 4) + more)
+
+
+def game(config: TrainConfig, model: LlamaConfig) -> Game:
+    """The static part of every stage, as `train/setup.py` makes it where the tokenizer is."""
+    prefix = ids(config.prompts.query_prefix)
+    return Game(
+        model=model,
+        prompts=PlayPrompts(
+            challenger_ids=ids(config.prompts.challenger, _OPENING + _TURN) + prefix,
+            query_prefix_ids=prefix,
+            solver=TokenTemplate(ids("", _OPENING), ids("", _TURN)),
+            tags=(),
+        ),
+        play=config.play,
+        solver_sampling=config.sampling,
+        challenger_sampling=config.challenger_sampling,
+        stop_ids=model.eos_token_id or (2,),
+        loss=config.loss,
+        optimizer=config.optimizer,
+        compute_dtype="bfloat16" if config.compute_dtype == "auto" else config.compute_dtype,
+        memory=config.memory,
+        lora=config.lora,
+    )
+
+
+def judge(config: TrainConfig, model: LlamaConfig) -> Judge:
+    """The quality reward's judge."""
+    text = config.reward.quality_mode == "text"
+    rubric = ids(rubric_text(load_criteria(config.reward.rubric)), _OPENING)
+    pieces = (rubric, ids("", _TURN), ids(TEXT_VERDICT if text else VERDICT, 2 * _TURN))
+    template = JudgeTemplate(*pieces)
+    if not text:
+        template = LogitsTemplate(*pieces, branch_ids=((1, 1),) * CRITERIA, yes_ids=(1,) * 4, no_ids=(1,) * 4)
+    return Judge(model, template, BLANK, config.reward.judge_rows)
+
+
+def rubric(judge: Judge) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Tokens and lengths that are prefilled once a run."""
+    width = len(judge.template.rubric_ids)
+    return jax.ShapeDtypeStruct((1, width), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+
+
+def preference_template() -> PreferenceTemplate:
+    """The reward model's conversation."""
+    return PreferenceTemplate(ids("", _OPENING), ids("", _TURN), ids("", 1), trims=False)
+
+
+def no_tags() -> dict[str, TagTables]:
+    """Tables of what judge and reward model must not read: chat templates of Llama 3 spell no tag in ordinary text."""
+    return {"tags": TagTables((), np.zeros(0, np.int32))}

@@ -1,0 +1,220 @@
+"""Will a run fit a machine that is not at hand, and what bounds its speed: every stage compiled ahead of time for it.
+
+No weights, no tokenizer and no device are needed (`perf/aot.py`, `perf/chips.py`). A stage's time is the longest of
+three: its operations, its bytes to and from memory and its bytes over the network, each at the figure that the chip's
+maker publishes. No run is faster; most are slower. Lengths are the longest that the configuration allows: every query
+and every answer is taken to use all of its tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from lsp_jax.config import TrainConfig
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import user_path
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.known_models import shape_of
+from lsp_jax.model.sharding import AXES, check_model, make_mesh
+from lsp_jax.perf import placeholders
+from lsp_jax.perf.aot import Phase, Say, compile_run, device_bytes
+from lsp_jax.perf.chips import GIB, Chip, Topology
+from lsp_jax.perf.memory import fitted
+from lsp_jax.play.prompt_data import widest
+
+RESIDENT = ("state", "reference", "reward model", "rubric")
+"""What lies on the devices during the whole run; the state is master parameters and both moments."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `lsp-jax plan` says. Bytes are those of one chip unless they say otherwise."""
+
+    model: str
+    reward_model: str
+    topology: str
+    chip: Chip
+    mesh: dict[str, int]
+    """Devices along each axis."""
+    sizes: dict[str, int]
+    """Of an iteration, with the tokens that it generates."""
+    resident: dict[str, int]
+    """What lies there all the time."""
+    phases: tuple[Phase, ...]
+    checkpoint: int
+    """Bytes of one checkpoint, whole."""
+    verdict: str
+    versions: dict[str, str]
+
+    @property
+    def peak(self) -> int:
+        """Of the worst stage."""
+        return max(phase.peak for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage compiles and has room."""
+        return self.peak <= self.chip.memory and not any(phase.failure for phase in self.phases)
+
+    @property
+    def seconds(self) -> float:
+        """Of one iteration."""
+        return sum(bound(phase, self.chip)[1] * phase.times for phase in self.phases)
+
+    def to_json(self) -> str:
+        """Every field, and the bound and time of each stage."""
+        data = dataclasses.asdict(self)
+        for entry, phase in zip(data["phases"], self.phases, strict=True):
+            limit, seconds = bound(phase, self.chip)
+            entry |= {"peak": phase.peak, "network_bytes": phase.work.network, "bound": limit, "seconds": seconds}
+        data |= {"fits": self.fits, "peak": self.peak, "programs": len(self.phases), "seconds": self.seconds}
+        data["tokens_per_second"] = self.sizes["generated_tokens"] / self.seconds if self.seconds else 0.0
+        return json.dumps(data, indent=2) + "\n"
+
+
+def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) -> Plan:
+    """Compiles every stage of the run `config` for `topology`; `say` is told of each as it is done.
+
+    Of `config.model` and of the reward model only the shape is read: names or directories as in `shape_of`. Raises
+    InputError for what cannot be used.
+    """
+    config.check()
+    model = shape_of(config.model)
+    mesh, reward_model = _mesh(config, model, topology), _reward_model(config)
+    if reward_model is not None:
+        check_model(tuple(mesh.shape.values()), reward_model, "reward model")
+    width = widest(config.data) if config.data.source else 0
+    game = fitted(placeholders.game(config, model), config, reward_model, mesh, topology.chip.memory, width)
+    compiled = compile_run(config, game, reward_model, topology, mesh, say)
+    alive, play = compiled.alive, config.play
+    resident = {name: device_bytes(alive[name]) for name in RESIDENT if name in alive and name not in compiled.parked}
+    sampled = 0 if config.data.source else play.num_queries * play.max_query_length
+    answers = play.num_queries * play.num_generations * play.max_completion_length
+    return Plan(
+        model=config.model,
+        reward_model=config.reward.preference_model if reward_model else "",
+        topology=topology.name,
+        chip=topology.chip,
+        mesh=dict(mesh.shape),
+        sizes=dataclasses.asdict(play)
+        | {"micro_batch_size": game.optimizer.micro_batch_size, "generated_tokens": sampled + answers},
+        resident=resident,
+        phases=tuple(compiled.phases),
+        checkpoint=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(alive["state"])),
+        verdict=_verdict(compiled.phases, resident, topology.chip),
+        versions={name: version(name) for name in ("jax", "jaxlib", "flax", topology.compiler)},
+    )
+
+
+def _mesh(config: TrainConfig, model: LlamaConfig, topology: Topology) -> Mesh:
+    """The run's mesh. Of a single device too: nothing else tells the tracer which platform it is for."""
+    made = make_mesh(config.mesh, model, topology.devices)
+    if made is not None:
+        return made
+    return Mesh(np.reshape(topology.devices, (1, 1, 1)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _reward_model(config: TrainConfig) -> LlamaConfig | None:
+    if not (config.reward.preference_model and config.reward.preference_weight):
+        return None
+    shape = shape_of(config.reward.preference_model, "reward.preference_model")
+    return dataclasses.replace(shape, head="score")
+
+
+def bound(phase: Phase, chip: Chip) -> tuple[str, float]:
+    """What takes longest at the chip's published figures, compute, memory or network, and its seconds."""
+    work = phase.work
+    times = {
+        "compute": work.flops / chip.flops,
+        "memory": work.bytes / chip.bandwidth,
+        "network": work.network / chip.network,
+    }
+    longest = max(times, key=lambda name: times[name])
+    return longest, times[longest]
+
+
+def _verdict(phases: list[Phase], resident: dict[str, int], chip: Chip) -> str:
+    """Whether it fits, and what to change where it does not."""
+    worst = max(phases, key=lambda phase: (bool(phase.failure), phase.peak))
+    if worst.failure:
+        return f"does not fit: the compiler refuses {worst.name}: {worst.failure}. {_advice(worst, resident)}"
+    share = f"{worst.peak / GIB:.2f} of {chip.memory / GIB:.2f} GiB a chip, at most, in {worst.name}"
+    if worst.peak <= chip.memory:
+        return f"fits: {share}"
+    return f"does not fit: {share}. {_advice(worst, resident)}"
+
+
+def _advice(worst: Phase, resident: dict[str, int]) -> str:
+    """What to change, by what takes most of the worst stage's memory."""
+    always = sum(resident.values())
+    own = worst.temporaries + worst.outputs - worst.aliased
+    if not worst.failure and always >= own:
+        return (
+            "Most of it lies there all the time: spread it over more chips, "
+            "or take --park-frozen, --optimizer.moment-dtype bfloat16 or a smaller reward model"
+        )
+    if worst.name in ("update", "reference", "old log-probabilities"):
+        return "Lower --optimizer.micro-batch-size or --optimizer.logprob-chunk"
+    if worst.name == "preference reward":
+        return "Lower --reward.preference-rows"
+    if worst.name == "quality reward":
+        return "Lower --reward.judge-rows"
+    if worst.name in ("handover", "challenge", "solve"):
+        return "The copy that plays is whole on each fsdp group: raise --mesh.tensor, or lower --play.num-queries"
+    return "Spread it over more chips"
+
+
+def table(plan: Plan) -> str:
+    """The plan as Markdown."""
+    chip, mesh = plan.chip, ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.sizes.items())
+    lines = [
+        f"{plan.model} on {plan.topology} ({mesh}); reward model {plan.reward_model or 'none'}",
+        f"{sizes}",
+        f"chip: {chip.flops / 1e12:g} TFLOP/s bfloat16, {chip.memory / GIB:.2f} GiB at {chip.bandwidth / 1e9:g} GB/s, "
+        f"{chip.network / 1e9:g} GB/s into it",
+        "",
+        "| stage | arguments | temporaries | outputs | held | peak GiB | TFLOP | GB moved | GB network | bound | s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for phase in plan.phases:
+        limit, seconds = bound(phase, chip)
+        sizes = (phase.arguments, phase.temporaries, phase.outputs - phase.aliased, phase.held, phase.peak)
+        gib = " | ".join(f"{size / GIB:.2f}" for size in sizes)
+        work = phase.work
+        moved = " | ".join(f"{value:.3g}" for value in (work.flops / 1e12, work.bytes / 1e9, work.network / 1e9))
+        end = "refused" if phase.failure else f"{seconds:.3g}"
+        once = "" if phase.times else " (once)"
+        lines.append(f"| {phase.name}{once} | {gib} | {moved} | {limit} | {end} |")
+    resident = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.resident.items())
+    rate = plan.sizes["generated_tokens"] / plan.seconds if plan.seconds else 0.0
+    lines += [
+        "",
+        f"always there, GiB a chip: {resident}",
+        f"an iteration: {plan.seconds:.3g} s at the least, {rate:.4g} tokens/s at the most; "
+        f"checkpoint {plan.checkpoint / GIB:.2f} GiB; {len(plan.phases)} programs, compiled in "
+        f"{sum(phase.compile_seconds for phase in plan.phases):.0f} s",
+        plan.verdict,
+    ]
+    return "\n".join(lines)
+
+
+def check_output(path: str | Path) -> None:
+    """InputError where `write` could not write there, before long work."""
+    path = user_path("output", path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError("output", str(path), "must be a file in a directory that exists")
+
+
+def write(plan: Plan, path: str | Path) -> None:
+    """Writes the plan as JSON; InputError where the place for it is missing."""
+    check_output(path)
+    Path(path).expanduser().write_text(plan.to_json(), encoding="utf-8")

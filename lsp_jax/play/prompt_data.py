@@ -1,0 +1,183 @@
+"""Queries from a data set instead of a Challenger: prompts of a JSONL file or of a Hugging Face data set.
+
+1. `load_data` reads every row, makes its prompt and encodes it once; rows that cannot be used are left out and counted.
+2. `PromptData.batch` gives the N queries at a cursor: the order depends on the seed alone, each epoch has its own.
+3. `data_queries` puts them on device as the `Queries` that `solve` splices into the Solver's chat template.
+
+What a data set says is text: tags that it spells stay plain text, and nothing in it is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lsp_jax.core.errors import LONGEST, InputError, shown
+from lsp_jax.core.files import user_path
+from lsp_jax.model.sharding import place
+from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts
+from lsp_jax.play.selfplay import Queries
+from lsp_jax.text.tokenizer import Tokenizer
+from lsp_jax.text.tokenizer_files import check_text
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where queries come from when the Solver is trained on data (GRPO)."""
+
+    source: str = ""
+    """A JSONL file, or a data set on the Hugging Face hub (needs the extra `data`); empty is self-play."""
+    subset: str = ""
+    """Name of a hub data set's configuration."""
+    split: str = "train"
+    """Split of a hub data set."""
+    revision: str = ""
+    """Branch, tag or commit of a hub data set; empty is its default branch."""
+    prompt_fields: tuple[str, ...] = ("prompt",)
+    """Fields that make the prompt, joined by an empty line; empty ones are left out, lists are joined by line ends."""
+    instruction: str = ""
+    """Text put before every prompt, such as the form that the final answer must have."""
+    answer_field: str = "answer"
+    """Field with the reference answer, given to rewards as `answer`."""
+    max_prompt_length: int = 512
+    """Longest prompt in tokens, without the chat template; longer rows are left out."""
+    shuffle: bool = True
+    """Another order each epoch, from the seed; False keeps the data set's."""
+
+    def check(self) -> None:
+        """Raises InputError naming the field; touches no file."""
+        if not self.source:
+            return
+        if not self.prompt_fields:
+            raise InputError("data.prompt_fields", self.prompt_fields, "name at least one field of the rows")
+        if self.max_prompt_length < 1:
+            raise InputError("data.max_prompt_length", self.max_prompt_length, "must be at least 1 token")
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """The usable rows of a data set with their prompts' ids."""
+
+    rows: tuple[Mapping[str, Any], ...]
+    """As the file spells them, with `answer` set from `answer_field`."""
+    ids: tuple[list[int], ...]
+    """Each row's prompt."""
+    left_out: int
+    """Rows without a prompt or with one over the length limit."""
+    width: int
+    """The bucket that holds the longest prompt: every batch has this width, so each program compiles once."""
+    shuffle: bool
+
+    def batch(self, cursor: int, count: int, seed: int) -> list[int]:
+        """Indices of the `count` rows from `cursor` (prompts taken so far) on; epochs follow one another."""
+        picked: list[int] = []
+        while len(picked) < count:
+            epoch, start = divmod(cursor + len(picked), len(self.rows))
+            order = np.arange(len(self.rows))
+            if self.shuffle:
+                order = np.random.default_rng([seed, epoch]).permutation(len(self.rows))
+            picked += order[start : start + count - len(picked)].tolist()
+        return picked
+
+
+def widest(config: DataConfig) -> int:
+    """Columns of a query where a prompt has all the tokens that it may have."""
+    return bucket(config.max_prompt_length, PROMPT_BUCKETS, "data.max_prompt_length")
+
+
+def data_queries(data: PromptData, picked: Sequence[int]) -> Queries:
+    """The rows `picked` as queries on device: [N, width] ids, all valid, nothing sampled."""
+    tokens, lengths = pad_prompts([data.ids[index] for index in picked], data.width, len(picked))
+    text, valid = place(((tokens, lengths), np.ones(len(picked), bool)))
+    return Queries(None, text, valid)
+
+
+def load_data(config: DataConfig, tokenizer: Tokenizer) -> PromptData:
+    """Reads and encodes the data set.
+
+    Raises:
+        InputError: the source is missing, empty or cannot be read, a row is not an object, a prompt field is not there,
+            or no row has a prompt that fits.
+    """
+    rows: list[Mapping[str, Any]] = []
+    ids: list[list[int]] = []
+    left_out = 0
+    for row in read_rows(config):
+        prompt = _prompt(row, config)
+        check_text("data.prompt_fields", prompt)
+        encoded = tokenizer.encode(prompt) if prompt else []
+        if not 0 < len(encoded) <= config.max_prompt_length:
+            left_out += 1
+            continue
+        rows.append({**row, "answer": row[config.answer_field]} if config.answer_field in row else row)
+        ids.append(encoded)
+    if not rows:
+        why = (
+            f"{left_out} rows, none with a prompt of 1 to {config.max_prompt_length} tokens" if left_out else "no rows"
+        )
+        raise InputError("data.source", config.source, f"{why}; give another file, or other data.prompt_fields")
+    width = bucket(max(map(len, ids)), PROMPT_BUCKETS, "data.max_prompt_length")
+    return PromptData(tuple(rows), tuple(ids), left_out, width, config.shuffle)
+
+
+def _prompt(row: Mapping[str, Any], config: DataConfig) -> str:
+    """The row's prompt, "" when its fields are empty; stripped, as chat templates do."""
+    parts = []
+    for field in config.prompt_fields:
+        if field not in row:
+            known = ", ".join(map(str, row))[:LONGEST] or "none"
+            raise InputError("data.prompt_fields", field, f"a row has no such field (it has {known})")
+        value = row[field]
+        lines = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(line, str) or line is None for line in lines):
+            raise InputError("data.prompt_fields", field, f"must hold text or a list of texts, not {shown(value, 40)}")
+        parts.append("\n".join(line for line in lines if line).strip())
+    prompt = "\n\n".join(part for part in parts if part)
+    return f"{config.instruction.strip()}\n\n{prompt}".strip() if prompt else ""
+
+
+def read_rows(config: DataConfig, field: str = "data.source") -> Iterator[Mapping[str, Any]]:
+    """The rows of a JSONL file or of a hub data set. InputError names `field`."""
+    path = user_path(field, config.source)
+    if path.is_file():
+        return _read_jsonl(path, field)
+    if path.suffix in (".jsonl", ".json") or (config.source.startswith((".", "/", "~")) and not path.is_dir()):
+        raise InputError(field, config.source, "no such file; give a JSONL file or a hub data set's id")
+    return iter(_read_hub(config, field))
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise InputError(field, f"{path}:{number}", f"must be a JSON object, not {shown(row, 40)}")
+                yield row
+        except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
+            if isinstance(error, InputError):
+                raise
+            raise InputError(field, str(path), f"is not JSON Lines in UTF-8 ({error})") from error
+
+
+def _read_hub(config: DataConfig, field: str) -> Any:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        remedy = "is no file, and hub data sets need the package datasets: pip install 'lsp-jax[data]'"
+        raise InputError(field, config.source, remedy) from error
+    try:
+        # data sets that are programs are refused by the package itself
+        return datasets.load_dataset(
+            config.source, config.subset or None, split=config.split, revision=config.revision or None
+        )
+    except Exception as error:  # network, unknown id, unknown split: its text may quote the token's header, left out
+        remedy = f"could not be loaded from the hub ({type(error).__name__}); check its id, subset, split and revision"
+        raise InputError(field, config.source, remedy) from None

@@ -1,0 +1,264 @@
+"""One HTML file of a run, or of several beside one another: curves, queries and answers, alarms, times, settings.
+
+The file needs no network and no account. What a model wrote reaches the page as JSON and is put there as text alone.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.resources
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lsp_jax.checkpoint.provenance import MANIFEST
+from lsp_jax.checkpoint.run_dir import ALARMS_FILE, METRICS_FILE, REPORT, TRANSCRIPTS_FILE
+from lsp_jax.config import TrainConfig, flat
+from lsp_jax.core import console
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import check_writable, user_path
+from lsp_jax.reporting.metrics import PHASES, describe
+
+PAGE = Path(__file__).parent / "page"
+MOST_POINTS = 1000
+"""Iterations of which a curve has a point."""
+SHOWN_ITERATIONS, SHOWN_QUERIES, SHOWN_CHARACTERS, SHOWN_REPEATS = 24, 4, 2000, 20
+"""Iterations of which queries are shown, queries of each, characters of a text, queries that were asked repeatedly."""
+BREAK = 50
+"""A report of a run under way is written once in so many times what writing it takes."""
+
+CHARTS = (
+    ("Reward", "solver/reward", "challenger/reward"),
+    ("Reward components", "rewards/<name>/mean"),
+    ("KL to the reference", "solver/kl", "challenger/kl"),
+    ("Entropy, nats a token", "solver/entropy", "challenger/entropy"),
+    ("Length, tokens", "solver/completions/mean_length", "challenger/completions/mean_length"),
+    ("Cut off at the longest", "solver/completions/clipped_ratio", "challenger/completions/clipped_ratio"),
+    ("Queries", "queries/valid_fraction", "queries/unique_fraction", "queries/near_duplicate_fraction"),
+    ("Variety of queries", "queries/cluster_entropy", "queries/distinct_1", "queries/distinct_2"),
+    ("Value of queries", "queries/value/min", "queries/value/median", "queries/value/max"),
+    ("Groups with one reward", "solver/frac_reward_zero_std", "resampled_fraction"),
+    ("Answers that count", "answers/valid_fraction", "answers/tag_fraction", "queries/leak_fraction"),
+    ("Learner against sampler", "sampling/token_mult_prob_error"),
+    ("Gradient norm", "grad_norm"),
+    ("Probe against the reference", "probe/gain"),
+    ("Tokens a second", "tokens_per_second"),
+    ("Share of the machine's limit", *(f"limit/{phase}" for phase in PHASES)),
+)
+"""Curves that a report opens with: title and metrics, those that a run has not left out."""
+
+
+# --- what is shown of a run ---------------------------------------------------------------------------------------
+
+
+def collect(run: Path) -> dict[str, Any]:
+    """What a report shows of the run in that folder, as JSON's types; it may be under way.
+
+    Raises InputError where there is no run, or one of its files cannot be read.
+    """
+    config = TrainConfig.load(run / "config.json")
+    lines = list(_lines(run / METRICS_FILE))
+    started = _manifest(run / MANIFEST)
+    queries, repeated = _queries(run, lines[-1]["iteration"] if lines else 0)
+    return {
+        "name": run.resolve().name,
+        "facts": _facts(config, lines),
+        "metrics": _columns(lines),
+        "alarms": list(_lines(run / ALARMS_FILE)),
+        "queries": queries,
+        "repeated": repeated,
+        "config": {name: json.dumps(value) for name, value in flat(config).items()},
+        "started": {name: str(value) for name, value in _flattened(started)},
+    }
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What the run noted at its start; nothing where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError("run", str(path), f"is not the JSON that a run writes ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError("run", str(path), "is not the JSON object that a run writes")
+    return found
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file, none where there is no file; a torn last line of a run under way is left out."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                remedy = f"line {number} is not JSON ({error}); restore the file"
+                raise InputError(path.name, str(path), remedy) from error
+
+
+def _columns(lines: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Metrics by name, of evenly spaced iterations where there are many, the last one among them. What most iterations
+    lack (the probe's figures) is thinned by itself: evenly spaced iterations may hold none of it."""
+    common = Counter(name for line in lines for name in line)
+    rare = {name for name, number in common.items() if 2 * number < len(lines)}
+    special = [number for number, line in enumerate(lines) if not rare.isdisjoint(line)]
+    kept = [lines[number] for number in sorted({*_spaced(range(len(lines))), *_spaced(special)})]
+    return {name: [line.get(name) for line in kept] for name in dict.fromkeys(name for line in kept for name in line)}
+
+
+def _spaced(numbers: Sequence[int]) -> Sequence[int]:
+    """At most MOST_POINTS of them, the last one among them."""
+    step = -(-len(numbers) // MOST_POINTS) or 1
+    return numbers[(len(numbers) - 1) % step :: step] if numbers else numbers
+
+
+def _facts(config: TrainConfig, lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The run in a few figures: means over its first and its last tenth."""
+    facts = [("model", config.model or config.init_from), ("iterations", f"{len(lines)} of {config.max_steps}")]
+    width = max(len(lines) // 10, 1)
+    for label, name in (
+        ("Solver's reward", "solver/reward"),
+        ("Challenger's reward", "challenger/reward"),
+        ("valid queries", "queries/valid_fraction"),
+        ("KL", "solver/kl"),
+    ):
+        values = [line[name] for line in lines if line.get(name) is not None]
+        if values:
+            first, last = (sum(part) / len(part) for part in (values[:width], values[-width:]))
+            facts.append((label, f"{first:.3g} → {last:.3g}"))
+    seconds, tokens = (sum(line.get(name) or 0 for line in lines) for name in ("time/iteration", "completions/tokens"))
+    return [*facts, ("tokens sampled", f"{tokens:,.0f}"), ("hours", f"{seconds / 3600:.2f}")]
+
+
+def _queries(run: Path, last: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Records of iterations spread over the run, texts cut to what a page shows; and what was asked most often."""
+    places = max(SHOWN_ITERATIONS - 1, 1)
+    wanted = {round(1 + place * (last - 1) / places) for place in range(places + 1)}
+    shown, asked = [], {}
+    for record in _lines(run / TRANSCRIPTS_FILE):
+        entry = asked.setdefault(record["query"], {"count": 0, "first": record["iteration"]})
+        entry["count"], entry["last"] = entry["count"] + 1, record["iteration"]
+        if record["iteration"] in wanted and record["index"] < SHOWN_QUERIES:
+            shown.append(_cut(record))
+    for record in shown:
+        record["asked"] = asked[record.pop("key")]["count"]
+    often = sorted(asked.items(), key=lambda item: -item[1]["count"])[:SHOWN_REPEATS]
+    return shown, [{"query": query[:SHOWN_CHARACTERS], **entry} for query, entry in often if entry["count"] > 1]
+
+
+def _cut(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with its long texts cut; `key` is the whole query."""
+    answers = [{**answer, "text": answer["text"][:SHOWN_CHARACTERS]} for answer in record["answers"]]
+    return {**record, "query": record["query"][:SHOWN_CHARACTERS], "answers": answers, "key": record["query"]}
+
+
+def _flattened(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def _charts(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Titles and metrics of the curves, of those metrics that any run has."""
+    there = dict.fromkeys(name for run in runs for name in run["metrics"])
+
+    def matching(name: str) -> list[str]:
+        pattern = re.compile(re.sub(r"<\w+>", "[^/]+", name))
+        return [found for found in there if pattern.fullmatch(found)]
+
+    charts = [{"title": title, "metrics": [m for name in names for m in matching(name)]} for title, *names in CHARTS]
+    return [chart for chart in charts if chart["metrics"]]
+
+
+def page(runs: Sequence[Path]) -> str:
+    """The report of the runs in those folders, as the text of an HTML file."""
+    collected = [collect(run) for run in runs]
+    names = [run["name"] for run in collected]
+    for run, path in zip(collected, runs, strict=True):
+        if names.count(run["name"]) > 1:
+            run["name"] = str(path)
+    meanings = {name: _meaning(name) for run in collected for name in run["metrics"]}
+    data = {"runs": collected, "charts": _charts(collected), "meanings": meanings, "phases": PHASES}
+    parts = {
+        "title": html.escape(", ".join(run["name"] for run in collected)),
+        "style": (PAGE / "page.css").read_text(encoding="utf-8"),
+        "plotly": _plotly(),
+        "data": _embedded(data),
+        "script": (PAGE / "page.js").read_text(encoding="utf-8"),
+    }
+    # one pass over the template: nothing that is put in is looked at again
+    template = (PAGE / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _meaning(name: str) -> str:
+    """A metric's meaning; a run of an earlier version may have some that there are no more."""
+    try:
+        return describe(name)
+    except KeyError:
+        return "not a metric of this version"
+
+
+@cache
+def _plotly() -> str:
+    """Plotly's script as its package has it (`plotly.offline` reads the same file, after a second of imports)."""
+    script = importlib.resources.files("plotly") / "package_data" / "plotly.min.js"
+    return script.read_text(encoding="utf-8")
+
+
+def _embedded(data: Any) -> str:
+    """JSON that cannot end the element it lies in, or open another one."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def write_report(runs: Sequence[str | Path], output: str | Path = "") -> Path:
+    """Writes the report of the runs in those folders; returns its path.
+
+    Without `output`: `report.html` in the folder of a single run, `comparison.html` here for several. Raises InputError
+    where a folder holds no run, or the file cannot be written.
+    """
+    if not runs:
+        raise InputError("runs", runs, "give the folder of at least one run")
+    folders = [user_path("run", run) for run in runs]
+    file = user_path("output", output) if output else folders[0] / REPORT if len(runs) == 1 else Path("comparison.html")
+    if file.is_dir():
+        raise InputError("output", str(output), "is a directory; give the name of an HTML file")
+    check_writable("output", file.parent)
+    text = page(folders)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_name(f".{file.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(file)  # a browser that reloads finds the old one or the new one, whole
+    return file
+
+
+class LiveReport:
+    """The report of a run under way, written again now and then: at most a fiftieth of the run's time goes there."""
+
+    def __init__(self, directory: Path):
+        self._directory, self._due = directory, 0.0
+
+    def refresh(self, last: bool = False) -> None:
+        """Once an iteration; `last`: whatever the time. One that cannot be made is a warning and ends no run."""
+        start = time.perf_counter()
+        if start < self._due and not last:
+            return
+        try:
+            write_report([self._directory])
+        except Exception as error:
+            console.warn(f"no report: {error} ({type(error).__name__})")
+        now = time.perf_counter()
+        self._due = now + BREAK * (now - start)

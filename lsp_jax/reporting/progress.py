@@ -1,0 +1,72 @@
+"""The console: a line an iteration, on a terminal a bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from lsp_jax.core.console import printable
+from lsp_jax.reporting.metrics import PHASES
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """The numbers of one iteration on one line; those that are absent are left out."""
+    shown = (
+        ("solver/reward", "solver {:+.3f}"),
+        ("challenger/reward", "challenger {:+.3f}"),
+        ("queries/valid_fraction", "valid {:.2f}"),
+        ("solver/kl", "kl {:.4f}"),
+        ("tokens_per_second", "{:.0f} tok/s"),
+        ("time/iteration", "{:.1f}s"),
+    )
+    parts = [form.format(float(metrics[name])) for name, form in shown if name in metrics]
+    phases = [f"{phase} {float(metrics[f'time/{phase}']):.1f}" for phase in PHASES if f"time/{phase}" in metrics]
+    return "  ".join(parts) + (f" ({', '.join(phases)})" if phases else "")
+
+
+class Console:
+    """Progress of a run: a line an iteration with a sample of the play; on a terminal a bar with the phase below."""
+
+    def __init__(self, total: int, start: int = 0, stream: TextIO | None = None):
+        """`total` iterations of which `start` are done; `stream` is standard error unless given."""
+        self._total, self._stream, self._first = total, stream or sys.stderr, start + 1
+        self._bar = None
+        if self._stream.isatty():
+            form = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+            # a fixed size: terminals that say they have 0 columns and rows would not show the bar
+            self._bar = tqdm(
+                total=total,
+                initial=start,
+                file=self._stream,
+                ncols=72,
+                nrows=20,
+                bar_format=form,
+                mininterval=0,
+                leave=False,
+            )
+
+    def phase(self, name: str) -> None:
+        """Shows on the bar which phase has begun; those of the first iteration are compiled before they run."""
+        if self._bar is not None:
+            compiling = " (compiles first)" if self._bar.n < self._first else ""
+            self._bar.set_postfix_str(name + compiling)
+
+    def step(self, iteration: int, metrics: Mapping[str, Any], sample: tuple[str, str] | None = None) -> None:
+        """Shows iteration number `iteration` (from 1) and one sample (query, answer), which may hold anything."""
+        lines = [f"{iteration}/{self._total}  {summary(metrics)}"]
+        if sample is not None:
+            lines += [f"  Q {printable(sample[0], 100)}", f"  A {printable(sample[1], 150)}"]
+        text = "\n".join(lines)
+        if self._bar is None:
+            print(text, file=self._stream, flush=True)
+        else:
+            self._bar.write(text, file=self._stream)
+            self._bar.update(iteration - self._bar.n)
+
+    def close(self) -> None:
+        """Takes the bar away; the lines stay."""
+        if self._bar is not None:
+            self._bar.close()

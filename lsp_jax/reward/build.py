@@ -1,0 +1,147 @@
+"""From a configuration to the reward components of a run, and how they are mixed.
+
+1. `open_rewards`: everything that can be checked without weights: names and weights, the user's function, the sandbox,
+   the data's fields, the reward model's files.
+2. `load_rewards`: the components themselves, once the policy is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from lsp_jax.core.errors import InputError
+from lsp_jax.model.llama import Params
+from lsp_jax.play.prompt_data import PromptData
+from lsp_jax.policy import Policy
+from lsp_jax.reward import code, maths
+from lsp_jax.reward.base import HostReward, Reward, RewardSpec, check_rewards
+from lsp_jax.reward.config import RewardConfig
+from lsp_jax.reward.execution.pool import Workers
+from lsp_jax.reward.execution.sandbox import check_sandbox
+from lsp_jax.reward.preference import load_reward_model, open_reward_model, preference_reward
+from lsp_jax.reward.quality import quality_reward
+from lsp_jax.reward.user_callable import arithmetic_reward, callable_reward, probe_callable
+
+
+class OpenedRewards(NamedTuple):
+    """What `load_rewards` needs; making it has read no weights."""
+
+    components: tuple[Reward, ...]
+    """Those that need no weights."""
+    reward_model: Policy | None
+    """Configuration and tokenizer of the preference reward's model; `params` is empty."""
+    specs: tuple[RewardSpec, ...]
+    """How all components are mixed, in the order of `load_rewards`."""
+
+
+def open_rewards(
+    config: RewardConfig, given: Sequence[Reward], workers: Workers, *, use_quality: bool = True, date: str = ""
+) -> OpenedRewards:
+    """The checked components of a run; `given` are those beside the configured ones. Raises InputError.
+
+    Host components score in `workers`; `use_quality`: whether the Challenger gets quality rewards too; `date` (ISO) is
+    the day that the reward model's template shows. What depends on the data's rows is checked by `check_data`.
+    """
+    specs = [RewardSpec(component.name, component.kind, component.weight) for component in given]
+    check_rewards([*_configured_specs(config), *specs], use_quality)
+    components = [*_host_rewards(config, workers), *given]
+    for component in given:
+        if isinstance(component, HostReward):
+            probe_callable(component)
+    model = None
+    if config.preference_model and config.preference_weight:
+        _, model = open_reward_model(config.preference_model, config.preference_revision or None)
+        model = replace(model, tokenizer=model.tokenizer.dated(date))
+    host_specs = [RewardSpec(component.name, component.kind, component.weight) for component in components]
+    device_specs = [spec for spec in _configured_specs(config) if spec.name in ("preference", "quality")]
+    return OpenedRewards(tuple(components), model, _mixed(config, [*host_specs, *device_specs]))
+
+
+def check_data(config: RewardConfig, data: PromptData | None) -> None:
+    """Raises InputError when the rows lack what a configured component compares with."""
+    if data is not None and config.maths_weight:
+        maths.check_rows(data.rows)
+    if data is not None and config.code_weight:
+        code.check_rows(data.rows)
+
+
+def load_rewards(
+    config: RewardConfig,
+    opened: OpenedRewards,
+    policy: Policy,
+    reference: Params,
+    kinds: jax.Array,
+    mesh: Mesh | None = None,
+) -> tuple[Reward, ...]:
+    """Every component, in the order of `opened.specs`; reads the reward model's weights onto `mesh`."""
+    components = list(opened.components)
+    if opened.reward_model is not None:
+        model = load_reward_model(opened.reward_model.source, "auto", config.preference_revision or None, mesh)
+        model = replace(model, tokenizer=opened.reward_model.tokenizer)
+        weight, rows = config.preference_weight, config.preference_rows
+        components.append(preference_reward(model, policy.tokenizer, kinds, "task", weight, rows))
+    if config.quality_weight:
+        components.append(
+            quality_reward(
+                reference,
+                policy.config,
+                policy.tokenizer,
+                kinds,
+                config.quality_weight,
+                config.judge_rows,
+                mode=config.quality_mode,
+                rubric=config.rubric,
+                max_length=config.quality_max_length,
+            )
+        )
+    return tuple(components)
+
+
+def _configured_specs(config: RewardConfig) -> list[RewardSpec]:
+    """Every component that the configuration asks for, known before any is made."""
+    specs = [
+        RewardSpec(name, "task", getattr(config, f"{name}_weight"))
+        for name in ("arithmetic", "maths", "code")
+        if getattr(config, f"{name}_weight")
+    ]
+    if config.callable:
+        specs.append(RewardSpec("callable", config.callable_kind, config.callable_weight))
+    if config.preference_model and config.preference_weight:
+        specs.append(RewardSpec("preference", "task", config.preference_weight))
+    if config.quality_weight:
+        specs.append(RewardSpec("quality", "quality", config.quality_weight))
+    return specs
+
+
+def _host_rewards(config: RewardConfig, workers: Workers) -> list[HostReward]:
+    components: list[HostReward] = []
+    if config.arithmetic_weight:
+        components.append(arithmetic_reward(config.arithmetic_weight, workers=workers))
+    if config.maths_weight or config.code_weight:
+        check_sandbox(workers)
+    if config.maths_weight:
+        maths.check_maths(workers)
+        components.append(maths.maths_reward(config.maths_weight, workers=workers))
+    if config.code_weight:
+        components.append(code.code_reward(config.code_weight, workers=workers, timeout=config.code_timeout))
+    if config.callable:
+        component = callable_reward(config.callable, "callable", config.callable_kind, config.callable_weight, workers)
+        probe_callable(component)
+        components.append(component)
+    return components
+
+
+def _mixed(config: RewardConfig, specs: Sequence[RewardSpec]) -> tuple[RewardSpec, ...]:
+    """`specs` with standardisation and clipping; InputError for a name that is none of theirs."""
+    names, bounds = [spec.name for spec in specs], config.bounds()
+    for field, used in (("reward.standardize", config.standardize), ("reward.clip", tuple(bounds))):
+        unknown = [name for name in used if name not in names]
+        if unknown:
+            raise InputError(field, unknown[0], f"no component has this name; there are {', '.join(names)}")
+    standardize = config.standardize
+    return tuple(spec._replace(standardize=spec.name in standardize, clip=bounds.get(spec.name)) for spec in specs)

@@ -1,0 +1,342 @@
+"""Child processes that score for the run and cannot hang it.
+
+A child is a command that speaks JSON lines: first `{"ready": true, ...}`, then one reply for each request. It may be
+compromised by what it grades, so nothing it says is unpickled or believed: replies are bounded, parsed as data and must
+carry the request's number. An item that takes too long, or whose child dies or talks nonsense, is a failure with a
+reason; the child is ended, the other items keep their results, and the next item gets a new child.
+
+Children end with the run: their input ends, and on Linux they are killed with the thread that started them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lsp_jax.core.errors import InputError
+
+START_SECONDS = 60.0  # until a child says that it is ready; its imports count here, not in the item's time
+START_FAILURES = 3  # in a row: then the remaining items of the call fail too
+MAX_REPLY = 8 << 20  # bytes of one line
+MAX_LOG = 10_000  # bytes of a child's stderr that are passed on for one item
+
+
+class Program(NamedTuple):
+    """How a kind of child is started; children of one program are interchangeable."""
+
+    argv: tuple[str, ...]
+    isolated: bool = False
+    """Started with an empty environment; else with ours, where `sys.path` is the same as here."""
+    once: bool = False
+    """A new child for every item."""
+
+
+class Outcome(NamedTuple):
+    """What became of an item."""
+
+    reply: dict[str, Any] | None
+    """None when there is none."""
+    failure: str = ""
+    """Why there is none, in one printable line."""
+    started: bool = True
+    """Whether a child was ready and given the item: False is never the item's own fault."""
+    refused: str = ""
+    """What the child said instead of being ready: the remedy of an InputError."""
+
+
+class WorkerFailure(RuntimeError):
+    """A call that gave no result: too late, or its process died."""
+
+
+def printable(data: bytes | str, limit: int = 300) -> str:
+    """One printable line of at most `limit` characters."""
+    text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)[:limit]
+
+
+class _Child:
+    """One process and the item it works on."""
+
+    def __init__(self, program: Program):
+        self.program, self.number = program, 0
+        self.process = subprocess.Popen(
+            program.argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={} if program.isolated else _environment(),
+            start_new_session=True,  # Ctrl-C is the run's to handle; and the whole group can be ended
+        )
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.stdin, self.stdout, self.stderr = self.process.stdin, self.process.stdout, self.process.stderr
+        for pipe in (self.stdin, self.stdout, self.stderr):
+            os.set_blocking(pipe.fileno(), False)
+        self.ready: dict[str, Any] | None = None
+        self.reading, self.log, self.logged, self.log_open = bytearray(), bytearray(), 0, True
+
+    def give(self, item: Mapping[str, Any], seconds: float) -> None:
+        """The item's number tells its reply from a late one."""
+        self.number += 1
+        self.seconds, self.outcome = seconds, None
+        request = json.dumps({**item, "number": self.number}, default=str).encode() + b"\n"
+        self.request, self.logged = memoryview(request), 0
+        self.deadline = time.monotonic() + (START_SECONDS if self.ready is None else seconds)
+
+    def fail(self, why: str) -> None:
+        said = f" ({printable(bytes(self.log[-1000:]))})" if self.log and self.ready is None else ""
+        self.outcome = Outcome(None, why + said, started=self.ready is not None)
+
+    def is_late(self, now: float) -> bool:
+        return self.outcome is None and now > self.deadline
+
+    def fail_late(self) -> None:
+        if self.outcome is None:
+            limit = START_SECONDS if self.ready is None else self.seconds
+            self.fail(f"{'took' if self.ready else 'was not ready after'} more than {limit:g} s")
+
+    def write(self) -> None:
+        try:
+            self.request = self.request[os.write(self.stdin.fileno(), self.request) :]
+        except BlockingIOError:
+            pass
+        except OSError:  # it ended; what it last said decides how
+            self.request = self.request[:0]
+
+    def read_log(self) -> bool:
+        """Passes stderr on; False at its end."""
+        data = _read(self.stderr)
+        if data is None:
+            return True
+        self.log_open = bool(data)
+        self.log = (self.log + data)[-1000:]
+        shown = data[: max(MAX_LOG - self.logged, 0)]
+        self.logged += len(data)
+        for line in shown.splitlines():
+            if text := printable(line):
+                print(text, file=sys.stderr)
+        return bool(data)
+
+    def read(self) -> bool:
+        """Takes what the child says as the readiness or the outcome; False at the end of its output."""
+        data = _read(self.stdout)
+        if data is None:
+            return True
+        self.reading += data
+        end = self.reading.find(b"\n")
+        if end < 0:
+            if len(self.reading) > MAX_REPLY:
+                self.fail(f"said more than {MAX_REPLY} bytes")
+            elif not data:
+                while self.read_log() and self.ready is None and self.process.poll() is None:
+                    time.sleep(0.001)  # why it could not start
+                self.fail(f"ended without a reply{self._status()}")
+            return bool(data)
+        line, self.reading = bytes(self.reading[:end]), self.reading[end + 1 :]
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            message = None
+        if self.ready is None and isinstance(message, dict) and message.get("ready") is True and not self.reading:
+            self.ready, self.deadline = message, time.monotonic() + self.seconds
+        elif self.ready is None and isinstance(message, dict) and isinstance(message.get("refused"), str):
+            refused = printable(message["refused"])
+            self.outcome = Outcome(None, refused, started=False, refused=refused)
+        elif self.ready is None or not isinstance(message, dict) or message.get("number") != self.number:
+            self.fail("said something that is no reply")
+        elif self.reading:
+            self.fail("said more than its reply")
+        else:
+            self.outcome = Outcome(message)
+        return True
+
+    def _status(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return f", exit status {self.process.wait(0.1)}"
+        return ""
+
+    def end(self) -> None:
+        """Kills it and what it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        for pipe in (self.stdin, self.stdout, self.stderr):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self.process.wait()
+
+
+def _read(pipe: Any) -> bytes | None:
+    """None when there is nothing yet, empty at the end."""
+    try:
+        return os.read(pipe.fileno(), 1 << 16)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with the same module path; unless told otherwise, JAX in a child stays off the run's accelerator."""
+    path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+    return {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path}
+
+
+def _end_all(idle: dict[Program, list[_Child]]) -> None:
+    for children in idle.values():
+        for child in children:
+            child.end()
+    idle.clear()
+
+
+class Workers:
+    """Up to `count` children at work side by side, each item for at most `timeout` seconds.
+
+    Children start when they are first needed, wait for the next call, and are closed with the pool. Calls from several
+    threads take turns; Linux ends a child with the thread that started it, so call from a thread that stays.
+
+    Raises:
+        InputError: `count` below 1 or `timeout` not above 0.
+    """
+
+    def __init__(self, count: int | None = None, timeout: float = 60.0):
+        self.count: int = min(os.cpu_count() or 1, 16) if count is None else count
+        self.timeout = timeout
+        if self.count < 1:
+            raise InputError("workers.count", count, "must be 1 or more")
+        if not 0 < timeout < float("inf"):
+            raise InputError("workers.timeout", timeout, "must be a number of seconds above 0")
+        self._idle: dict[Program, list[_Child]] = {}
+        self._busy: dict[int, _Child] = {}
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _end_all, self._idle)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the children; a later call starts new ones."""
+        with self._lock:
+            _end_all(self._idle)
+
+    def show_stacks(self) -> None:
+        """Has every child at work write where it is to standard error; any thread may ask, also while they score."""
+        _show_stacks(list(self._busy.values()))
+
+    def run(self, program: Program, items: Sequence[Mapping[str, Any]], timeout: float | None = None) -> list[Outcome]:
+        """One outcome an item, in their order; never raises for what a child does."""
+        with self._lock:
+            return self._run(program, items, timeout or self.timeout)
+
+    def _run(self, program: Program, items: Sequence[Mapping[str, Any]], seconds: float) -> list[Outcome]:
+        outcomes: dict[int, Outcome] = {}
+        waiting, busy, not_started = deque(enumerate(items)), self._busy, 0
+        try:
+            while waiting or busy:
+                while waiting and len(busy) < self.count:
+                    place, item = waiting.popleft()
+                    try:
+                        child = self._child(program)
+                        child.give(item, seconds)
+                        busy[place] = child
+                    except (OSError, ValueError) as error:  # ValueError: a NUL in its command
+                        outcomes[place] = Outcome(None, f"could not be started: {printable(str(error))}", False)
+                        not_started += 1
+                _attend(list(busy.values()))
+                for place, child in list(busy.items()):
+                    if child.outcome is None:
+                        continue
+                    del busy[place]
+                    outcomes[place] = child.outcome
+                    not_started = 0 if child.outcome.started else not_started + 1
+                    if child.outcome.reply is None or program.once:
+                        child.end()
+                    else:
+                        self._idle.setdefault(program, []).append(child)
+                if not_started >= START_FAILURES:
+                    why = next(o.failure for o in reversed(outcomes.values()) if not o.started)
+                    outcomes.update({place: Outcome(None, why, False) for place, _ in waiting})
+                    waiting.clear()
+        finally:
+            for child in busy.values():
+                child.end()
+            busy.clear()
+        return [outcomes[place] for place in range(len(items))]
+
+    def _child(self, program: Program) -> _Child:
+        """One that waits, or a new one."""
+        idle = self._idle.get(program, [])
+        while idle:
+            child = idle.pop()
+            if child.process.poll() is None:
+                return child
+            child.end()
+        return _Child(program)
+
+    def ready(self, program: Program) -> Outcome:
+        """What a child of this program says when it is ready, as `reply`; or why it is not."""
+        with self._lock:
+            try:
+                child = self._child(program)
+            except (OSError, ValueError) as error:
+                return Outcome(None, f"could not be started: {printable(str(error))}", False)
+            if child.ready is None:
+                child.give({}, self.timeout)
+                while child.ready is None and child.outcome is None:
+                    _attend([child], write=False)
+            if child.ready is None:
+                child.end()
+                return child.outcome or Outcome(None, "is not ready", False)
+            child.number = 0
+            self._idle.setdefault(program, []).append(child)
+            return Outcome(child.ready)
+
+
+def _attend(children: list[_Child], write: bool = True) -> None:
+    """Waits until a child says something, takes its request, or is late; and deals with it."""
+    if not children:
+        return
+    with selectors.DefaultSelector() as selector:
+        for child in children:
+            selector.register(child.stdout, selectors.EVENT_READ, child.read)
+            if child.log_open:
+                selector.register(child.stderr, selectors.EVENT_READ, child.read_log)
+            if write and child.ready is not None and len(child.request):
+                selector.register(child.stdin, selectors.EVENT_WRITE, child.write)
+        wait = max(min(child.deadline for child in children) - time.monotonic(), 0.0)
+        for key, _ in selector.select(wait + 0.001):
+            key.data()
+    now = time.monotonic()  # one moment for all: what follows takes time that is nobody's fault
+    late = [child for child in children if child.is_late(now)]
+    if late:
+        _show_stacks(late)
+    for child in late:
+        child.fail_late()
+
+
+def _show_stacks(children: list[_Child]) -> None:
+    """Has those that can do so write where they are to their stderr, which is passed on."""
+    able = [child for child in children if child.ready and child.ready.get("stacks") is True]
+    for child in able:
+        child.logged = 0  # however much they have said already
+        child.process.send_signal(signal.SIGUSR1)
+    for _ in range(10 if able else 0):
+        time.sleep(0.02)
+        for child in able:
+            with contextlib.suppress(ValueError):  # its pipe may have been closed by now
+                child.read_log()

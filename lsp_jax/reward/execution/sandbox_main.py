@@ -1,0 +1,257 @@
+"""What runs inside the sandbox: `python -I -S inside.py code|maths|probe`. Standard library only.
+
+Before it takes a request it gives up for good what would be left to it: processes and threads, memory, file size, open
+files, core dumps, and the system calls that reach deep into the kernel. Then it speaks the JSON lines of
+`lsp_jax.reward.execution.pool` on its first standard output; what a program prints goes nowhere.
+
+Never run this outside the sandbox: `code` executes what a model wrote.
+"""
+
+from __future__ import annotations
+
+import builtins
+import ctypes
+import json
+import os
+import platform
+import resource
+import struct
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+MEMORY = 1 << 30  # bytes of address space
+FILE = 16 << 20  # bytes of one file
+OPEN_FILES = 64
+MAX_ANSWER = 4000  # characters at an answer's end that are read for a final result
+
+# System calls that a single process needs not: new processes and threads, name spaces and mounts, tracing, key rings,
+# and the kernel's own virtual machines and queues. Numbers from asm/unistd.h of each architecture.
+_DENIED = {
+    # clone fork vfork clone3 unshare setns mount umount2 pivot_root ptrace process_vm_readv process_vm_writev
+    # bpf perf_event_open userfaultfd io_uring_setup add_key request_key keyctl kexec_load init_module
+    "x86_64": (56, 57, 58, 435, 272, 308, 165, 166, 155, 101, 310, 311, 321, 298, 323, 425, 248, 249, 250, 246, 175),
+    # the same, without fork and vfork, which this architecture has not
+    "aarch64": (220, 435, 97, 268, 40, 39, 41, 117, 270, 271, 280, 241, 282, 425, 217, 218, 219, 104, 105),
+}
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # linux/bpf_common.h: LD|W|ABS, JMP|JEQ|K, JMP|JGE|K, RET|K
+_ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000  # linux/seccomp.h: ALLOW, ERRNO with EPERM, KILL_PROCESS
+_X32 = 0x40000000  # calls of x86_64's second table
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2  # linux/prctl.h, linux/seccomp.h
+
+
+def system_call_filter(machine: str) -> bytes:
+    """A classic BPF program: EPERM for what `_DENIED` names, death for another architecture's calls.
+
+    Raises:
+        OSError: no table for this machine.
+    """
+    if machine not in _DENIED:
+        raise OSError(f"no system call filter for {machine}")
+    denied = _DENIED[machine]
+    rules = [
+        (_LOAD, 0, 0, 4),  # seccomp_data.arch
+        (_EQUAL, 1, 0, _AUDIT_ARCH[machine]),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, 0),  # seccomp_data.nr
+        (_AT_LEAST, len(denied) + 1, 0, _X32),
+        *((_EQUAL, len(denied) - place, 0, number) for place, number in enumerate(denied)),
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, _REFUSE),
+    ]
+    return b"".join(struct.pack("HBBI", *rule) for rule in rules)
+
+
+class _Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.c_char_p)]
+
+
+def confine() -> None:
+    """Limits that hold until the process ends. Raises OSError where one cannot be had."""
+    for kind, most in (
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_FSIZE, FILE),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_NPROC, 1),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (most, most))
+    libc = ctypes.CDLL(None, use_errno=True)
+    rules = system_call_filter(platform.machine())
+    program = _Filter(len(rules) // 8, rules)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "no_new_privs")
+    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0):
+        raise OSError(ctypes.get_errno(), "the system call filter")
+
+
+def limit_cpu(seconds: float, for_good: bool) -> None:
+    """Processor time from now on; the kernel ends the process that takes more."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = int(used.ru_utime + used.ru_stime + seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (most, most if for_good else resource.RLIM_INFINITY))
+
+
+def run_program(program: str, tests: list[str]) -> bool:
+    """Executes the program, then each test in a namespace of its own with what the program defined.
+
+    The test sees Python's builtins as they were, whatever the program did to them by then.
+    """
+    module = types.ModuleType("program")
+    sys.modules["program"] = sys.modules["__main__"] = module  # dataclasses look their module up
+    standard = builtins.__dict__
+    clean = dict(standard)
+    try:
+        exec(compile(program, "<program>", "exec"), vars(module))  # noqa: S102 - the sandbox is for this
+        standard.clear()
+        standard.update(clean)
+        sys.settrace(None)
+        sys.setprofile(None)
+        names = {key: value for key, value in vars(module).items() if key not in clean and key != "__builtins__"}
+        for test in tests:
+            exec(compile(test, "<test>", "exec"), names)  # noqa: S102
+    except BaseException:  # SystemExit and what the program derives itself
+        return False
+    return True
+
+
+def serve_code(source: Any, protocol: int) -> None:
+    """One program, whose proof of passing is the request's nonce; then the end, whatever it left running."""
+    write, leave, dumps = os.write, os._exit, json.dumps
+    request = json.loads(source.readline())
+    source.close()
+    limit_cpu(request["seconds"], for_good=True)
+    nonce, number = request.pop("nonce"), request["number"]
+    passed = run_program(request["program"], request["tests"])
+    write(protocol, dumps({"number": number, "nonce": nonce if passed else ""}).encode() + b"\n")
+    leave(0)
+
+
+def _boxed(text: str) -> str | None:
+    """What the last \\boxed{} holds; None without one that is closed."""
+    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
+    if start < 0:
+        return None
+    start, depth = text.index("{", start) + 1, 1
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start:place]
+    return None
+
+
+def final_answer(text: str) -> tuple[str, bool]:
+    """(the result, whether it was marked as such): in the last \\boxed{}, after the last ####, or the text's end."""
+    tail = text[-MAX_ANSWER:]
+    boxed = _boxed(tail)
+    if boxed is not None:
+        return boxed.strip(), True
+    _, marked, after = tail.rpartition("####")
+    return (after.strip().split("\n")[0].strip(), True) if marked else (tail, False)
+
+
+def serve_maths(source: Any, protocol: int) -> None:
+    """Pairs of a row's answer and a model's: whether they are equal."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    kinds = [LatexExtractionConfig(), ExprExtractionConfig()]
+
+    def read(text: str) -> list[Any]:
+        result, marked = final_answer(text)
+        if not marked:
+            return parse(result, kinds)
+        return parse(f"${result}$", kinds) or parse(result, kinds)
+
+    for line in source:
+        request = json.loads(line)
+        limit_cpu(request["seconds"], for_good=False)
+        gold = read(request["gold"])
+        equal = bool(gold) and verify(gold, read(request["answer"]))
+        reply = {"number": request["number"], "gold": bool(gold), "equal": equal}
+        os.write(protocol, json.dumps(reply).encode() + b"\n")
+
+
+def serve_probe(source: Any, protocol: int) -> None:
+    """What the sandbox still allows, tried: the names of what should be impossible and is not."""
+    request = json.loads(source.readline())
+    probes = {
+        "network": lambda: _network(request["port"]),
+        "the run's files": lambda: _there(request["file"]),
+        **PROBES,
+    }
+    allowed = [name for name, attempt in probes.items() if _possible(attempt)]
+    os.write(protocol, json.dumps({"number": request["number"], "allowed": allowed}).encode() + b"\n")
+
+
+def _possible(attempt: Any) -> bool:
+    try:
+        return bool(attempt())
+    except (OSError, MemoryError):
+        return False
+
+
+def _network(port: int) -> bool:
+    """Whether a server of this machine can be reached."""
+    import socket
+
+    with socket.create_connection(("127.0.0.1", port), 5):
+        return True
+
+
+def _fork() -> bool:
+    if os.fork() == 0:
+        os._exit(0)
+    return True
+
+
+def _writable(path: str) -> bool:
+    with open(path, "w") as file:  # noqa: PTH123
+        return file.write("x") > 0
+
+
+def _there(path: str) -> bool:
+    return os.stat(path) is not None  # noqa: PTH116 - pathlib costs a third of the start
+
+
+def _fill() -> bool:
+    """Whether the writable place takes 1 GiB."""
+    for number in range(64):
+        with open(f"fill{number}", "wb") as file:  # noqa: PTH123
+            file.write(bytes(FILE))
+    return True
+
+
+PROBES: dict[str, Callable[[], object]] = {
+    "processes": _fork,
+    "memory": lambda: bytearray(MEMORY),
+    "writing outside": lambda: any(_possible(lambda p=p: _writable(p)) for p in ("/x", "/dev/x", "/usr/x", sys.prefix)),
+    "a large file": lambda: _writable("large") and os.truncate("large", FILE + 1) is None,
+    "a full disk": _fill,
+    "root's rights": lambda: os.getuid() == 0 or os.setuid(0) is None,
+    "capabilities": lambda: os.chroot("/") is None,
+    "the environment": lambda: set(os.environ) - {"PWD", "LC_CTYPE"},
+    "other processes": lambda: os.getpid() > 10 or _there("/proc/1"),
+    "the terminal's session": lambda: _there("/dev/tty"),
+}
+
+
+def main() -> None:
+    source = os.fdopen(os.dup(0), "rb")
+    protocol = os.dup(1)
+    serve = {"code": serve_code, "maths": serve_maths, "probe": serve_probe}[sys.argv[1]]
+    if serve is serve_maths:  # before the limits: a package that is missing is told, not a crash
+        sys.path.append("/packages")
+        import math_verify  # noqa: F401
+    confine()
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.close(null)
+    os.write(protocol, b'{"ready": true}\n')
+    serve(source, protocol)
+
+
+if __name__ == "__main__":
+    main()

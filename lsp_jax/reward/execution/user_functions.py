@@ -1,0 +1,103 @@
+"""The user's own reward functions: found by name, called, their results checked.
+
+Imports no JAX: this runs in a worker process as well as in the run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lsp_jax.core.errors import InputError
+
+
+def load_callable(spec: str) -> Callable[..., Any]:
+    """The function that "package.module:function" or "path/to/file.py:function" names.
+
+    This imports, that is runs, the user's own module: never build `spec` from what a model or a data set says.
+
+    Raises:
+        InputError: `spec` has another form, the module is missing or fails on import, or has no such function.
+    """
+    target, _, attribute = spec.rpartition(":")
+    if not target or not attribute.isidentifier():
+        raise InputError("reward.callable", spec, "must be package.module:function or path/to/file.py:function")
+    try:
+        module = _load_file(target) if target.endswith(".py") else importlib.import_module(target)
+    except (Exception, SystemExit) as error:  # user code may raise anything, and scripts call sys.exit
+        remedy = f"importing {target} raised {one_line(error)}; a file is named as path/to/file.py:function"
+        raise InputError("reward.callable", spec, remedy) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        remedy = f"{target} has no function {attribute}" if function is None else f"{attribute} cannot be called"
+        raise InputError("reward.callable", spec, f"{remedy}; name a function of (queries, answers)")
+    return function
+
+
+def _load_file(path: str) -> Any:
+    name = f"_lsp_jax_user_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def takes_rows(function: Callable[..., Any]) -> bool:
+    """Whether the function has a parameter named `rows`."""
+    try:
+        return "rows" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some built-in functions have no signature
+        return False
+
+
+def call_reward(
+    function: Callable[..., Any],
+    name: str,
+    queries: list[str],
+    answers: list[list[str]],
+    rows: Sequence[Mapping[str, Any]],
+) -> np.ndarray:
+    """float32 [N, G]: what the function returns, checked.
+
+    Raises:
+        InputError: another shape, or what are not numbers.
+        Exception: what the function raises.
+    """
+    # copies: a function that sorts its arguments must not change what others read
+    arguments = [list(queries), [list(group) for group in answers]]
+    extra = {"rows": [dict(row) for row in rows]} if takes_rows(function) else {}
+    return reward_array(function(*arguments, **extra), name, (len(queries), len(answers[0])))
+
+
+def reward_array(result: Any, name: str, shape: tuple[int, int]) -> np.ndarray:
+    """float32 [N, G]; raises InputError for anything else."""
+    returns = f"the function must return numbers of shape (queries, answers per query) = {shape}, one row a query"
+    try:
+        array = np.asarray(result)
+    except ValueError as error:  # rows of different lengths
+        raise InputError("reward.callable", name, f"returned rows of unequal length; {returns}") from error
+    if array.shape != shape:
+        raise InputError("reward.callable", name, f"returned shape {array.shape}; {returns}")
+    # numpy counts the small floats of ml_dtypes as unknown types; their names say what they are
+    if array.dtype.kind not in "biuf" and not array.dtype.name.startswith(("bfloat", "float")):
+        raise InputError("reward.callable", name, f"returned dtype {array.dtype}; {returns}")
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and masked
+        return array.astype(np.float32)

@@ -1,0 +1,85 @@
+"""`text` mode of the quality self-reward: the judge writes a calculation and a tagged score, and only that is read.
+
+    1+0+1+1+0+1+1=5
+    <score>5</score>
+
+The grammar covers all of what the judge wrote in its turn, from its first token to its stop token. Nothing else is
+ever parsed: a calculation or a tag in a query or an answer is text that the judge was shown. The score is the sum of
+the seven items, recomputed; a judge that contradicts itself, adds a word or is cut off has not scored, and the answer
+is masked. LSP, Section 3 (quality self-reward).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from lsp_jax.core import processes, runtime
+from lsp_jax.model.sharding import place, shard_params
+from lsp_jax.play.decode import Completions, rollout
+from lsp_jax.play.sampler import SamplingConfig, row_keys
+from lsp_jax.play.selfplay import Episode
+from lsp_jax.reward.base import RewardOutput
+from lsp_jax.reward.judge import Judge, judge_episode
+from lsp_jax.text.judge_prompts import CRITERIA
+from lsp_jax.text.tokenizer import Tokenizer
+
+_GREEDY = SamplingConfig(temperature=0.0)
+_SPACE, _TOTAL = r"\s*", f"([0-{CRITERIA}])"
+_ITEMS = "([01](?:" + _SPACE + r"\+" + _SPACE + f"[01]){{{CRITERIA - 1}}})"
+_TURN = re.compile(_SPACE.join(("", _ITEMS, "=", _TOTAL, "<score>", _TOTAL, "</score>", "")), re.ASCII)
+
+
+def parse_score(turn: str) -> int | None:
+    """The score 0..7 in the judge's whole turn (without its stop token), None when it is not of the form.
+
+    Seven digits 0 or 1 joined by `+`, `=`, their total, and the total between `<score>` and `</score>`, with white
+    space between them as it comes and nothing else. All three totals must agree.
+    """
+    match = _TURN.fullmatch(turn)
+    if match is None:
+        return None
+    items, total, tagged = match.groups()
+    score = items.count("1")
+    return score if score == int(total) == int(tagged) else None
+
+
+def text_scores(
+    params: Any, tokenizer: Tokenizer, judge: Judge, max_length: int, stop_ids: tuple[int, ...], episode: Episode
+) -> RewardOutput:
+    """R_Q of every answer, `values` [N, G] on device; what cannot be parsed is masked. One read from the device."""
+    static = {"judge": judge, "max_length": max_length, "stop_ids": stop_ids}
+    processes.check_program("write_judgements", write_judgements, params, episode, **static)
+    written = write_judgements(params, episode, **static)
+    turns = judge_turns(written, tokenizer)
+    scores = [[None if turn is None else parse_score(turn) for turn in group] for group in turns]
+    values = np.array([[score or 0 for score in group] for group in scores], np.float32)
+    valid = np.array([[score is not None for score in group] for group in scores], bool)
+    return RewardOutput(*place((values, valid, np.ones(len(scores), bool))))
+
+
+@partial(jax.jit, static_argnames=("judge", "max_length", "stop_ids"))
+def write_judgements(
+    params: Any, episode: Episode, *, judge: Judge, max_length: int, stop_ids: tuple[int, ...]
+) -> Completions:
+    """The judge's turns, greedy: arrays [N, G, ...]. Pure. On a mesh the reference is laid out for decoding first."""
+    params = params | {"reference": shard_params(params["reference"], "decode")}
+
+    def write(prefixes: Any, last: jax.Array) -> Completions:
+        keys = row_keys(jax.random.key(0), last.shape[0])  # greedy: never drawn from
+        return rollout(params["reference"], judge.config, prefixes, last, keys, _GREEDY, max_length, stop_ids)
+
+    return judge_episode(params, episode, judge, write)
+
+
+def judge_turns(written: Completions, tokenizer: Tokenizer) -> list[list[str | None]]:
+    """[N][G] texts without the stop tokens, control tokens spelled; None for a turn that was cut off."""
+    tokens, lengths, stopped = runtime.to_host((written.tokens, written.lengths - written.stopped, written.stopped))
+    return [
+        [tokenizer.decode(ids[:length].tolist()) if whole else None for ids, length, whole in zip(*group, strict=True)]
+        for group in zip(tokens, lengths, stopped, strict=True)
+    ]

@@ -1,0 +1,165 @@
+"""What the judge of the quality self-reward is shown: seven criteria from a file, around a query and its answer.
+
+The prompt is a conversation: the criteria and the query, the answer in its own turn, the request to judge it. In
+`logits` mode the judge's turn is begun seven times ("3.") and read where it says yes or no. In `text` mode the judge
+writes its calculation and a tagged score (`reward/text_judge.py` reads them).
+
+The wording is ours; the paper's rubric is not copied. LSP, Section 3 (quality self-reward).
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import user_path
+from lsp_jax.text.prompts import SLOT, Message, template_pieces, text_tags
+from lsp_jax.text.tokenizer import Tokenizer
+
+Mode = Literal["logits", "text"]
+
+CRITERIA = 7
+RUBRIC_FILE = Path(__file__).with_name("rubric.toml")
+
+_RUBRIC = """\
+Below are an instruction and then the response that an assistant gave to it. Judge the response by seven criteria, \
+each with yes or no:
+{criteria}
+
+Instruction:
+"""
+
+VERDICT = "Judge the response above by the seven criteria. Write each number with yes or no."
+
+TEXT_VERDICT = """\
+Judge the response above by the seven criteria. Write seven digits joined by +, 1 for a criterion that is met and 0 \
+for one that is not, then = and their total. On the next line write the total between <score> and </score>. Write \
+nothing else."""
+
+
+@dataclass(frozen=True)
+class JudgeTemplate:
+    """The judge's prompt as ids: rubric, query, middle, answer, tail; hashable."""
+
+    rubric_ids: tuple[int, ...]
+    middle_ids: tuple[int, ...]
+    tail_ids: tuple[int, ...]
+    """From the end of the answer to the beginning of the judge's turn."""
+
+    @property
+    def fixed_length(self) -> int:
+        """Tokens of the prompt beside query and answer."""
+        return len(self.rubric_ids + self.middle_ids + self.tail_ids)
+
+
+@dataclass(frozen=True)
+class LogitsTemplate(JudgeTemplate):
+    """With one short branch a criterion, each after the tail."""
+
+    branch_ids: tuple[tuple[int, ...], ...]
+    """CRITERIA tuples: how the judge's turn goes on up to where it says yes or no."""
+    yes_ids: tuple[int, ...]
+    no_ids: tuple[int, ...]
+
+    @property
+    def fixed_length(self) -> int:
+        """Tokens of the prompt beside query and answer, the longest branch included."""
+        return super().fixed_length + max(map(len, self.branch_ids))
+
+
+def check_mode(mode: str) -> None:
+    """Raises InputError for a mode that there is not."""
+    if mode not in get_args(Mode):
+        raise InputError("mode", mode, f"must be one of {', '.join(get_args(Mode))}")
+
+
+def load_criteria(path: str | Path = "") -> tuple[str, ...]:
+    """The seven criteria of the rubric file `path`, of the package's own when empty.
+
+    Raises InputError when the file is missing, is not TOML, or does not hold seven texts in `criteria`.
+    """
+    file = user_path("rubric", path) if path else RUBRIC_FILE
+    try:
+        content: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("rubric", str(path), f"cannot be read ({error.strerror}); give a TOML file") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested too deep
+        raise InputError("rubric", str(path), f"is not TOML in UTF-8 ({error}); see text/rubric.toml") from error
+    criteria = content.get("criteria")
+    if set(content) != {"criteria"} or not isinstance(criteria, list) or len(criteria) != CRITERIA:
+        found = len(criteria) if isinstance(criteria, list) else ", ".join(content) or "nothing"
+        raise InputError(
+            "rubric", str(path), f"must hold `criteria`, a list of {CRITERIA} texts, alone (found {found})"
+        )
+    for number, criterion in enumerate(criteria, 1):
+        if not isinstance(criterion, str) or not criterion.strip() or SLOT in criterion:
+            raise InputError("rubric", str(path), f"criterion {number} must be a text that is not empty")
+    return tuple(criterion.strip() for criterion in criteria)
+
+
+def rubric_text(criteria: Sequence[str]) -> str:
+    """What stands before the query in the judge's first message."""
+    numbered = "\n".join(f"{number}. {criterion}" for number, criterion in enumerate(criteria, 1))
+    return _RUBRIC.format(criteria=numbered)
+
+
+def judge_messages(criteria: Sequence[str], mode: Mode, query: str, answer: str) -> list[Message]:
+    """The conversation that the judge reads. Query and answer each end where the template puts its own tag, so that no
+    token can straddle model text and frame."""
+    return [
+        {"role": "user", "content": rubric_text(criteria) + query},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": VERDICT if mode == "logits" else TEXT_VERDICT},
+    ]
+
+
+def _pieces(tokenizer: Tokenizer, criteria: Sequence[str], mode: Mode) -> tuple[tuple[int, ...], ...]:
+    """The fixed ids around query and answer."""
+    rubric = rubric_text(criteria)
+    if not tokenizer.special_ids.isdisjoint(tokenizer.encode(rubric, allow_special=True)):
+        raise InputError("rubric", rubric, "spells a control token of the model's tokenizer; word it otherwise")
+    return template_pieces(tokenizer, judge_messages(criteria, mode, SLOT, SLOT))
+
+
+def judge_template(tokenizer: Tokenizer, criteria: Sequence[str] | None = None) -> LogitsTemplate:
+    """The judge of `logits` mode, by the package's criteria when none are given.
+
+    Raises InputError when the chat template is missing or changes text, and when yes or no is no single token.
+    """
+    pieces = _pieces(tokenizer, criteria or load_criteria(), "logits")
+    words = {answer: [answer, answer.capitalize(), " " + answer, " " + answer.capitalize()] for answer in ("yes", "no")}
+    ids = {
+        answer: sorted({tokenizer.encode(form)[0] for form in forms if len(tokenizer.encode(form)) == 1})
+        for answer, forms in words.items()
+    }
+    if not ids["yes"] or not ids["no"]:
+        raise InputError("tokenizer", "yes / no", "the judge needs a vocabulary in which yes and no are single tokens")
+    branches = tuple(tuple(tokenizer.encode(f"{number}.")) for number in range(1, CRITERIA + 1))
+    return LogitsTemplate(*pieces, branch_ids=branches, yes_ids=tuple(ids["yes"]), no_ids=tuple(ids["no"]))
+
+
+def text_judge_template(tokenizer: Tokenizer, criteria: Sequence[str] | None = None) -> JudgeTemplate:
+    """The judge of `text` mode, by the package's criteria when none are given; the judge writes its whole turn.
+
+    Raises InputError when the chat template is missing or changes text.
+    """
+    return JudgeTemplate(*_pieces(tokenizer, criteria or load_criteria(), "text"))
+
+
+def judge_length(tokenizer: Tokenizer, mode: Mode = "logits", rubric: str | Path = "", max_length: int = 64) -> int:
+    """Tokens that judging takes beside query and answer, what the judge writes (`text`) included. Raises InputError."""
+    check_mode(mode)
+    criteria = load_criteria(rubric)
+    if mode == "logits":
+        return judge_template(tokenizer, criteria).fixed_length
+    return text_judge_template(tokenizer, criteria).fixed_length + max_length
+
+
+def judge_tags(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Tags of the conversation's template that are spelled in ordinary text, such as Llama 2's `[/INST]`."""
+    roles = ("user", "assistant", "user")
+    return text_tags(tokenizer, template_pieces(tokenizer, [{"role": role, "content": SLOT} for role in roles]))

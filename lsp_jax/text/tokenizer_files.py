@@ -1,0 +1,112 @@
+"""The small files beside a tokenizer: what they say of stop ids, added tokens and the chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lsp_jax.core.errors import InputError
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what a library says."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is no file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
+        raise InputError(path.name, str(path.parent), f"is not JSON ({error}); restore the original file") from error
+    if not isinstance(value, dict):
+        raise InputError(path.name, str(path.parent), "must hold a JSON object; restore the original file")
+    return value
+
+
+def stop_ids_of(directory: Path, eos_id: int | None) -> tuple[int, ...]:
+    """Sorted ids that end a completion: all that generation_config.json (or config.json) declares, and `eos_id`."""
+    name = "generation_config.json"
+    declared = read_json(directory / name).get("eos_token_id")
+    if declared is None:
+        name = "config.json"
+        declared = read_json(directory / name).get("eos_token_id")
+    ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if not all(is_id(token) for token in ids):
+        raise InputError(
+            "eos_token_id", declared, f"must be a token id or a list of them; correct {name} in {directory}"
+        )
+    stop: list[int] = sorted({*ids, *([] if eos_id is None else [eos_id])})
+    if not stop:
+        raise InputError(
+            "eos_token_id", None, f"no stop token is declared; add eos_token_id to {directory}/generation_config.json"
+        )
+    return tuple(stop)
+
+
+def token_text(entry: object, default: str | None) -> str | None:
+    """A token's text from tokenizer_config.json, where it is a string or an object with "content"."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    check_text("token", text)
+    return text if isinstance(text, str) else default
+
+
+def check_text(field: str, text: object) -> None:
+    """InputError for half a surrogate pair: `"\\ud800"` in JSON gives one, and bytes on a command line do."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(field, text, "holds half of a surrogate pair, which is no character; take it out") from error
+
+
+def is_id(value: object) -> bool:
+    """Whether a value from a file can be a token's id, which the devices hold as int32."""
+    return type(value) is int and 0 <= value < 2**31
+
+
+def added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, tuple[int, bool]]:
+    """Added tokens by text: (id, whether it is special)."""
+    named = {token_text(config.get(f"{role}_token"), None) for role in ("bos", "eos", "unk", "pad")}
+    more = config.get("additional_special_tokens") or []
+    named |= {token_text(entry, None) for entry in (more if isinstance(more, list) else [])}
+    tokens: dict[str, tuple[int, bool]] = {}
+    for text, token in read_json(directory / "added_tokens.json").items():
+        tokens[token_text(text, None) or ""] = (_id_of(token, "added_tokens.json", text), text in named)
+    field = "added_tokens_decoder"
+    decoder = config.get(field) or {}
+    if not isinstance(decoder, dict):
+        raise InputError(field, decoder, f"must be an object; restore tokenizer_config.json in {directory}")
+    for token, entry in decoder.items():
+        text = token_text(entry, None)
+        if not text or not isinstance(entry, dict):
+            raise InputError(field, entry, 'must be an object with "content", the token\'s text')
+        tokens[text] = (_id_of(token, field, text), bool(entry.get("special")) or text in named)
+    if "" in tokens:
+        raise InputError("added_tokens.json", "", f"a token must have a text; restore the file in {directory}")
+    return tokens
+
+
+def _id_of(value: object, field: str, text: str) -> int:
+    number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 11 else value
+    if not is_id(number):
+        raise InputError(f"{field} {text!r}", value, "must be a token id, a whole number from 0")
+    assert isinstance(number, int)
+    return number
+
+
+def chat_template_of(directory: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, else the (default) template of tokenizer_config.json."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            remedy = f"cannot be read ({one_line(error)}); restore the original file"
+            raise InputError(path.name, str(directory), remedy) from error
+    template = config.get("chat_template")
+    if isinstance(template, list):  # older files hold a list of named templates
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
+    return template if isinstance(template, str) else None

@@ -1,0 +1,122 @@
+"""What a run tells the person who started it: what will happen, and what lies where afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from lsp_jax.algorithm.spec import Game
+from lsp_jax.checkpoint.provenance import MANIFEST
+from lsp_jax.checkpoint.run_dir import (
+    ALARMS_FILE,
+    BASE,
+    CHECKPOINTS,
+    CHECKSUMS_FILE,
+    EXPORT,
+    METRICS_FILE,
+    REPORT,
+    TRANSCRIPTS_FILE,
+)
+from lsp_jax.core import processes
+from lsp_jax.core.console import printable
+from lsp_jax.core.errors import InputError
+from lsp_jax.model.lora import adapters_shape
+from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.train.doctor import Finding
+from lsp_jax.train.run import Run
+
+WRITTEN = {
+    "config.json": "every setting of the run",
+    MANIFEST: "versions at its start, and where the weights came from",
+    METRICS_FILE: "one line an iteration",
+    TRANSCRIPTS_FILE: "one line a query: its answers, R, R_Q, advantages, validity",
+    ALARMS_FILE: "one line an alarm that began or was over",
+    REPORT: "curves, queries and answers, alarms, times: open it in a browser",
+    CHECKSUMS_FILE: "one line a checkpoint: the checksum of each array",
+    f"{CHECKPOINTS}/": "to resume from (--resume auto)",
+    f"{BASE}/": "configuration and tokenizer of the base model",
+    f"{EXPORT}/": "the trained policy as a Hugging Face directory",
+}
+
+
+def announce(run: Run, done: int) -> None:
+    """What will run, and from where, before the first long wait; `done` iterations lie behind."""
+    config, play = run.config, run.config.play
+    has_quality = any(reward.kind == "quality" for reward in run.rewards)
+    method = "LSP" if config.loss.use_quality and has_quality else "LSP-Zero"
+    if not run.game.trains_challenger:
+        method = "Solver alone" if run.data is None else "GRPO on data"
+    source = f"{config.init_from} (checkpoint {config.init_step})" if config.init_from else config.model
+    print(
+        f"{method}: {printable(source)}, {play.num_queries} queries x {play.num_generations} answers, "
+        f"rewards {', '.join(reward.name for reward in run.rewards)}, "
+        f"{jax.default_backend()} ({run.game.compute_dtype}), {config.max_steps} iterations -> {run.directory}"
+    )
+    if run.mesh is not None:
+        sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+        print(f"mesh: {sizes} ({run.mesh.size} devices, {jax.process_count()} processes)")
+    if not config.optimizer.micro_batch_size:
+        print(f"update: {run.game.optimizer.micro_batch_size} rows a device at one time")
+    if run.game.lora.rank:
+        print(_adapters(run))
+    print(policy_in_the_loss(run.game))
+    if run.data is not None:
+        print(f"data: {len(run.data.rows)} prompts of {printable(config.data.source)}, {run.data.left_out} left out")
+    if done >= config.max_steps:
+        print(f"all {done} iterations are done: only the export is written again; for more, raise --max-steps")
+    elif done:
+        print(f"going on after iteration {done}")
+    elif config.resume == "auto":
+        print("no checkpoint yet: starting from the model")
+    if done < config.max_steps:
+        cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+        kept = f", kept in {printable(cache)} for the next start" if cache else ""
+        print(f"the first iteration also compiles every program: one to several minutes{kept}", flush=True)
+
+
+def _adapters(run: Run) -> str:
+    """How much is trained, of how much. The base is what the reference holds."""
+    lora = run.game.lora
+    trees = adapters_shape(run.reference, lora), run.reference
+    trained, base = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in trees)
+    where = ", ".join(lora.targets)
+    return f"adapters of rank {lora.rank} on {where}: {trained / 1e6:.2f} of {base / 1e6:.0f} million parameters train"
+
+
+def findings(found: Sequence[Finding]) -> None:
+    """What the pass over a run has found that is not well. Raises InputError at the first error."""
+    for finding in found:
+        if finding.level == "error":
+            raise InputError(finding.check, finding.said, finding.remedy)
+        if finding.level == "warning" and processes.is_writer():
+            print(finding, flush=True)
+
+
+def finish(run: Run) -> None:
+    """What was written, by name."""
+    print(f"wrote {run.directory}/")
+    for name, meaning in WRITTEN.items():
+        print(f"  {name:20} {meaning}")
+
+
+def policy_in_the_loss(game: Game) -> str:
+    """One line: from which distribution each role samples, and which one the loss takes for its policy."""
+    roles = [("Solver", game.solver_sampling)]
+    if game.trains_challenger:
+        roles.append(("Challenger", game.challenger_sampling))
+    return "; ".join(f"{role}: {_policy_of(sampling)}" for role, sampling in roles)
+
+
+def _policy_of(sampling: SamplingConfig) -> str:
+    settings = [f"temperature {sampling.temperature:g}"]
+    if sampling.top_k > 0:
+        settings.append(f"top-k {sampling.top_k}")
+    if sampling.top_p < 1:
+        settings.append(f"top-p {sampling.top_p:g}")
+    if sampling.min_p > 0:
+        settings.append(f"min-p {sampling.min_p:g}")
+    seen = "the same distribution" if sampling.temperature == 1 else "the tempered distribution"
+    if sampling.truncates:
+        seen = f"{'the whole' if sampling.temperature == 1 else 'the whole tempered'} distribution; kept mass stored"
+    return f"{', '.join(settings)} (the loss sees {seen})"

@@ -1,0 +1,97 @@
+"""What the policy is worth on prompts that it does not learn from, beside what the reference was worth on them.
+
+The Solver answers every prompt of `health.probe` as it does in play, with the same noise each time, and the run's own
+rewards score the answers. The gain is the mean over prompts of the policy's reward minus the reference's; it has
+declined when that is more than two of its standard errors below 0.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsp_jax.algorithm import rollout, stages
+from lsp_jax.core import console, runtime
+from lsp_jax.core.stage import first_checked
+from lsp_jax.learn.update import TrainState
+from lsp_jax.model.llama import Params
+from lsp_jax.model.sharding import at_work
+from lsp_jax.play.prompt_data import data_queries
+from lsp_jax.play.selfplay import Episode
+from lsp_jax.reward.base import RewardOutput, RewardSpec, combine, solver_rewards
+from lsp_jax.reward.scoring import score
+from lsp_jax.train.run import Run
+
+PROBE = np.uint32(2**32 - 1)  # folded into the seed's key: noise of no iteration
+
+
+class Probe:
+    """The probe of one run; all processes look together."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._reference: np.ndarray | None = None
+
+    def look(self, number: int, state: TrainState, declined: float, begins: Callable[[str], None]) -> dict[str, float]:
+        """Metrics of the probe after iteration `number`; between two looks the last one's verdict, `declined`, stands.
+        Empty without a probe."""
+        config = self._run.config.health
+        if self._run.probe is None:
+            return {}
+        if number % config.probe_steps:
+            return {"probe/declined": declined}
+        start = time.perf_counter()
+        if self._reference is None:
+            self._reference = self._values(at_work(self._run.reference), begins)
+        values = self._values(stages.rollout_params(state.params, self._run.game, self._run.reference), begins)
+        gain = values - self._reference
+        both = gain[np.isfinite(gain)]  # a prompt of which no answer could be scored says nothing
+        if not len(both):
+            console.warn(f"iteration {number}: no answer to the probe's prompts could be scored (health.probe)")
+            return {"probe/declined": declined, "time/probe": time.perf_counter() - start}
+        mean = float(np.mean(both))
+        error = float(np.std(both, ddof=1) / math.sqrt(len(both))) if len(both) > 1 else 0.0
+        return {
+            "probe/reward": float(np.mean(values[np.isfinite(gain)])),
+            "probe/gain": mean,
+            "probe/standard_error": error,
+            "probe/declined": float(mean < -2 * error),
+            "time/probe": time.perf_counter() - start,
+        }
+
+    def _values(self, params: Params, begins: Callable[[str], None]) -> np.ndarray:
+        """Each prompt's mean reward, float64; NaN where no answer could be scored."""
+        run, data = self._run, self._run.probe
+        assert data is not None
+        game, size = run.game, run.game.play.num_queries
+        specs = tuple(map(raw, run.specs))
+        found: list[np.ndarray] = []
+        for start in range(0, len(data.rows), size):
+            begins("probe")
+            picked = [index % len(data.rows) for index in range(start, start + size)]
+            key = jax.random.fold_in(jax.random.fold_in(run.seed_key, PROBE), start)
+            episode = rollout.solve(params, data_queries(data, picked), key, game)
+            outputs = score(run.rewards, run.policy.tokenizer, episode, [data.rows[index] for index in picked])
+            found.append(runtime.to_host(first_checked(query_values, episode, outputs, specs, game.loss.use_quality)))
+        return np.concatenate(found).astype(np.float64)[: len(data.rows)]
+
+
+def raw(spec: RewardSpec) -> RewardSpec:
+    """Scores as they are: standardised over an iteration they could not be compared with those of another, and the
+    bounds of such scores are none of these."""
+    return spec._replace(standardize=False, clip=None) if spec.standardize else spec
+
+
+@partial(jax.jit, static_argnames=("specs", "use_quality"))
+def query_values(
+    episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], use_quality: bool
+) -> jax.Array:
+    """float32 [N]: each query's mean Solver reward over the answers that count; NaN where none does."""
+    reward, counts = solver_rewards(combine(specs, outputs, episode, use_quality), use_quality)
+    return jnp.sum(jnp.where(counts, reward, 0.0), axis=1) / jnp.sum(counts, axis=1)

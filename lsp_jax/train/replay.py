@@ -1,0 +1,107 @@
+"""An iteration of a run once more: from the newest whole checkpoint before it, with the keys it was played with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lsp_jax.checkpoint.manager import Checkpoints
+from lsp_jax.checkpoint.provenance import identity
+from lsp_jax.checkpoint.run_dir import CHECKPOINTS, METRICS_FILE, TRANSCRIPTS_FILE
+from lsp_jax.config import TrainConfig
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import user_path
+from lsp_jax.core.processes import ProcessConfig
+from lsp_jax.core.runtime import keep_programs
+from lsp_jax.learn.update import TrainState
+from lsp_jax.model.sharding import MeshConfig, place, use_mesh
+from lsp_jax.policy import Policy
+from lsp_jax.reporting.writer import plain
+from lsp_jax.reward.base import Reward
+from lsp_jax.train.resume import start_state
+from lsp_jax.train.run import Run
+from lsp_jax.train.setup import prepare
+from lsp_jax.train.step import Phases, Played, numbers_and_lines, play_and_learn
+
+
+class Replayed(NamedTuple):
+    """One iteration played again."""
+
+    lines: list[dict[str, Any]]
+    """A record a query, as in `transcripts.jsonl`."""
+    metrics: dict[str, float]
+    """Of play, reward and update; nothing that depends on clocks."""
+    start: int
+    """Iteration of the checkpoint that it was played from; 0: the model."""
+    same: bool | None
+    """Whether the run's own lines of that iteration are these; None where it has none."""
+
+
+def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: Policy | None = None) -> Replayed:
+    """Iteration `step` (from 1) of the run in that folder, where nothing is written.
+
+    `rewards` and `policy` as they were given to `train`. Iterations between the checkpoint and `step` are run too.
+    Raises InputError when there is no such run, or it is of another model.
+    """
+    if step < 1:
+        raise InputError("step", step, "must be an iteration, from 1")
+    folder = user_path("run", run)
+    config = TrainConfig.load(folder / "config.json")
+    # here and alone, whatever the machine was that the run is played on
+    config = replace(config, output_dir=str(folder), resume="auto", mesh=MeshConfig(), processes=ProcessConfig())
+    config = replace(config, health=replace(config.health, probe=""))  # not a part of an iteration
+    keep_programs(config.compilation_cache)
+    prepared = prepare(config, rewards, policy)
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    try:
+        with use_mesh(prepared.mesh):
+            known = identity(prepared.config, prepared.policy, prepared.reward_model)
+            state, saved = start_state(prepared, checkpoints, known, before=step)
+            prepared = replace(prepared, policy=replace(prepared.policy, params={}))
+            start, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
+            decided = _decided(folder)
+            for number in range(start + 1, step):
+                played = _again(prepared, state, cursor, decided.get(number))
+                state, cursor = played.state, cursor + played.taken
+            played = _again(prepared, state, cursor, decided.get(step))
+            metrics, lines = numbers_and_lines(prepared, step, played)
+    finally:
+        checkpoints.close()
+        prepared.workers.close()
+    lines, there = [plain(line) for line in lines], _written(folder, step)
+    return Replayed(lines, metrics, start, lines == there if there else None)
+
+
+def _decided(folder: Path) -> dict[int, tuple[int, bool]]:
+    """What alarms had decided before each iteration of the run: its attempt, and whether the Challenger was paused."""
+    file = folder / METRICS_FILE
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found = {}
+    for text in lines:
+        with suppress(ValueError, KeyError, TypeError):  # half a line of a run that is at work; an earlier version's
+            line = json.loads(text)
+            found[line["iteration"]] = int(line["attempt"]), bool(line["challenger/paused"])
+    return found
+
+
+def _again(run: Run, state: TrainState, cursor: int, decided: tuple[int, bool] | None) -> Played:
+    """The iteration after `state`, as it was decided to be played."""
+    if decided is None:
+        return play_and_learn(run, state, Phases(), cursor)
+    state = state._replace(attempt=place(np.int32(decided[0])))
+    return play_and_learn(run, state, Phases(), cursor, paused=decided[1])
+
+
+def _written(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The run's own lines of that iteration."""
+    file = folder / TRANSCRIPTS_FILE
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.startswith(f'{{"iteration": {step},')]

@@ -1,0 +1,74 @@
+"""Where a run goes on from: its newest whole checkpoint, or the model."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lsp_jax.checkpoint.manager import Checkpoints, Damaged, abstract
+from lsp_jax.checkpoint.run_dir import CHECKSUMS_FILE
+from lsp_jax.config import TrainConfig
+from lsp_jax.core import console, processes
+from lsp_jax.core.errors import InputError
+from lsp_jax.learn.update import TrainState
+from lsp_jax.train.run import Run
+
+
+def start_state(
+    run: Run, checkpoints: Checkpoints, identity: dict[str, Any], before: int | None = None
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The newest whole checkpoint's state and host part, or a fresh state and None.
+
+    A checkpoint that is not whole is named and set aside; to look `before` an iteration moves nothing. Raises
+    InputError where none of those that there were is whole (a run never starts from scratch without saying so), or the
+    model is not the one the run started from.
+    """
+    make = run.game.fresh_state
+    steps = checkpoints.steps() if run.config.resume != "never" else []
+    if before is None and run.config.resume != "never":
+        checkpoints.clean()
+    steps = [step for step in steps if before is None or step < before]
+    remedy = "output_dir must lie on storage that all processes share"
+    processes.check_same("checkpoint", {"newest": steps[-1] if steps else None}, remedy)
+    wanted = abstract(run.mesh, make, run.policy.params)
+    for step in reversed(steps):
+        try:
+            state, saved = checkpoints.restore(step, wanted)
+        except Damaged as error:
+            if before is not None:
+                continue
+            console.set_aside(step, str(error), checkpoints.set_aside(step))
+            continue
+        _check_reference(run.config, saved["reference"], identity["reference"])
+        return state, saved
+    if before is None and run.config.resume != "never":
+        _check_none(run.directory, checkpoints)
+    return jax.jit(make)(run.policy.params), None
+
+
+def _check_none(directory: Path, checkpoints: Checkpoints) -> None:
+    """Raises InputError when there is no checkpoint to take though there was one: a save writes down which one was on
+    disk when it began. (The very first, gone before a second save began, is not known of.)"""
+    remedy = "put one back, or start in a new output_dir"
+    if checkpoints.damaged.is_dir():
+        raise InputError("checkpoint", str(checkpoints.damaged), f"none of the run's checkpoints is whole: {remedy}")
+    file = directory / CHECKSUMS_FILE
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    kept = 0
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):  # half a line: its save came to no end
+            kept = json.loads(line)["before"]
+    if kept:
+        remedy = f"checkpoint {kept} was there, and none is now: {remedy}"
+        raise InputError("checkpoint", str(checkpoints.directory), remedy)
+
+
+def _check_reference(config: TrainConfig, saved: dict[str, Any], here: dict[str, Any]) -> None:
+    if saved["digest"] != here["digest"]:
+        field = "init_from" if config.init_from else "model"
+        remedy = f"its parameters are not those that the run started from ({saved['source']}): the reference must stay"
+        raise InputError(field, here["source"], remedy)

@@ -1,0 +1,46 @@
+"""`Run`: everything that the host loop works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from lsp_jax.algorithm.spec import Game
+from lsp_jax.config import TrainConfig
+from lsp_jax.model.llama import Params
+from lsp_jax.play.prompt_data import PromptData
+from lsp_jax.policy import Policy
+from lsp_jax.reward.base import Reward, RewardSpec
+from lsp_jax.reward.execution.pool import Workers
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the host loop works with."""
+
+    config: TrainConfig
+    policy: Policy
+    """The policy as loaded: what training starts from."""
+    reference: Params
+    """The frozen reference in the compute dtype, the loaded arrays themselves when that is theirs. May be parked."""
+    game: Game
+    data: PromptData | None
+    """Queries of a data set; None in self-play."""
+    probe: PromptData | None
+    """Prompts that are answered and never learned from (`health.probe`)."""
+    rewards: tuple[Reward, ...]
+    specs: tuple[RewardSpec, ...]
+    """How they are mixed, in their order."""
+    reward_model: Policy | None
+    """The preference reward's model; `params` is empty."""
+    workers: Workers
+    """Where host components score; closed at the run's end."""
+    mesh: Mesh | None
+    """What everything is spread over; None on a single device."""
+    kinds: jax.Array
+    """uint8 [V]: text, blank or control, over the model's vocabulary."""
+    seed_key: jax.Array
+    directory: Path

@@ -1,0 +1,193 @@
+"""From a configuration to everything a run needs, with every check that can be made before long work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lsp_jax.algorithm.spec import Game
+from lsp_jax.checkpoint.export import load_run_params, open_run
+from lsp_jax.checkpoint.run_dir import check_output, settled
+from lsp_jax.config import TrainConfig, flat
+from lsp_jax.core import processes
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import user_path
+from lsp_jax.model.llama import Params, cast, params_shape
+from lsp_jax.model.lora import adapters_shape
+from lsp_jax.model.sharding import check_model, make_mesh, park, place, shardings, use_mesh
+from lsp_jax.model.weights import load_params
+from lsp_jax.perf.memory import device_memory, fitted
+from lsp_jax.play.prompt_data import PromptData, load_data
+from lsp_jax.policy import Policy, open_pretrained
+from lsp_jax.reporting.metrics import check_metric
+from lsp_jax.reporting.writer import check_trackers
+from lsp_jax.reward.base import DeviceReward, Reward
+from lsp_jax.reward.build import check_data, load_rewards, open_rewards
+from lsp_jax.reward.execution.pool import Workers
+from lsp_jax.reward.preference import check_context
+from lsp_jax.text.judge_prompts import judge_length
+from lsp_jax.text.prompts import PlayPrompts
+from lsp_jax.text.tokenizer import SPECIAL
+from lsp_jax.train.run import Run
+
+
+def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | None = None) -> Run:
+    """Checks everything and loads the model unless `policy` is given; writes nothing.
+
+    `rewards` are further components beside the configured ones. Raises InputError.
+    """
+    if policy is not None:
+        config = replace(config, model=config.model or policy.source)
+    config.check()
+    check_same(config)
+    check_trackers(config.report_to)
+    check_metric(config.metric_for_best_model)
+    directory = user_path("output_dir", config.output_dir)
+    config = settled(config, directory)
+    check_output(config, directory)
+    # midnight, or another run's save, may lie between two processes; and from here on the folder may be written to
+    date, step = processes.gather("what is decided once", [config.date, config.init_step])[0]
+    config = replace(config, date=date, init_step=step)
+    workers = Workers(config.reward.workers, config.reward.timeout)
+    try:
+        opened_rewards = open_rewards(
+            config.reward, rewards, workers, use_quality=config.loss.use_quality, date=config.date
+        )
+        opened, load = _source(config, policy)
+        opened = replace(opened, tokenizer=opened.tokenizer.dated(config.date))
+        data = load_data(config.data, opened.tokenizer) if config.data.source else None
+        probe = load_probe(config, opened)
+        for rows in (data, probe):
+            check_data(config.reward, rows)
+        game = make_game(config, opened, data, probe)  # what does not fit is said before gigabytes are read
+        if opened_rewards.reward_model is not None:
+            query = longest_query(config, game.prompts, data, probe)
+            check_context(opened_rewards.reward_model, query, config.play.max_completion_length)
+        mesh = make_mesh(config.mesh, opened.config)
+        if mesh is not None and opened_rewards.reward_model is not None:
+            check_model(tuple(mesh.shape.values()), opened_rewards.reward_model.config, "reward model")
+        memory = min(processes.gather("device memory", device_memory() or 0)) or None
+        scorer = opened_rewards.reward_model
+        game = fitted(game, config, scorer and scorer.config, mesh, memory, data.width if data else 0)
+        # with adapters the base is frozen: master copies of it would move nothing
+        dtype = game.compute_dtype if config.lora.rank else config.param_dtype
+        policy = replace(opened, params=load(mesh, dtype))
+        with use_mesh(mesh):
+            kinds = token_kinds(policy)
+            reference = cast(policy.params, game.compute_dtype)
+            components = load_rewards(config.reward, opened_rewards, policy, reference, kinds, mesh)
+            if config.park_frozen:
+                reference, components = _parked(reference, components, stays=config.lora.rank > 0)
+            seed_key = place(jax.random.key(config.seed))
+    except BaseException:
+        workers.close()
+        raise
+    made = policy, reference, game, data, probe, components, opened_rewards.specs, scorer, workers, mesh, kinds
+    return Run(config, *made, seed_key, directory)
+
+
+def check_same(config: TrainConfig) -> None:
+    """Raises InputError when several processes have been started with different configurations."""
+    values = {name: value for name, value in flat(config).items() if name != "processes.index"}
+    processes.check_same("config", values, "start all processes with the same settings")
+
+
+def _parked(reference: Params, components: tuple[Reward, ...], stays: bool) -> tuple[Params, tuple[Reward, ...]]:
+    """Both in host memory; arrays that they share (the judge is the reference) stay shared. The reference `stays` on
+    the devices where adapters play beside it."""
+    trees = [component.params if isinstance(component, DeviceReward) else None for component in components]
+    leaves, structure = jax.tree.flatten((reference, trees))
+    kept = {id(leaf) for leaf in jax.tree.leaves(reference)} if stays else set()
+    # each once, however often it is held
+    parked = {id(leaf): leaf if id(leaf) in kept else park(leaf) for leaf in leaves}
+    reference, trees = jax.tree.unflatten(structure, [parked[id(leaf)] for leaf in leaves])
+    return reference, tuple(
+        replace(component, params=tree) if isinstance(component, DeviceReward) else component
+        for component, tree in zip(components, trees, strict=True)
+    )
+
+
+def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callable[[Mesh | None, str], Params]]:
+    """The policy to start from without its parameters, and what gets them onto a mesh in a dtype: given, another run's,
+    or a model's."""
+    if policy is not None:
+        given = policy
+        return given, lambda mesh, dtype: jax.device_put(cast(given.params, dtype), shardings(given.params, mesh))
+    if config.init_from:
+        opened = open_run(config.init_from)
+        return opened, lambda mesh, dtype: load_run_params(config.init_from, config.init_step, dtype, mesh)
+    directory, opened = open_pretrained(config.model, config.revision or None)
+    return opened, lambda mesh, dtype: load_params(directory, opened.config, dtype, mesh)
+
+
+def load_probe(config: TrainConfig, policy: Policy) -> PromptData | None:
+    """The prompts of `health.probe`, read as those of `data`; None without. Raises InputError."""
+    if not config.health.probe:
+        return None
+    if not user_path("health.probe", config.health.probe).is_file():
+        raise InputError("health.probe", config.health.probe, "no such file; give a JSONL file of prompts")
+    return load_data(replace(config.data, source=config.health.probe, shuffle=False), policy.tokenizer)
+
+
+def make_game(
+    config: TrainConfig, policy: Policy, data: PromptData | None = None, probe: PromptData | None = None
+) -> Game:
+    """The static part of every stage; checks that prompts and completions fit the model's context."""
+    compute = config.compute_dtype
+    if compute == "auto":
+        compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    prompts = PlayPrompts.build(policy.tokenizer, config.prompts)
+    play, context = config.play, policy.config.max_position_embeddings
+    if config.lora.rank:
+        adapters_shape(params_shape(policy.config), config.lora)  # checks the rank
+    query = longest_query(config, prompts, data, probe)
+    solver = len(prompts.solver.prefix_ids) + query + len(prompts.solver.suffix_ids)
+    lengths = {"play.max_completion_length": solver + play.max_completion_length}
+    if data is None:
+        lengths["prompts.challenger"] = len(prompts.challenger_ids) + play.max_query_length
+    if config.reward.quality_weight:
+        reward = config.reward
+        judge = judge_length(policy.tokenizer, reward.quality_mode, reward.rubric, reward.quality_max_length)
+        lengths["reward.quality_weight"] = judge + query + play.max_completion_length
+    for field, length in lengths.items():
+        if length > context:
+            raise InputError(
+                field,
+                length,
+                f"tokens of prompt and completion exceed the model's context of {context}: shorten one of them",
+            )
+    return Game(
+        model=policy.config,
+        prompts=prompts,
+        play=play,
+        solver_sampling=config.sampling,
+        challenger_sampling=config.challenger_sampling,
+        stop_ids=policy.tokenizer.stop_ids,
+        loss=config.loss,
+        optimizer=config.optimizer,
+        compute_dtype=compute,
+        memory=config.memory,
+        lora=config.lora,
+    )
+
+
+def token_kinds(policy: Policy) -> jax.Array:
+    """`Tokenizer.token_kinds` on device; rows of the embedding beyond the tokenizer count as control ids."""
+    kinds = np.full(policy.config.vocab_size, SPECIAL, np.uint8)
+    known = policy.tokenizer.token_kinds()
+    kinds[: len(known)] = known
+    return place(kinds)
+
+
+def longest_query(
+    config: TrainConfig, prompts: PlayPrompts, data: PromptData | None, probe: PromptData | None = None
+) -> int:
+    """Tokens of the longest query that can be played."""
+    probed = max(map(len, probe.ids)) if probe is not None else 0
+    if data is not None:
+        return max(probed, *map(len, data.ids))
+    return max(probed, len(prompts.query_prefix_ids) + config.play.max_query_length)
