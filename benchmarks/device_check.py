@@ -4,7 +4,8 @@
 
 Random weights of known shapes and prompts of placeholder ids, as in `lsp-jax plan`: no model, no tokenizer, no network.
 What is run are the package's own stages (`lsp_jax/algorithm/stages.py`). Every completion runs to its full length
-(there is no stop token) and every query is taken as valid, so time and memory are the most that such an iteration can need.
+(there is no stop token) and every query is taken as valid, so time and memory are the most that such an
+iteration can need.
 
 1. Ceilings, measured here: one large bfloat16 matrix product, and a triad a = b + s * c over arrays of 1 GiB.
 2. A whole iteration (N = 8, G = 8, 256 + 512 tokens, policy, reference and reward model of the shape): seconds of its

@@ -35,7 +35,7 @@ from lsp_jax.reward.judge import Judge, judge_episode, judge_params
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.reward.text_judge import judge_turns, parse_score, write_judgements
 from lsp_jax.text.judge_prompts import CRITERIA, text_judge_template
-from lsp_jax.train.setup import token_kinds
+from lsp_jax.training.setup import token_kinds
 
 INSTRUCTIONS = (
     "What is the capital of France?",

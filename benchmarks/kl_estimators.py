@@ -32,7 +32,7 @@ from lsp_jax.learn.losses import KL_ESTIMATORS, LossConfig
 from lsp_jax.learn.update import reference_statistics, role_gradients
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig
-from lsp_jax.train.setup import prepare
+from lsp_jax.training.setup import prepare
 
 TRUNCATIONS = {
     "top-p 0.95": SamplingConfig(top_p=0.95),

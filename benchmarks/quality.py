@@ -35,7 +35,7 @@ from lsp_jax.reward import scoring
 from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
-from lsp_jax.train.setup import token_kinds
+from lsp_jax.training.setup import token_kinds
 
 QUERIES, REPEATS, QUERY = 8, 8, 32
 LENGTHS = (64, 128, 256)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lsp_jax.model.llama import forward
     from lsp_jax.play.generate import generate
     from lsp_jax.policy import Policy, load_pretrained, save_pretrained
-    from lsp_jax.train.loop import train
+    from lsp_jax.training.loop import train
 
 __version__ = "0.1.0"
 
@@ -39,14 +39,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "InputError": "errors",
+    "InputError": "core.errors",
     "Policy": "policy",
     "TrainConfig": "config",
     "forward": "model.llama",
     "generate": "play.generate",
     "load_pretrained": "policy",
     "save_pretrained": "policy",
-    "train": "run.trainer",
+    "train": "training.loop",
 }
 
 

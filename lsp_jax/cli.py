@@ -23,7 +23,7 @@ LONGEST_LINE = 1000  # characters of an error on the terminal
 
 def train(arguments: Sequence[str]) -> None:
     """Run Language Self-Play: `lsp-jax train --preset NAME`, any field overridden by its name."""
-    from lsp_jax.train.loop import train as run
+    from lsp_jax.training.loop import train as run
 
     run(_train_config(arguments, "train", "Run Language Self-Play."))
 
@@ -32,8 +32,8 @@ def doctor(arguments: Sequence[str]) -> None:
     """Look over a run before it starts: takes what `train` takes, trains nothing, writes nothing."""
     from lsp_jax.core import processes
     from lsp_jax.core.runtime import keep_programs
-    from lsp_jax.train.announce import findings
-    from lsp_jax.train.doctor import examine_all
+    from lsp_jax.training.announce import findings
+    from lsp_jax.training.doctor import examine_all
 
     config = _train_config(arguments, "doctor", "Look over a run before it starts.")
     processes.start(config.processes)
@@ -210,7 +210,7 @@ def replay(arguments: Sequence[str]) -> None:
     """Play an iteration of a run once more: `lsp-jax replay RUN --step K`."""
     import json
 
-    from lsp_jax.train.replay import replay as play
+    from lsp_jax.training.replay import replay as play
 
     options = tyro.cli(ReplayOptions, args=list(arguments), prog="lsp-jax replay")
     again = play(options.run, options.step)

@@ -118,7 +118,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading weights raises `WeightsRead`."""
     from lsp_jax import policy
     from lsp_jax.evaluate import models
-    from lsp_jax.train import setup
+    from lsp_jax.training import setup
     from refusal import WeightsRead
 
     def fail(*_: Any) -> None:

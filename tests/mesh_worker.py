@@ -29,9 +29,9 @@ from lsp_jax.reward import scoring  # noqa: E402
 from lsp_jax.reward.judge import Judge, judge_params  # noqa: E402
 from lsp_jax.reward.text_judge import write_judgements  # noqa: E402
 from lsp_jax.text.judge_prompts import text_judge_template  # noqa: E402
-from lsp_jax.train import setup  # noqa: E402
-from lsp_jax.train.run import Run  # noqa: E402
-from lsp_jax.train.step import Phases, play_and_learn  # noqa: E402
+from lsp_jax.training import setup  # noqa: E402
+from lsp_jax.training.run import Run  # noqa: E402
+from lsp_jax.training.step import Phases, play_and_learn  # noqa: E402
 from test_trainer import game_config  # noqa: E402
 
 MESHES = {

@@ -39,8 +39,8 @@ from lsp_jax.learn.update import OptimizerConfig  # noqa: E402
 from lsp_jax.model.sharding import MeshConfig, use_mesh  # noqa: E402
 from lsp_jax.play.selfplay import PlayConfig  # noqa: E402
 from lsp_jax.reward.user_callable import callable_reward  # noqa: E402
-from lsp_jax.train.resume import start_state  # noqa: E402
-from lsp_jax.train.setup import prepare  # noqa: E402
+from lsp_jax.training.resume import start_state  # noqa: E402
+from lsp_jax.training.setup import prepare  # noqa: E402
 from test_process_runs import digests  # noqa: E402
 from test_trainer import game_config, host_reward, low_share  # noqa: E402
 

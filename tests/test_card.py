@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lsp_jax import cli
-from lsp_jax.checkpoint import export, run_dir
+from lsp_jax.checkpoint import export
 from lsp_jax.checkpoint.model_card import TOLD, model_card
 from lsp_jax.core.errors import InputError
 from lsp_jax.reporting.metrics import describe

@@ -328,7 +328,7 @@ def test_a_real_command_fails_with_one_line(arguments: list[str], words: tuple[s
 
 IMPORT = """
 import sys
-import lsp_jax, lsp_jax.cli, lsp_jax.train.loop
+import lsp_jax, lsp_jax.cli, lsp_jax.training.loop
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized()
 unwanted = {"torch", "wandb", "tensorboardX", "trackio"} & set(sys.modules)

@@ -21,7 +21,7 @@ from lsp_jax.play.selfplay import splice_queries
 from lsp_jax.reward.base import HostReward, RewardOutput, Rows
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
 from lsp_jax.text.tokenizer import Tokenizer
-from lsp_jax.train.loop import train
+from lsp_jax.training.loop import train
 from test_trainer import game_config, game_dir, read_lines, same_bits
 from tiny import write_tokenizer
 

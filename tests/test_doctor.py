@@ -20,11 +20,11 @@ from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput
 from lsp_jax.text.prompts import PromptConfig
 from lsp_jax.text.tokenizer import Tokenizer
-from lsp_jax.train import doctor
-from lsp_jax.train.announce import findings
-from lsp_jax.train.doctor import Finding, examine, examine_rewards, kl_pull, pair
-from lsp_jax.train.run import Run
-from lsp_jax.train.setup import prepare
+from lsp_jax.training import doctor
+from lsp_jax.training.announce import findings
+from lsp_jax.training.doctor import Finding, examine, examine_rewards, kl_pull, pair
+from lsp_jax.training.run import Run
+from lsp_jax.training.setup import prepare
 from test_tokenizer import SENTENCEPIECE_FILES, sentencepiece_dir
 from test_trainer import game_config, game_dir, host_reward, tree_hash
 from tiny import EOS, tiny_dir

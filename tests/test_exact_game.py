@@ -1,9 +1,9 @@
 """An exact game: on five tokens the joint LSP gradient is enumerated and compared with the mean of sampled gradients.
 
 The sampled side is the real code path, stage by stage as in `algorithm/stages.py`, over thousands of iterations. The
-exact side knows nothing of it: every query and every answer is listed, its probability comes from plain `llama.forward`
-calls on whole sequences, and jax differentiates the objective as the paper writes it, with the factors 1 - 1/G and 1 - 1/N of
-baselines that include the sample itself.
+exact side knows nothing of it: every query and every answer is listed, its probability comes from plain
+`llama.forward` calls on whole sequences, and jax differentiates the objective as the paper writes it, with the
+factors 1 - 1/G and 1 - 1/N of baselines that include the sample itself.
 """
 
 from __future__ import annotations

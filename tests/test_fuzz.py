@@ -34,7 +34,7 @@ from lsp_jax.reward import build, code, maths
 from lsp_jax.text.judge_prompts import judge_template
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
 from lsp_jax.text.tokenizer import Tokenizer
-from lsp_jax.train import loop
+from lsp_jax.training import loop
 from refusal import WeightsRead
 from test_gguf import tiny_gguf
 from test_tokenizer import SENTENCEPIECE_TEMPLATE

@@ -17,8 +17,8 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.core.errors import COLLAPSED_STATUS, Collapsed, InputError
 from lsp_jax.monitor.health import RULES, Action, Event, Health, HealthConfig, said_of, wording
 from lsp_jax.reporting.metrics import describe
-from lsp_jax.train.checkpointing import Progress, Saving
-from lsp_jax.train.replay import replay
+from lsp_jax.training.checkpointing import Progress, Saving
+from lsp_jax.training.replay import replay
 from test_resume import assert_same_run, config_of, without_clocks
 from test_trainer import host_reward, read_lines, same_bits
 

@@ -22,7 +22,7 @@ from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 from lsp_jax.text.tokenizer import TEXT
-from lsp_jax.train.announce import policy_in_the_loss
+from lsp_jax.training.announce import policy_in_the_loss
 from tiny import tiny_config, tiny_params
 
 QUICK_COMPILES = True

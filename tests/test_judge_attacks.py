@@ -18,7 +18,7 @@ from lsp_jax.reward.text_judge import parse_score
 from lsp_jax.text.judge_prompts import TEXT_VERDICT, judge_tags, load_criteria, rubric_text, text_judge_template
 from lsp_jax.text.prompts import Ragged
 from lsp_jax.text.template_tags import blank_tags, tag_tables
-from lsp_jax.train.setup import token_kinds
+from lsp_jax.training.setup import token_kinds
 from test_judge_text import played, speaking_policy, text_reward
 from test_quality import ragged
 

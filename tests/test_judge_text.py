@@ -26,7 +26,7 @@ from lsp_jax.reward.judge import Judge, judge_params
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.reward.text_judge import judge_turns, parse_score, write_judgements
 from lsp_jax.text.judge_prompts import TEXT_VERDICT, load_criteria, rubric_text, text_judge_template
-from lsp_jax.train.setup import token_kinds
+from lsp_jax.training.setup import token_kinds
 from test_quality import encoded, episode, ragged
 from tiny import EOS, byte_tokenizer, tiny_config, tiny_dir, tiny_params, write_tokenizer
 

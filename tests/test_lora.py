@@ -26,9 +26,9 @@ from lsp_jax.model.llama import forward
 from lsp_jax.model.lora import PROJECTIONS, LoraConfig, attached, init_adapters, merged
 from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.perf.memory import update_bytes
-from lsp_jax.train.resume import start_state
-from lsp_jax.train.setup import prepare
-from lsp_jax.train.step import Phases, play_and_learn
+from lsp_jax.training.resume import start_state
+from lsp_jax.training.setup import prepare
+from lsp_jax.training.step import Phases, play_and_learn
 from test_inner_epochs import GAME, REFERENCE, fresh, play
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits
 from tiny import tiny_config, tiny_params

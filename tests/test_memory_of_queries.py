@@ -112,7 +112,7 @@ def test_settings_that_cannot_be_used(config: MemoryConfig, field: str):
 def test_a_run_remembers_its_queries(game_model: Path, tmp_path: Path):
     """The embeddings in the state are those of the queries that were played, made here from a whole forward pass."""
     import lsp_jax as lsp
-    from lsp_jax.train.setup import prepare
+    from lsp_jax.training.setup import prepare
     from test_resume import config_of
     from test_trainer import host_reward, read_lines
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lsp_jax.core.stage import first_checked
-from lsp_jax.train.step import Phases
+from lsp_jax.training.step import Phases
 
 
 @jax.jit

@@ -20,7 +20,7 @@ from lsp_jax.learn.update import Reference
 from lsp_jax.monitor.numerics import Alarms, NumbersError, parameter_not_finite
 from lsp_jax.policy import Policy
 from lsp_jax.reward.user_callable import callable_reward
-from lsp_jax.train.checkpointing import Progress
+from lsp_jax.training.checkpointing import Progress
 from test_resume import config_of, train
 from test_trainer import host_reward, low_share, read_lines
 
@@ -66,7 +66,7 @@ def test_the_diagnosis_names_the_place(
     name: str, game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     stage, change = PLANTED[name]
-    monkeypatch.setattr("lsp_jax.train.step.first_checked", lambda call, *arguments: call(*arguments))
+    monkeypatch.setattr("lsp_jax.training.step.first_checked", lambda call, *arguments: call(*arguments))
     monkeypatch.setattr(stages, stage, planted(getattr(stages, stage), change))
     config = config_of(game_model, tmp_path / "run", max_skipped=2)
     with pytest.raises(NumbersError, match=rf"iteration 2.*{name}; so for 2 iterations in a row") as error:

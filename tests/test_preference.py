@@ -34,7 +34,7 @@ from lsp_jax.reward.preference import (
     score_conversations,
 )
 from lsp_jax.text.tokenizer import Tokenizer
-from lsp_jax.train.setup import token_kinds
+from lsp_jax.training.setup import token_kinds
 from test_judge_attacks import INST
 from tiny import BOS, EOS, VOCABULARY, byte_tokenizer, hf_classifier, tiny_dir
 

@@ -18,7 +18,7 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.core.errors import InputError
 from lsp_jax.model.config import RopeScaling
 from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.train import loop
+from lsp_jax.training import loop
 from test_data import write_rows
 from test_trainer import game_dir, read_lines
 from tiny import tiny_dir

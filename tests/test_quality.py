@@ -30,7 +30,7 @@ from lsp_jax.text.judge_prompts import (
     rubric_text,
     text_judge_template,
 )
-from lsp_jax.train.setup import token_kinds
+from lsp_jax.training.setup import token_kinds
 from tiny import tiny_dir
 
 

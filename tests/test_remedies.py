@@ -23,8 +23,8 @@ from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig, Queries
 from lsp_jax.reward.base import HostReward, RewardOutput, RewardSpec, combine
 from lsp_jax.reward.user_callable import callable_reward
-from lsp_jax.train.probe import query_values, raw
-from lsp_jax.train.replay import replay
+from lsp_jax.training.probe import query_values, raw
+from lsp_jax.training.replay import replay
 from test_resume import assert_same_run, config_of
 from test_trainer import host_reward, read_lines, same_bits
 

@@ -10,7 +10,7 @@ import pytest
 
 from lsp_jax import cli
 from lsp_jax.core.errors import InputError
-from lsp_jax.train.replay import replay
+from lsp_jax.training.replay import replay
 from test_damage import array_file, flip
 from test_resume import K, config_of, train
 from test_trainer import game_dir, host_reward, read_lines, tree_hash
@@ -61,7 +61,7 @@ def test_bad_input(whole: Path, tmp_path: Path):
 
 def test_on_the_command_line(whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     found = replay(whole, 1, rewards=[host_reward()])
-    monkeypatch.setattr("lsp_jax.train.replay.replay", lambda run, step: found)
+    monkeypatch.setattr("lsp_jax.training.replay.replay", lambda run, step: found)
     assert cli.main(["replay", str(whole), "--step", "1"]) == 0
     said = capsys.readouterr()
     assert [json.loads(line) for line in said.out.splitlines()] == found.lines

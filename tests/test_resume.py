@@ -24,8 +24,8 @@ from lsp_jax.core import runtime
 from lsp_jax.core.errors import InputError
 from lsp_jax.learn.update import TrainState
 from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.train import setup
-from lsp_jax.train.setup import prepare
+from lsp_jax.training import setup
+from lsp_jax.training.setup import prepare
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits, tree_hash
 
 K = 2

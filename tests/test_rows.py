@@ -16,9 +16,9 @@ from lsp_jax.algorithm.learner_batch import learn_batch, unscored
 from lsp_jax.config import RewardConfig
 from lsp_jax.learn.update import init_state
 from lsp_jax.reward.base import RewardOutput, RewardSpec
-from lsp_jax.train.run import Run
-from lsp_jax.train.setup import prepare
-from lsp_jax.train.step import Phases, play_and_learn
+from lsp_jax.training.run import Run
+from lsp_jax.training.setup import prepare
+from lsp_jax.training.step import Phases, play_and_learn
 from test_trainer import game_config, host_reward
 
 QUICK_COMPILES = True

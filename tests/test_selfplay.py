@@ -19,7 +19,7 @@ from lsp_jax.play.decode import Completions
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
-from lsp_jax.train.setup import token_kinds
+from lsp_jax.training.setup import token_kinds
 from tiny import stopping_dir, tiny_dir
 
 PLAY = PlayConfig(num_queries=6, num_generations=3, max_query_length=10, max_completion_length=7)

@@ -15,8 +15,8 @@ from lsp_jax.checkpoint.export import load_run_params, open_run
 from lsp_jax.config import TrainConfig
 from lsp_jax.core.errors import InputError
 from lsp_jax.model.llama import cast
-from lsp_jax.train.loop import train
-from lsp_jax.train.setup import prepare
+from lsp_jax.training.loop import train
+from lsp_jax.training.setup import prepare
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits
 
 QUICK_COMPILES = True

@@ -28,10 +28,10 @@ from lsp_jax.reporting.metrics import describe
 from lsp_jax.reward.base import HostReward
 from lsp_jax.reward.user_callable import callable_reward
 from lsp_jax.text.prompts import PromptConfig
-from lsp_jax.train import loop, setup
-from lsp_jax.train.announce import WRITTEN
-from lsp_jax.train.loop import IterationEvent
-from lsp_jax.train.setup import make_game, prepare, token_kinds
+from lsp_jax.training import loop, setup
+from lsp_jax.training.announce import WRITTEN
+from lsp_jax.training.loop import IterationEvent
+from lsp_jax.training.setup import make_game, prepare, token_kinds
 from tiny import EOS, tiny_dir
 
 STEPS = 3

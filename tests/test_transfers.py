@@ -18,9 +18,9 @@ from lsp_jax.learn.update import TrainState
 from lsp_jax.play.generate import PROMPT_BUCKETS
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import DeviceReward, RewardOutput
-from lsp_jax.train.run import Run
-from lsp_jax.train.setup import prepare
-from lsp_jax.train.step import Phases, play_and_learn
+from lsp_jax.training.run import Run
+from lsp_jax.training.setup import prepare
+from lsp_jax.training.step import Phases, play_and_learn
 from test_trainer import game_config, game_dir
 
 

@@ -29,7 +29,7 @@ import lsp_jax as lsp
 from lsp_jax.algorithm import stages
 from lsp_jax.reward.base import episode_texts
 from lsp_jax.reward.scoring import score
-from lsp_jax.train.setup import prepare
+from lsp_jax.training.setup import prepare
 
 DEMO = Path("models/SmolLM2-135M-Instruct")  # `lsp-jax demo-model models/SmolLM2-135M-Instruct` in the checkout
 ABOVE = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / DEMO).is_dir()]

@@ -26,7 +26,7 @@ import numpy as np
 import lsp_jax as lsp
 from lsp_jax.checkpoint.export import export_adapters, export_run
 from lsp_jax.model.lora import LoraConfig
-from lsp_jax.train.replay import replay
+from lsp_jax.training.replay import replay
 
 DEMO = Path("models/SmolLM2-135M-Instruct")  # `lsp-jax demo-model models/SmolLM2-135M-Instruct` in the checkout
 ABOVE = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / DEMO).is_dir()]

@@ -5,7 +5,7 @@ window too: a run may begin with long answers, but should not end with nothing e
 
 1. warn: said once, when it begins.
 2. pause: the Challenger learns nothing until the alarm is over; the Solver goes on.
-3. rollback: the run goes back to its last good checkpoint and plays on with other noise (`train/checkpointing.py`).
+3. rollback: the run goes back to its last good checkpoint and plays on with other noise (`training/checkpointing.py`).
 4. stop: the run saves and ends with a status of its own.
 
 All that decides lies in the checkpoint, so a resumed run is the run that never stopped.

@@ -1,8 +1,8 @@
 """Every stage of a run compiled ahead of time for devices that are not at hand, from shapes alone.
 
 `Compiler` keeps what lies on the devices as trees of shapes with shardings, `compile_run` goes through the stages in
-the order of `train/step.py`. Of each stage the compiler says what memory it needs; what else lies there at that moment
-is added, and what it does is counted (`perf/cost.py`).
+the order of `training/step.py`. Of each stage the compiler says what memory it needs; what else lies there at that
+moment is added, and what it does is counted (`perf/cost.py`).
 """
 
 from __future__ import annotations

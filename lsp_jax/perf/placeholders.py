@@ -37,7 +37,7 @@ def ids(text: str, more: int = 0) -> tuple[int, ...]:
 
 
 def game(config: TrainConfig, model: LlamaConfig) -> Game:
-    """The static part of every stage, as `train/setup.py` makes it where the tokenizer is."""
+    """The static part of every stage, as `training/setup.py` makes it where the tokenizer is."""
     prefix = ids(config.prompts.query_prefix)
     return Game(
         model=model,

@@ -23,8 +23,8 @@ from lsp_jax.core.console import printable
 from lsp_jax.core.errors import InputError
 from lsp_jax.model.lora import adapters_shape
 from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.train.doctor import Finding
-from lsp_jax.train.run import Run
+from lsp_jax.training.doctor import Finding
+from lsp_jax.training.run import Run
 
 WRITTEN = {
     "config.json": "every setting of the run",

@@ -1,6 +1,6 @@
 """The host loop: play -> reward -> reference -> update -> log -> save.
 
-The stages of one iteration are called by `train/step.py`; this file loops, reads the metrics, and writes.
+The stages of one iteration are called by `training/step.py`; this file loops, reads the metrics, and writes.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from lsp_jax.reporting.html_report import LiveReport
 from lsp_jax.reporting.progress import Console
 from lsp_jax.reporting.writer import MetricsWriter
 from lsp_jax.reward.base import Reward
-from lsp_jax.train import announce
-from lsp_jax.train.checkpointing import Progress, Saving, check_rollback, roll_back
-from lsp_jax.train.doctor import examine
-from lsp_jax.train.probe import Probe
-from lsp_jax.train.resume import start_state
-from lsp_jax.train.run import Run
-from lsp_jax.train.setup import prepare
-from lsp_jax.train.step import Phases, Played, host_metrics, numbers_and_lines, play_and_learn, precompile
+from lsp_jax.training import announce
+from lsp_jax.training.checkpointing import Progress, Saving, check_rollback, roll_back
+from lsp_jax.training.doctor import examine
+from lsp_jax.training.probe import Probe
+from lsp_jax.training.resume import start_state
+from lsp_jax.training.run import Run
+from lsp_jax.training.setup import prepare
+from lsp_jax.training.step import Phases, Played, host_metrics, numbers_and_lines, play_and_learn, precompile
 
 
 class IterationEvent(NamedTuple):

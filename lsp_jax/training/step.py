@@ -31,7 +31,7 @@ from lsp_jax.play.selfplay import Episode
 from lsp_jax.reporting.transcripts import records, token_texts
 from lsp_jax.reward import scoring
 from lsp_jax.reward.base import EpisodeTexts, RewardOutput, episode_texts
-from lsp_jax.train.run import Run
+from lsp_jax.training.run import Run
 
 
 class Phases:

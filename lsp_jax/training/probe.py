@@ -26,7 +26,7 @@ from lsp_jax.play.prompt_data import data_queries
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import RewardOutput, RewardSpec, combine, solver_rewards
 from lsp_jax.reward.scoring import score
-from lsp_jax.train.run import Run
+from lsp_jax.training.run import Run
 
 PROBE = np.uint32(2**32 - 1)  # folded into the seed's key: noise of no iteration
 

@@ -32,7 +32,7 @@ from lsp_jax.reward.preference import check_context
 from lsp_jax.text.judge_prompts import judge_length
 from lsp_jax.text.prompts import PlayPrompts
 from lsp_jax.text.tokenizer import SPECIAL
-from lsp_jax.train.run import Run
+from lsp_jax.training.run import Run
 
 
 def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | None = None) -> Run:

@@ -24,10 +24,10 @@ from lsp_jax.model.sharding import MeshConfig, place, use_mesh
 from lsp_jax.policy import Policy
 from lsp_jax.reporting.writer import plain
 from lsp_jax.reward.base import Reward
-from lsp_jax.train.resume import start_state
-from lsp_jax.train.run import Run
-from lsp_jax.train.setup import prepare
-from lsp_jax.train.step import Phases, Played, numbers_and_lines, play_and_learn
+from lsp_jax.training.resume import start_state
+from lsp_jax.training.run import Run
+from lsp_jax.training.setup import prepare
+from lsp_jax.training.step import Phases, Played, numbers_and_lines, play_and_learn
 
 
 class Replayed(NamedTuple):

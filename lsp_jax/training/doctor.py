@@ -1,7 +1,7 @@
 """One pass over a run before its first long compilation: what goes wrong without a word, each finding with what to do.
 
 What cannot be used at all has been refused by `prepare`. Training makes this pass too and ends at an error;
-`lsp-jax doctor` makes it alone, and has a pair of answers scored as well (`train/doctor.py`).
+`lsp-jax doctor` makes it alone, and has a pair of answers scored as well (`training/doctor.py`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from lsp_jax.reward.scoring import score_episode
 from lsp_jax.text.judge_prompts import judge_messages, judge_template, load_criteria, text_judge_template
 from lsp_jax.text.prompts import SLOT, template_pieces
 from lsp_jax.text.tokenizer import Tokenizer
-from lsp_jax.train.run import Run
-from lsp_jax.train.setup import prepare
+from lsp_jax.training.run import Run
+from lsp_jax.training.setup import prepare
 
 Level = Literal["ok", "warning", "error"]
 

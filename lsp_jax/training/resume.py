@@ -15,7 +15,7 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.core import console, processes
 from lsp_jax.core.errors import InputError
 from lsp_jax.learn.update import TrainState
-from lsp_jax.train.run import Run
+from lsp_jax.training.run import Run
 
 
 def start_state(
