@@ -158,7 +158,7 @@ def test_the_writable_place_is_empty_and_works(workers: Workers):
 def test_no_process_is_left(workers: Workers):
     passes(workers, "import time\ntime.sleep(99)", timeout=0.5)
     time.sleep(0.2)
-    command = b"\0/inside.py\0code\0"
+    command = b"\0/sandbox_main.py\0code\0"
     left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if _holds(path, command, os.getpid())]
     assert not left
 
@@ -177,7 +177,7 @@ def test_it_works_for_an_ordinary_user_too(workers: Workers, monkeypatch: pytest
     """The other tests run as whoever started them, root in containers."""
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o755)
-        monkeypatch.setattr(sandbox, "_INSIDE", Path(shutil.copy(sandbox._INSIDE, directory)))
+        monkeypatch.setattr(sandbox, "_SANDBOX_MAIN", Path(shutil.copy(sandbox._SANDBOX_MAIN, directory)))
         monkeypatch.setattr(sys, "base_prefix", "/usr")
         monkeypatch.setattr(sys, "_base_executable", "/usr/bin/python3")
         user = (shutil.which("setpriv") or "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")

@@ -1,0 +1,1 @@
+"""From log-probabilities to one optimiser step. Read `advantages`, `losses`, `logprobs`, then `update`."""

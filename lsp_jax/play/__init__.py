@@ -1,0 +1,1 @@
+"""Sampling: from prompts to completions. Read `decode`, `chunked_decode`, then `selfplay` for the two roles."""

@@ -23,12 +23,12 @@ from lsp_jax.core.errors import InputError
 from lsp_jax.reward.execution.pool import Program, Workers
 
 DISK = 32 << 20  # bytes of the writable place
-_INSIDE = Path(__file__).with_name("sandbox_main.py")
+_SANDBOX_MAIN = Path(__file__).with_name("sandbox_main.py")
 _SYSTEM = ("/bin", "/lib", "/lib32", "/lib64")  # links into /usr, or directories on older systems
 
 
 def sandboxed(mode: str, packages: tuple[str, ...] = (), once: bool = False) -> Program:
-    """The program that runs `inside.py` in `mode` with the named Python packages and nothing else installed.
+    """The program that runs `sandbox_main.py` in `mode` with the named Python packages and nothing else installed.
 
     Raises:
         InputError: not Linux, no `bwrap` on PATH, or a package is missing.
@@ -55,11 +55,11 @@ def sandboxed(mode: str, packages: tuple[str, ...] = (), once: bool = False) -> 
         found = _package(name)
         for path in (found, *sorted(found.parent.glob(f"{name}*.dist-info"))):  # some read their versions
             argv += ["--ro-bind", str(path), f"/packages/{path.name}"]
-    argv += ["--ro-bind", str(_INSIDE), "/inside.py"]
+    argv += ["--ro-bind", str(_SANDBOX_MAIN), "/sandbox_main.py"]
     for device in ("/dev/null", "/dev/urandom"):
         argv += ["--dev-bind", device, device]
     argv += ["--perms", "0700", "--size", str(DISK), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
-    argv += ["--", str(python), "-I", "-S", "-B", "-X", "utf8", "/inside.py", mode]
+    argv += ["--", str(python), "-I", "-S", "-B", "-X", "utf8", "/sandbox_main.py", mode]
     return Program(tuple(argv), isolated=True, once=once)
 
 

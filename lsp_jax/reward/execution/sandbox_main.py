@@ -1,4 +1,4 @@
-"""What runs inside the sandbox: `python -I -S inside.py code|maths|probe`. Standard library only.
+"""What runs inside the sandbox: `python -I -S sandbox_main.py code|maths|probe`. Standard library only.
 
 Before it takes a request it gives up for good what would be left to it: processes and threads, memory, file size, open
 files, core dumps, and the system calls that reach deep into the kernel. Then it speaks the JSON lines of
