@@ -62,7 +62,7 @@ def played(run: Any, game: Game, number: int) -> Episode:
 @partial(jax.jit, static_argnames=("game", "estimator"))
 def term(params: Any, base: Any, episode: Episode, game: Game, estimator: Any) -> tuple[jax.Array, Any]:
     """A token's mean term, and the gradient of the Solver's rows with nothing but beta = 1 times it."""
-    batch = stages.unscored(episode, game)
+    batch = stages.rows_without_rewards(episode, game)
     loss = LossConfig(beta=1.0, kl_estimator=estimator)
     static = game.model, loss, game.optimizer
     reference, _ = reference_statistics(base, batch, *static, game.temperatures)

@@ -30,7 +30,7 @@ from lsp_jax import presets
 from lsp_jax.algorithm import stages
 from lsp_jax.learn import novelty
 from lsp_jax.learn.novelty import COUNT, EMBEDDINGS
-from lsp_jax.monitor.health import Health, HealthConfig, wording
+from lsp_jax.monitor.health import Health, HealthConfig, lexical_metrics
 from lsp_jax.perf import placeholders
 
 ITERATIONS = 4
@@ -66,8 +66,8 @@ def main() -> None:
     contestants: dict[str, Callable[[], Any]] = {
         "pooled states": lambda: jax.jit(novelty.pooled)(hidden, lengths),
         "memory": lambda: stages.remembered(full, embeddings, lengths, game),
-        "words": lambda: wording(lines, config.prompts.challenger),
-        "alarms": lambda: health.look(1, metrics),
+        "words": lambda: lexical_metrics(lines, config.prompts.challenger),
+        "alarms": lambda: health.update(1, metrics),
     }
     timed = {name: partial(seconds, run) for name, run in contestants.items()}
     found = {name: measure.spread(values) for name, values in measure.in_turn(timed, options.rounds).items()}

@@ -23,7 +23,7 @@ from lsp_jax.algorithm import stages  # noqa: E402
 from lsp_jax.config import RewardConfig  # noqa: E402
 from lsp_jax.learn.update import OptimizerConfig  # noqa: E402
 from lsp_jax.model import llama  # noqa: E402
-from lsp_jax.model.sharding import HOST_MEMORY, MeshConfig, at_work, make_mesh, partitions, use_mesh  # noqa: E402
+from lsp_jax.model.sharding import HOST_MEMORY, MeshConfig, load_to_device, make_mesh, partitions, use_mesh  # noqa: E402
 from lsp_jax.play.selfplay import Episode, PlayConfig  # noqa: E402
 from lsp_jax.reward import scoring  # noqa: E402
 from lsp_jax.reward.judge import Judge, judge_params  # noqa: E402
@@ -31,7 +31,7 @@ from lsp_jax.reward.text_judge import write_judgements  # noqa: E402
 from lsp_jax.text.judge_prompts import text_judge_template  # noqa: E402
 from lsp_jax.training import setup  # noqa: E402
 from lsp_jax.training.run import Run  # noqa: E402
-from lsp_jax.training.step import Phases, play_and_learn  # noqa: E402
+from lsp_jax.training.step import Phases, train_step  # noqa: E402
 from test_trainer import game_config  # noqa: E402
 
 MESHES = {
@@ -54,15 +54,17 @@ def iteration(run: Run) -> dict[str, Any]:
     key = stages.iteration_key(run.seed_key, state := start(run))
     params = stages.rollout_params(state.params, run.game, run.reference)
     episode = stages.solve(params, stages.challenge(params, run.kinds, key, run.game), key, run.game)
-    outputs = tuple(scoring.score_component(reward.score, at_work(reward.params), episode) for reward in run.rewards)
+    outputs = tuple(
+        scoring.score_component(reward.score, load_to_device(reward.params), episode) for reward in run.rewards
+    )
     learnable = stages.learn_batch(episode, outputs, run.specs, run.game)
-    reference = at_work(run.reference)
+    reference = load_to_device(run.reference)
     references = stages.reference(reference, learnable.batch, run.game)
     arguments = state.params, reference, learnable.batch, references
     program = stages.joint_gradient.lower(*arguments, run.game).compile()
     gradient, metrics = program(*arguments)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
-    played = play_and_learn(run, state, Phases())  # plays chunk by chunk, the stages above in one piece
+    played = train_step(run, state, Phases())  # plays chunk by chunk, the stages above in one piece
     return {
         "queries": np.asarray(episode.queries.text[0]),
         "answers": np.asarray(episode.answers.tokens),
@@ -96,7 +98,7 @@ def is_spec(value: Any) -> bool:
 
 
 def start(run: Run) -> Any:
-    return jax.jit(run.game.fresh_state)(run.policy.params)
+    return jax.jit(run.game.init_train_state)(run.policy.params)
 
 
 def specs(tree: Any) -> list[str]:

@@ -15,7 +15,7 @@ import lsp_jax as lsp
 from lsp_jax.checkpoint.manager import Checkpoints, SaveError
 from lsp_jax.config import TrainConfig
 from lsp_jax.core.errors import COLLAPSED_STATUS, Collapsed, InputError
-from lsp_jax.monitor.health import RULES, Action, Event, Health, HealthConfig, said_of, wording
+from lsp_jax.monitor.health import RULES, Action, Event, Health, HealthConfig, format_event, lexical_metrics
 from lsp_jax.reporting.metrics import describe
 from lsp_jax.training.checkpointing import Progress, Saving
 from lsp_jax.training.replay import replay
@@ -50,7 +50,7 @@ BAD = {
 
 
 def watched(health: Health, *metrics: dict[str, float]) -> list[Event]:
-    return [event for number, numbers in enumerate(metrics, 1) for event in health.look(number, numbers)]
+    return [event for number, numbers in enumerate(metrics, 1) for event in health.update(number, numbers)]
 
 
 def test_every_metric_of_a_rule_is_written():
@@ -64,7 +64,7 @@ def test_each_rule_fires_and_is_over(metric: str):
     assert watched(health, *[SOUND] * 5) == [] and health.good
     (event,) = watched(health, *[SOUND | {metric: BAD[metric]}] * 5)
     assert (event.alarm, event.action) == (name, "warn") and metric in event.said and not health.good
-    assert f"(health.{name} warn)" in said_of(event)
+    assert f"(health.{name} warn)" in format_event(event)
     (over,) = watched(health, *[SOUND] * 5)
     assert (over.alarm, over.action) == (name, "over") and health.good
 
@@ -94,11 +94,11 @@ def test_a_probe_that_comes_or_goes_at_a_resume():
     first = Health(HealthConfig(window=2))
     watched(first, *[without] * 5)
     again = Health(HealthConfig(window=2, decline="pause"), first.record())
-    (event,) = [event for number in (6, 7) for event in again.look(number, SOUND | {"probe/declined": 1.0})]
+    (event,) = [event for number in (6, 7) for event in again.update(number, SOUND | {"probe/declined": 1.0})]
     assert (event.iteration, event.action) == (7, "pause") and "first" not in event.said
     last = Health(HealthConfig(window=2, decline="pause"), again.record())
-    assert last.look(8, without) == [] and last.paused
-    (over,) = last.look(9, without)
+    assert last.update(8, without) == [] and last.paused
+    (over,) = last.update(9, without)
     assert over.action == "over" and not last.paused and last.good
 
 
@@ -106,7 +106,7 @@ def test_a_longer_window_at_a_resume_leaves_the_first_one_as_it_was():
     first = Health(HealthConfig(window=2))
     watched(first, *[SOUND] * 4)
     again, long = Health(HealthConfig(window=6), first.record()), SOUND | {"solver/completions/clipped_ratio": 1.0}
-    events = [event for number in range(5, 12) for event in again.look(number, long)]
+    events = [event for number in range(5, 12) for event in again.update(number, long)]
     assert [(event.alarm, event.action) for event in events] == [("length", "warn")]
 
 
@@ -131,7 +131,7 @@ def test_a_restored_one_decides_alike():
     numbers = [SOUND] * 4 + [SOUND | {"queries/unique_fraction": 0.1}] * 4 + [SOUND] * 5
     whole, decided = Health(config), []
     for number, each in enumerate(numbers):
-        whole.look(number, each)
+        whole.update(number, each)
         decided.append(whole.paused)
     for cut in range(len(numbers)):
         first = Health(config)
@@ -139,7 +139,7 @@ def test_a_restored_one_decides_alike():
         again = Health(config, json.loads(json.dumps(first.record())))
         rest = []
         for each in numbers[cut:]:
-            again.look(0, each)
+            again.update(0, each)
             rest.append(again.paused)
         assert rest == decided[cut:]
     assert any(decided) and not decided[-1]
@@ -152,8 +152,8 @@ def test_what_ends_a_run_does_so_again_when_it_is_resumed(action: Any):
     bad = SOUND | {"queries/unique_fraction": 0.1}
     watched(first, *[SOUND] * 2, *[bad] * 4)
     again = Health(HealthConfig(window=2, repetition=action), first.record())
-    assert [event.action for event in again.look(7, bad)] == [action]
-    assert Health(HealthConfig(window=2), first.record()).look(7, bad) == []
+    assert [event.action for event in again.update(7, bad)] == [action]
+    assert Health(HealthConfig(window=2), first.record()).update(7, bad) == []
 
 
 def test_what_is_not_finite_is_neither_an_alarm_nor_its_end():
@@ -163,19 +163,19 @@ def test_what_is_not_finite_is_neither_an_alarm_nor_its_end():
     watched(health, SOUND, nan, SOUND)
     drifted = SOUND | {"solver/kl": 3.0}
     for number in range(4, 8):
-        health.look(number, drifted)
+        health.update(number, drifted)
     assert health.paused
-    assert health.look(8, nan) == [] and health.paused
-    events = [event for number in range(9, 13) for event in health.look(number, SOUND)]
+    assert health.update(8, nan) == [] and health.paused
+    events = [event for number in range(9, 13) for event in health.update(number, SOUND)]
     assert [event.action for event in events] == ["over"] and not health.paused
 
 
 def test_a_wider_window_does_not_make_a_new_beginning():
     health = Health(HealthConfig(window=2, entropy="warn"))
     for number in range(1, 5):
-        health.look(number, SOUND)
+        health.update(number, SOUND)
     wider = Health(HealthConfig(window=4), json.loads(json.dumps(health.record())))
-    events = [event for number in range(5, 12) for event in wider.look(number, SOUND | {"solver/entropy": 0.0})]
+    events = [event for number in range(5, 12) for event in wider.update(number, SOUND | {"solver/entropy": 0.0})]
     assert [event.alarm for event in events] == ["entropy"]
 
 
@@ -252,7 +252,7 @@ def test_wording_by_hand():
         {"query": "a b a b", "answers": [{"text": "<score>7</score>"}, {"text": "3 < 4"}]},
         {"query": "please ask about a number that is small and even", "answers": [{"text": "[INST]"}, {"text": "x"}]},
     ]
-    found = wording(lines, instruction)
+    found = lexical_metrics(lines, instruction)
     assert found["queries/distinct_1"] == pytest.approx(11 / 14)  # "a" is in both
     assert found["queries/distinct_2"] == pytest.approx(11 / 12)
     assert found["queries/copy_fraction"] == 0.5 and found["answers/tag_fraction"] == 0.5
@@ -303,13 +303,13 @@ def test_a_collapse_that_ends_the_run_is_saved(game_model: Path, tmp_path: Path,
 def collapsing(monkeypatch: pytest.MonkeyPatch, *iterations: int) -> None:
     """Makes the alarm of repetition fire at the end of those iterations, in the order in which they are played."""
     left = list(iterations)
-    look = Health.look
+    update = Health.update
 
     def planted(self: Health, number: int, metrics: Any) -> list[Event]:
         if left and number == left[0]:
             left.pop(0)
             metrics = {**metrics, "queries/unique_fraction": -1e9}
-        return look(self, number, metrics)
+        return update(self, number, metrics)
 
     monkeypatch.setattr(Health, "look", planted)
 

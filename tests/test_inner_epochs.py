@@ -70,7 +70,7 @@ def norm(left: Any, right: Any) -> float:
 def test_old_log_probabilities_are_those_of_the_sampled_distribution(own: bool) -> None:
     """Tempered, truncated sampling of both roles: the sampler's numbers with the kept mass are the learner's."""
     game = replace(GAME, loss=replace(GAME.loss, importance_cap=2.0 if own else 0.0))
-    assert game.learner_rounds_apart == own
+    assert game.recompute_old_logprobs == own
     batch, _ = play(game, fresh())
     old = stages.with_old_logprobs(POLICY, REFERENCE, batch, game)
     learner = stages.reference(POLICY, batch, game)  # the learner's pass over the same rows

@@ -28,7 +28,7 @@ from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.perf.memory import update_bytes
 from lsp_jax.training.resume import start_state
 from lsp_jax.training.setup import prepare
-from lsp_jax.training.step import Phases, play_and_learn
+from lsp_jax.training.step import Phases, train_step
 from test_inner_epochs import GAME, REFERENCE, fresh, play
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits
 from tiny import tiny_config, tiny_params
@@ -147,7 +147,7 @@ def test_the_frozen_base_plays_judges_and_stays_as_it_is(model: Path, tmp_path: 
     held = sum(leaf.size for leaf in jax.tree.leaves((state.params, state.opt_state)))
     assert held < 0.5 * sum(leaf.size for leaf in jax.tree.leaves(run.reference)), "moments of adapters alone"
     for _ in range(2):
-        played = play_and_learn(run, state, Phases())
+        played = train_step(run, state, Phases())
         state = played.state
     assert parameters_digest(run.reference) == before
     assert float(played.metrics["solver/kl"]) > 1e-4

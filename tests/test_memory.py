@@ -14,11 +14,11 @@ from lsp_jax.algorithm.spec import Game
 from lsp_jax.config import TrainConfig
 from lsp_jax.learn.batch import Rows
 from lsp_jax.learn.logprobs import completion_hidden
-from lsp_jax.learn.update import UNKNOWN_MICRO_BATCH, OptimizerConfig
+from lsp_jax.learn.update import DEFAULT_MICRO_BATCH_SIZE, OptimizerConfig
 from lsp_jax.model.known_models import shape_of
 from lsp_jax.model.llama import params_shape
 from lsp_jax.perf import placeholders
-from lsp_jax.perf.memory import fitted, micro_batch, row_bytes
+from lsp_jax.perf.memory import micro_batch, row_bytes, with_micro_batch_size
 from lsp_jax.play.selfplay import PlayConfig
 from tiny import tiny_config
 
@@ -41,9 +41,12 @@ def test_more_memory_never_holds_fewer_rows():
 def test_a_given_number_stays_and_unknown_memory_gives_the_plain_one():
     config = replace(TrainConfig(), optimizer=OptimizerConfig(micro_batch_size=3))
     game = game_of(config)
-    assert fitted(game, config, None, None, 80 * GIB) is game
+    assert with_micro_batch_size(game, config, None, None, 80 * GIB) is game
     config = TrainConfig()
-    assert fitted(game_of(config), config, None, None, None).optimizer.micro_batch_size == UNKNOWN_MICRO_BATCH
+    assert (
+        with_micro_batch_size(game_of(config), config, None, None, None).optimizer.micro_batch_size
+        == DEFAULT_MICRO_BATCH_SIZE
+    )
 
 
 def test_parking_frozen_models_leaves_room_for_rows():
@@ -63,7 +66,10 @@ def test_long_prompts_of_data_leave_room_for_fewer_rows():
     game = game_of(config)
     asked = config.play.max_query_length + len(game.prompts.query_prefix_ids)
     assert row_bytes(game, data_width=asked) <= row_bytes(game) < row_bytes(game, data_width=4096)
-    wide, whole = fitted(game, config, None, None, 80 * GIB, 4096), fitted(game, config, None, None, 80 * GIB)
+    wide, whole = (
+        with_micro_batch_size(game, config, None, None, 80 * GIB, 4096),
+        with_micro_batch_size(game, config, None, None, 80 * GIB),
+    )
     assert wide.optimizer.micro_batch_size == rows[2] < whole.optimizer.micro_batch_size
 
 

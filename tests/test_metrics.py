@@ -120,12 +120,12 @@ def test_cut_back_restores_the_files_of_the_checkpoint(tmp_path: Path):
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"iteration": 3, "lo')  # torn by a kill
     resumed = MetricsWriter(tmp_path)
-    resumed.cut_back(json.loads(json.dumps(offsets)))
+    resumed.truncate_to(json.loads(json.dumps(offsets)))
     assert {name: (tmp_path / name).read_bytes() for name in offsets} == before
-    resumed.cut_back(offsets)
+    resumed.truncate_to(offsets)
     resumed.write(2, {"loss": 2.5})
     assert [line["loss"] for line in read(tmp_path / "metrics.jsonl")] == [1.0, 2.5]
-    resumed.cut_back(dict.fromkeys(offsets, 0))
+    resumed.truncate_to(dict.fromkeys(offsets, 0))
     assert all((tmp_path / name).stat().st_size == 0 for name in offsets)
 
 
@@ -148,7 +148,7 @@ def test_cut_back_refuses_files_that_the_checkpoint_did_not_see(tmp_path: Path, 
         os.truncate(path, 0 if damage == "empty" else offsets[name] - 1)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(InputError) as error:
-        MetricsWriter(tmp_path).cut_back(offsets)
+        MetricsWriter(tmp_path).truncate_to(offsets)
     assert error.value.field == name and "\n" not in str(error.value)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 

@@ -153,10 +153,10 @@ def test_the_count_in_a_row_goes_on_after_a_restart(monkeypatch: pytest.MonkeyPa
     numbers = {"not_finite/component": 1.0, "sampling/token_mult_prob_error": 1.0, "grad_norm": 1.0}
     first = Alarms(max_skipped=3)
     for number in (1, 2):
-        first.look(number, numbers, {"w": jnp.ones(2)}, cast(Any, None))
+        first.check(number, numbers, {"w": jnp.ones(2)}, cast(Any, None))
     saved = Progress.of({"cursor": 0, "skipped": first.skipped})
     with pytest.raises(NumbersError, match="for 3 iterations in a row"):
-        Alarms(3, saved.skipped).look(3, numbers, {"w": jnp.ones(2)}, cast(Any, None))
+        Alarms(3, saved.skipped).check(3, numbers, {"w": jnp.ones(2)}, cast(Any, None))
 
 
 def test_a_single_iteration_that_is_skipped_is_got_over(
@@ -167,9 +167,9 @@ def test_a_single_iteration_that_is_skipped_is_got_over(
     params, batch, alarms = {"w": jnp.ones(2)}, cast(Any, None), Alarms(max_skipped=2)
     sound = {"not_finite/component": 0.0, "sampling/token_mult_prob_error": 1.0, "grad_norm": 1.0}
     for numbers in ({"not_finite/component": 2.0}, {}, {"grad_norm": math.inf}, {}):
-        alarms.look(1, sound | numbers, params, batch)
+        alarms.check(1, sound | numbers, params, batch)
     said = capfd.readouterr().err
     assert said.count("warning") == 2 and "not finite: b" in said and "not finite: gradient" in said
     for error in (1.06, math.nan):
-        alarms.look(3, sound | {"sampling/token_mult_prob_error": error}, params, batch)
+        alarms.check(3, sound | {"sampling/token_mult_prob_error": error}, params, batch)
     assert capfd.readouterr().err.count("sampler and learner disagree") == 2

@@ -212,7 +212,9 @@ def test_a_run_on_data_is_planned_with_its_longest_prompts(monkeypatch: pytest.M
         raise InputError("plan", None, "far enough")
 
     monkeypatch.setattr("lsp_jax.perf.plan.compile_run", stopped)
-    monkeypatch.setattr("lsp_jax.perf.plan.fitted", lambda *arguments: seen.append(arguments[-1]) or arguments[0])
+    monkeypatch.setattr(
+        "lsp_jax.perf.plan.with_micro_batch_size", lambda *arguments: seen.append(arguments[-1]) or arguments[0]
+    )
     with pytest.raises(InputError, match="far enough"):
         plan(config, Topology("v5e:1x1", CHIPS["v5e"], tuple(jax.devices()[:1])))
     assert seen == [2048, (config.play.num_queries, 2048)]
@@ -228,7 +230,7 @@ def test_a_whole_iteration_compiles_as_one_program_for_tpus(tmp_path: Path):
     game, judge = placeholders.game(config, model), placeholders.judge(config, model)
     compiler = Compiler(machine, mesh, lambda line: None)
     shapes = llama.params_shape(model)
-    start = jax.eval_shape(game.fresh_state, shapes)
+    start = jax.eval_shape(game.init_train_state, shapes)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
     state, reference = compiler.put(start, "train"), compiler.put(frozen, "train")
     kinds = compiler.put(jax.ShapeDtypeStruct((model.vocab_size,), jnp.uint8))

@@ -18,7 +18,7 @@ import pytest
 import lsp_jax as lsp
 from child_run import QUICK
 from lsp_jax import policy
-from lsp_jax.checkpoint.run_dir import claim
+from lsp_jax.checkpoint.run_dir import init_run_dir
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.core import runtime
 from lsp_jax.core.errors import InputError
@@ -179,7 +179,7 @@ def test_a_resumed_run_shows_its_own_day(tmp_path: Path):
     old = prepare(replace(config, date="26 Jul 2019"), [host_reward()])
     new = prepare(replace(config, resume="auto"), [host_reward()])
     assert old.game != new.game, "the template shows the day"
-    claim(old.directory, old.config, old.policy, {})
+    init_run_dir(old.directory, old.config, old.policy, {})
     again = prepare(replace(config, resume="auto"), [host_reward()])
     assert again.config.date == "26 Jul 2019" and again.game == old.game
     with pytest.raises(InputError, match="another date"):

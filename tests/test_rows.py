@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from lsp_jax.algorithm import stages
-from lsp_jax.algorithm.learner_batch import learn_batch, unscored
+from lsp_jax.algorithm.learner_batch import learn_batch, rows_without_rewards
 from lsp_jax.config import RewardConfig
 from lsp_jax.learn.update import init_state
 from lsp_jax.reward.base import RewardOutput, RewardSpec
 from lsp_jax.training.run import Run
 from lsp_jax.training.setup import prepare
-from lsp_jax.training.step import Phases, play_and_learn
+from lsp_jax.training.step import Phases, train_step
 from test_trainer import game_config, host_reward
 
 QUICK_COMPILES = True
@@ -38,7 +38,7 @@ def test_neither_rewards_nor_their_masks_change_the_order(run: Run) -> None:
     episode = stages.solve(state.params, stages.challenge(state.params, run.kinds, key, game), key, game)
     valid = np.asarray([True, False, True, True])
     episode = episode._replace(queries=episode.queries._replace(valid=jnp.asarray(valid)))
-    before = unscored(episode, game)
+    before = rows_without_rewards(episode, game)
     references = stages.reference(run.reference, before, game)
     rng = np.random.default_rng(0)
     for _ in range(3):
@@ -77,7 +77,7 @@ def test_the_host_scores_while_the_device_runs_the_reference(run: Run, monkeypat
     monkeypatch.setattr(stages, "reference", started_reference)
     phases = Phases()
     state = jax.tree.map(jnp.copy, init_state(run.policy.params, run.game.optimizer))
-    played = play_and_learn(replace(run, rewards=(replace(reward, score=score),)), state, phases)
+    played = train_step(replace(run, rewards=(replace(reward, score=score),)), state, phases)
     assert seen == ["reference", "score"]
     assert np.isfinite(float(played.metrics["loss"])) and played.texts is not None
     assert set(phases.seconds) == {"handover", "challenge", "solve", "reward", "reference", "update"}

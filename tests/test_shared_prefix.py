@@ -15,7 +15,7 @@ import pytest
 
 from everyday import everyday
 from lsp_jax.learn import batch as batches
-from lsp_jax.learn.batch import LearnBatch, Rows, by_length, fitting, make_rows, widths
+from lsp_jax.learn.batch import LearnBatch, Rows, by_length, make_rows, width_bucket, widths
 from lsp_jax.learn.logprobs import completion_hidden
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.update import OptimizerConfig, gradients, reference_statistics
@@ -164,7 +164,7 @@ def test_widths_are_few_and_not_narrow() -> None:
 def test_the_narrowest_that_holds_what_counts(longest: int, index: int) -> None:
     rows = group_rows(1)
     rows = rows._replace(completion_lengths=jnp.asarray([0, 8, longest, 0]))  # the second row is outside the loss
-    assert int(fitting(rows, (2, 4, 8))) == index
+    assert int(width_bucket(rows, (2, 4, 8))) == index
 
 
 def test_rows_are_sorted_inside_their_groups_and_groups_among_themselves() -> None:
@@ -193,6 +193,6 @@ def test_width_changes_no_number(
     columns = widths(COLUMNS)
     assert columns == (2, 4, 8)
     parts = batches.micro_batches(batch.solver, 2)
-    used = {int(fitting(jax.tree.map(lambda x, n=n: x[n], parts), columns)) for n in range(10)}
+    used = {int(width_bucket(jax.tree.map(lambda x, n=n: x[n], parts), columns)) for n in range(10)}
     assert used == {0, 1, 2}
     assert_same(learned(params, reference_params, batch, sharing, opt), plain, batch)

@@ -182,4 +182,4 @@ def test_no_progress_ends_with_every_stack(game_model: Path, tmp_path: Path):
     status, said = Child(game_model, tmp_path, "progress_timeout=600").ends()
     assert status == STALLED_STATUS
     assert re.search(r"no progress for \d+ seconds in the phase reward", said)
-    assert "in hangs" in said and "in play_and_learn" in said and said.count("Thread 0x") >= 2
+    assert "in hangs" in said and "in train_step" in said and said.count("Thread 0x") >= 2

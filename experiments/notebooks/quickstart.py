@@ -64,7 +64,7 @@ lsp.generate(policy, ["What is 3 + 4?", "Name a colour."], temperature=0.0, max_
 # %%
 config = replace(lsp.presets.quickstart(), model=MODEL, output_dir=str(FOLDER / "run"), max_steps=3, save_steps=3)
 run = prepare(config, policy=policy)
-state = jax.jit(run.game.fresh_state)(policy.params)
+state = jax.jit(run.game.init_train_state)(policy.params)
 key = stages.iteration_key(run.seed_key, state)
 params = stages.rollout_params(state.params, run.game, run.reference)
 print("Challenger is asked:", run.policy.tokenizer.decode(run.game.prompts.challenger_ids))
@@ -98,7 +98,7 @@ for spec, output in zip(run.specs, outputs, strict=True):
 # Rewards become advantages: of each answer against the others of its query, of each query against the other queries.
 
 # %%
-references = stages.reference(run.reference, stages.unscored(episode, run.game), run.game)
+references = stages.reference(run.reference, stages.rows_without_rewards(episode, run.game), run.game)
 learnable = stages.learn_batch(episode, outputs, run.specs, run.game)
 print("advantages of the Challenger", jax.device_get(learnable.batch.challenger.advantages).round(3))
 shapes(learnable.batch.solver)

@@ -1,6 +1,6 @@
 """From an episode to the rows that both roles learn from, in one order whether they are scored yet or not.
 
-1. `unscored`: the rows before any reward is known; the reference's pass needs no more.
+1. `rows_without_rewards`: the rows before any reward is known; the reference's pass needs no more.
 2. `learn_batch`: rewards and masks -> advantages -> the rows of the update, with the metrics of play and reward.
 """
 
@@ -22,7 +22,7 @@ from lsp_jax.reward.base import RewardOutput, RewardSpec, Scores, combine
 from lsp_jax.text.prompts import ids_row
 
 
-class Learnable(NamedTuple):
+class ScoredBatch(NamedTuple):
     """What the stages before the update hand on."""
 
     batch: LearnBatch
@@ -32,7 +32,7 @@ class Learnable(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="game")
-def unscored(episode: Episode, game: Game) -> LearnBatch:
+def rows_without_rewards(episode: Episode, game: Game) -> LearnBatch:
     """The rows as `learn_batch` orders them, with advantages of 0; answers to valid queries count, and every query."""
     shape = episode.answers.lengths.shape
     answers = jnp.zeros(shape), jnp.broadcast_to(episode.queries.valid[:, None], shape)
@@ -46,14 +46,15 @@ def learn_batch(
     specs: tuple[RewardSpec, ...],
     game: Game,
     challenger_weight: jax.Array | float = 1.0,
-    near: jax.Array | None = None,
-) -> Learnable:
+    nearest_similarity_N: jax.Array | None = None,
+) -> ScoredBatch:
     """Rewards -> advantages -> the rows of both roles, and the metrics of play and reward. `challenger_weight` is a
-    factor of the Challenger's loss: 0 while it is paused; `near` [N] each query's similarity to an earlier one."""
+    factor of the Challenger's loss: 0 while it is paused; `nearest_similarity_N` is each query's highest similarity to an
+    earlier one."""
     loss, penalty = game.loss, None
     scores = combine(specs, outputs, episode, loss.use_quality)
-    if near is not None and game.memory.penalty:
-        penalty = game.memory.penalty * (near >= game.memory.near_duplicate)
+    if nearest_similarity_N is not None and game.memory.penalty:
+        penalty = game.memory.penalty * (nearest_similarity_N >= game.memory.near_duplicate)
     result = advantages(
         scores.task,
         scores.quality,
@@ -70,7 +71,7 @@ def learn_batch(
     if batch.challenger is not None:
         rows = batch.challenger
         batch = batch._replace(challenger=rows._replace(weights=rows.weights * challenger_weight))
-    return Learnable(batch, result, scores, play_metrics(episode, scores, result))
+    return ScoredBatch(batch, result, scores, play_metrics(episode, scores, result))
 
 
 def _rows(

@@ -40,13 +40,13 @@ class Game:
         return self.loss.alpha_challenger > 0
 
     @property
-    def fresh_state(self) -> Callable[[Params], TrainState]:
+    def init_train_state(self) -> Callable[[Params], TrainState]:
         """From the loaded parameters to the state that a run starts with; to be jitted."""
         size = (self.memory.size, self.model.hidden_size) if self.trains_challenger else None
         start = partial(init_state, config=self.optimizer, memory=size)
         return (lambda params: start(init_adapters(params, self.lora))) if self.lora.rank else start
 
-    def whole(self, base: Params) -> Callable[[Params], Params]:
+    def attach_adapters(self, base: Params) -> Callable[[Params], Params]:
         """From the parameters that are trained, all or adapters of `base`, to those of the model."""
         return partial(attached, base, lora=self.lora) if self.lora.rank else lambda params: params
 
@@ -56,7 +56,7 @@ class Game:
         return self.lora.rank > 0 or self.loss.kl_estimator == "full"
 
     @property
-    def learner_rounds_apart(self) -> bool:
+    def recompute_old_logprobs(self) -> bool:
         """Whether the learner's log-probabilities of what was played are its own: below float32 decoding and the
         teacher-forced pass round differently, and importance correction compares the two."""
         return self.compute_dtype != "float32" or self.loss.importance_cap > 0

@@ -3,8 +3,8 @@
 1. `challenge`: parameters -> Queries.
 2. `solve`: queries spliced into the Solver's template -> Episode.
 3. `score`: one compiled reward component (host components are scored by the trainer).
-4. `unscored`, `reference`: the episode's rows, and the frozen reference's log-probabilities of them; `recall`: how near
-   its queries are to earlier ones.
+4. `rows_without_rewards`, `reference`: the episode's rows, and the frozen reference's log-probabilities of them;
+   `novelty_metrics`: how near its queries are to earlier ones.
 5. `learn_batch`: rewards and masks -> advantages -> the same rows to learn from, with the metrics of play and reward.
 6. `learn`: as many times as there are inner epochs, `update`: the joint gradient and one optimiser step; the state is
    donated.
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.algorithm.learner_batch import Learnable, learn_batch, unscored
+from lsp_jax.algorithm.learner_batch import ScoredBatch, learn_batch, rows_without_rewards
 from lsp_jax.algorithm.spec import Game, prompt_sharing
 from lsp_jax.core.stage import first_checked
 from lsp_jax.learn.batch import LearnBatch, length_order
@@ -66,7 +66,7 @@ def rollout_params(params: llama.Params, game: Game, base: llama.Params) -> llam
     themselves when on a single device they have the dtype. Adapters play beside the arrays of `base`, the frozen
     reference, which is not read otherwise."""
     if game.lora.rank:
-        params = game.whole(base)(adapters_cast(params, game))
+        params = game.attach_adapters(base)(adapters_cast(params, game))
     same = context() is None and all(leaf.dtype == game.compute_dtype for leaf in jax.tree.leaves(params))
     return params if same else first_checked(_handover, params, game.compute_dtype)
 
@@ -106,7 +106,7 @@ def joint_gradient(
     beside adapters."""
     compute = llama.cast(params, game.compute_dtype)
     static = game.model, game.loss, game.optimizer, game.temperatures, prompt_sharing(game)
-    return gradients(compute, reference_params, batch, references, *static, game.whole(reference_params))
+    return gradients(compute, reference_params, batch, references, *static, game.attach_adapters(reference_params))
 
 
 @partial(jax.jit, static_argnames="game", donate_argnames="state")
@@ -132,40 +132,40 @@ def with_old_logprobs(
     params: llama.Params, reference_params: llama.Params, batch: LearnBatch, game: Game
 ) -> LearnBatch:
     """What inner epochs measure their ratios from; `params` are those that played."""
-    compute = game.whole(reference_params)(llama.cast(params, game.compute_dtype))
-    static = game.model, game.optimizer, game.temperatures, game.learner_rounds_apart, prompt_sharing(game)
+    compute = game.attach_adapters(reference_params)(llama.cast(params, game.compute_dtype))
+    static = game.model, game.optimizer, game.temperatures, game.recompute_old_logprobs, prompt_sharing(game)
     return fix_old(compute, batch, *static)
 
 
 @partial(jax.jit, static_argnames="game")
-def remembered(
+def update_novelty(
     memory: Memory, embeddings: jax.Array, lengths: jax.Array, game: Game
 ) -> tuple[Memory, jax.Array, Metrics]:
     """The memory with this iteration's queries, each one's similarity [N] to the nearest earlier one, and metrics.
 
-    `embeddings` [N, D] are of the rows as `unscored` sorts them by the `lengths` [N] of the queries.
+    `embeddings` [N, D] are of the rows as `rows_without_rewards` sorts them by the `lengths` [N] of the queries.
     """
     order = length_order(lengths, 1, jnp.ones(len(lengths), bool))
     embeddings = jnp.zeros_like(embeddings).at[order].set(embeddings)
     to_memory, among = similarities(memory, embeddings)
-    near, threshold = nearest(to_memory, among), game.memory.near_duplicate
+    nearest_similarity_N, threshold = nearest(to_memory, among), game.memory.near_duplicate
     metrics = {
-        "queries/nearest_similarity": jnp.mean(near),
-        "queries/near_duplicate_fraction": jnp.mean(near >= threshold),
+        "queries/nearest_similarity": jnp.mean(nearest_similarity_N),
+        "queries/near_duplicate_fraction": jnp.mean(nearest_similarity_N >= threshold),
         "queries/cluster_entropy": cluster_entropy(among, threshold),
     }
     metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
-    return shard_params(remember(memory, embeddings)), near, metrics
+    return shard_params(remember(memory, embeddings)), nearest_similarity_N, metrics
 
 
-def recall(
+def novelty_metrics(
     state: TrainState, episode: Episode, references: tuple[Reference, Reference | None], game: Game
 ) -> tuple[Memory | None, jax.Array | None, Metrics]:
-    """`remembered` of this iteration's queries; nothing where the Challenger does not learn."""
+    """`update_novelty` of this iteration's queries; nothing where the Challenger does not learn."""
     embeddings, sampled = references[1] and references[1].embeddings, episode.queries.sampled
     if state.memory is None or embeddings is None or sampled is None:
         return state.memory, None, {}
-    return first_checked(remembered, state.memory, embeddings, sampled.lengths, game)
+    return first_checked(update_novelty, state.memory, embeddings, sampled.lengths, game)
 
 
 @jax.jit
@@ -213,15 +213,15 @@ def iteration(
     seed_key: jax.Array,
     rewards: Sequence[DeviceReward],
     game: Game,
-) -> tuple[TrainState, Learnable, Metrics]:
+) -> tuple[TrainState, ScoredBatch, Metrics]:
     """A whole iteration with compiled rewards; composes under `jax.jit` (close over `rewards` and `game`)."""
     key = iteration_key(seed_key, state)
     params = rollout_params(state.params, game, reference_params)
     episode = solve(params, challenge(params, kinds, key, game), key, game)
     outputs = tuple(score_component(reward.score, p, episode) for reward, p in zip(rewards, reward_params, strict=True))
     specs = tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in rewards)
-    references = reference(reference_params, unscored(episode, game), game)
-    memory, near, recalled = recall(state, episode, references, game)
-    learnable = learn_batch(episode, outputs, specs, game, near=near)
+    references = reference(reference_params, rows_without_rewards(episode, game), game)
+    memory, nearest_similarity_N, novelty = novelty_metrics(state, episode, references, game)
+    learnable = learn_batch(episode, outputs, specs, game, nearest_similarity_N=nearest_similarity_N)
     state, metrics = learn(state._replace(memory=memory), reference_params, learnable.batch, references, game)
-    return state, learnable, learnable.metrics | recalled | metrics
+    return state, learnable, learnable.metrics | novelty | metrics

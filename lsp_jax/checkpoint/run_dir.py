@@ -56,7 +56,7 @@ def check_output(config: TrainConfig, directory: Path) -> None:
             )
 
 
-def settled(config: TrainConfig, directory: Path) -> TrainConfig:
+def resolve_run_constants(config: TrainConfig, directory: Path) -> TrainConfig:
     """With what is decided once a run: the day that chat templates show, and the checkpoint that it starts from.
 
     Given in `config`, else the resumed run's, else today's day and the newest checkpoint of `init_from`.
@@ -73,7 +73,7 @@ def settled(config: TrainConfig, directory: Path) -> TrainConfig:
     return replace(config, date=date or time.strftime("%d %b %Y"), init_step=step)
 
 
-def claim(directory: Path, config: TrainConfig, policy: Policy, identity: Mapping[str, Any]) -> None:
+def init_run_dir(directory: Path, config: TrainConfig, policy: Policy, identity: Mapping[str, Any]) -> None:
     """Makes the run's folder, with its configuration, what it started with (`identity`, the first time) and, so that
     the run can be exported alone, the base model's configuration and tokenizer."""
     base = directory / BASE

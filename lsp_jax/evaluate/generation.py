@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lsp_jax.core import runtime
 from lsp_jax.evaluate.result_cache import Store, digest
-from lsp_jax.model.sharding import mesh_of, place, row_shards, use_mesh
+from lsp_jax.model.sharding import mesh_of, replicate, row_shards, use_mesh
 from lsp_jax.play.chunked_decode import Chunks
 from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts, prompt_ids
 from lsp_jax.play.sampler import SamplingConfig
@@ -125,7 +125,7 @@ def _complete(policy: Policy, requests: Sequence[Request], batch_size: int) -> l
         for row, request in enumerate(requests):
             content = hashlib.sha256(np.asarray(request.ids, np.int64).tobytes()).digest()
             numbers[:, row] = int.from_bytes(content[:4], "little"), request.sample
-        prompts, lengths_there, *parts = place((tokens, lengths, *numbers))
+        prompts, lengths_there, *parts = replicate((tokens, lengths, *numbers))
         chunks = Chunks(
             policy.config, first.sampling, first.columns, policy.tokenizer.stop_ids, min(CHUNK, first.columns)
         )

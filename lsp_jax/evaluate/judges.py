@@ -16,7 +16,7 @@ import numpy as np
 from lsp_jax.core import runtime
 from lsp_jax.evaluate.generation import Request, answers, chat_prompts
 from lsp_jax.evaluate.result_cache import Store, digest
-from lsp_jax.model.sharding import mesh_of, place, use_mesh
+from lsp_jax.model.sharding import mesh_of, replicate, use_mesh
 from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.policy import Policy
@@ -167,7 +167,7 @@ class RewardModelJudge:
         rows = self._batch_size
         queries, answers_ = (pad_prompts([part[i] for part in parts], width[i], rows) for i in (0, 1))
         with use_mesh(mesh_of(self._model.params)):
-            placed = place((queries, (answers_[0][:, None], answers_[1][:, None])))
+            placed = replicate((queries, (answers_[0][:, None], answers_[1][:, None])))
             values = score_conversations(self._model.params, *placed, self._model.config, self._template, rows)
             return runtime.to_host(values)[:, 0]
 

@@ -124,7 +124,7 @@ def widths(columns: int) -> tuple[int, ...]:
     return tuple(sorted({*(-(-columns // part) for part in (4, 2) if columns // part >= NARROWEST), columns}))
 
 
-def fitting(rows: Rows, columns: Sequence[int]) -> jax.Array:
+def width_bucket(rows: Rows, columns: Sequence[int]) -> jax.Array:
     """Which of the rising `columns` holds the longest completion that counts: an index into it, scalar int32."""
     longest = jnp.max(jnp.where(rows.weights > 0, rows.completion_lengths, 0))
     return jnp.sum(longest > jnp.asarray(columns[:-1], jnp.int32), dtype=jnp.int32)

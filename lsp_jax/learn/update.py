@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.learn.batch import LearnBatch, Rows, fitting, micro_batches, widths
+from lsp_jax.learn.batch import LearnBatch, Rows, micro_batches, width_bucket, widths
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.learn.losses import LossConfig, policy_loss
 from lsp_jax.learn.novelty import Memory, empty, pooled
@@ -29,7 +29,7 @@ from lsp_jax.model.llama import Params, Remat, cast
 from lsp_jax.model.sharding import row_shards, shard_params, shard_rows
 
 Metrics = dict[str, jax.Array]
-UNKNOWN_MICRO_BATCH = 8  # rows a device where nothing says how many fit
+DEFAULT_MICRO_BATCH_SIZE = 8  # rows a device where nothing says how many fit
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _at_width(rows: Rows, compute: Callable[[int], Any]) -> Any:
     columns = widths(rows.behaviour_logprobs.shape[1])
     if len(columns) == 1:
         return compute(columns[0])
-    return jax.lax.switch(fitting(rows, columns), [lambda width=width: compute(width) for width in columns])
+    return jax.lax.switch(width_bucket(rows, columns), [lambda width=width: compute(width) for width in columns])
 
 
 def fix_old(
@@ -271,7 +271,7 @@ def _micro_rows(rows: Rows, opt: OptimizerConfig, group: int) -> tuple[int, int]
 
     A device holds whole groups where they fit, else an equal part of one, and runs a prompt once for what it holds.
     """
-    each = min(opt.micro_batch_size or UNKNOWN_MICRO_BATCH, -(-rows.tokens.shape[0] // row_shards()))
+    each = min(opt.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, -(-rows.tokens.shape[0] // row_shards()))
     each = each - each % group if each > group else max(n for n in range(1, each + 1) if group % n == 0)
     return each * row_shards(), min(each, group)
 
@@ -318,12 +318,12 @@ def _means(role: str, sums: Metrics, loss: jax.Array) -> Metrics:
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, loss: jax.Array, opt: OptimizerConfig, sound: jax.Array | bool = True
+    state: TrainState, grads: Params, loss: jax.Array, opt: OptimizerConfig, inputs_finite: jax.Array | bool = True
 ) -> tuple[TrainState, Metrics]:
     """One clipped AdamW step; when the loss or the gradient's norm is not finite, or what they were made from is not
-    `sound`, nothing moves but `skipped`."""
+    `inputs_finite`, nothing moves but `skipped`."""
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss) & sound
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss) & inputs_finite
 
     updates, opt_state = optimizer(opt).update(grads, state.opt_state, state.params)
     moved = optax.apply_updates(state.params, updates), opt_state

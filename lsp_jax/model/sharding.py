@@ -224,7 +224,7 @@ def shard_params(tree: Any, layout: Layout = "train") -> Any:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, partitions(tree, layout))
 
 
-def place(tree: Any) -> Any:
+def replicate(tree: Any) -> Any:
     """Host arrays onto the devices, whole on each device of the context's mesh; the same in all processes."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
@@ -244,8 +244,8 @@ def place(tree: Any) -> Any:
 HOST_MEMORY = "pinned_host"
 
 
-def park(tree: Any) -> Any:
-    """`tree` in the host memory of its devices, laid out as it is; `at_work` brings it back."""
+def offload_to_host(tree: Any) -> Any:
+    """`tree` in the host memory of its devices, laid out as it is; `load_to_device` brings it back."""
 
     def parked(x: Any) -> Any:
         return jax.device_put(x, x.sharding.with_memory_kind(HOST_MEMORY)) if isinstance(x, jax.Array) else x
@@ -253,7 +253,7 @@ def park(tree: Any) -> Any:
     return jax.tree.map(parked, tree)
 
 
-def at_work(tree: Any) -> Any:
+def load_to_device(tree: Any) -> Any:
     """`tree` in its devices' own memory; what is there already is not copied."""
 
     def back(x: Any) -> Any:

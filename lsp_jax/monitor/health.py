@@ -113,7 +113,7 @@ RULES = (
 )
 
 
-def wording(lines: Sequence[Mapping[str, Any]], instruction: str) -> dict[str, float]:
+def lexical_metrics(lines: Sequence[Mapping[str, Any]], instruction: str) -> dict[str, float]:
     """Of an iteration's transcripts: how varied the words of its queries are, how many of them repeat the
     `instruction` that the Challenger was given, and how many answers hold a tag."""
     words = [line["query"].split() for line in lines]
@@ -174,7 +174,7 @@ class Health:
         """Whether the policy is one to go back to: no alarm is on, and the last probe was answered well."""
         return not self._on and not self.declined
 
-    def look(self, number: int, metrics: Mapping[str, float]) -> list[Event]:
+    def update(self, number: int, metrics: Mapping[str, float]) -> list[Event]:
         """At the metrics of iteration `number`, of which only process 0 need have them all; alarms that begin or are
         over."""
         found = [float(metrics.get(rule.metric, math.nan)) for rule in RULES]
@@ -221,7 +221,7 @@ class Health:
         return f"{rule.meaning}: {rule.metric} {recent:.3g} over {self._config.window} iterations{began}"
 
 
-def said_of(event: Event) -> str:
+def format_event(event: Event) -> str:
     """One line for the terminal."""
     more = {
         "pause": "; the Challenger learns nothing until it is over",

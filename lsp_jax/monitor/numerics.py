@@ -32,7 +32,7 @@ class Alarms:
         self.skipped: int = skipped
         """Iterations in a row, the last one included, that changed nothing."""
 
-    def look(self, number: int, metrics: Mapping[str, float], params: Params, batch: LearnBatch) -> None:
+    def check(self, number: int, metrics: Mapping[str, float], params: Params, batch: LearnBatch) -> None:
         """At the metrics of iteration `number`. Raises NumbersError."""
         component, gradient = int(metrics["not_finite/component"]), math.isfinite(metrics["grad_norm"])
         skipped = component > 0 or not gradient

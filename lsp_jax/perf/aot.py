@@ -183,7 +183,7 @@ def _start(compiler: Compiler, config: TrainConfig, game: Game, reward_model: Ll
         _, alive["rubric"] = compiler.stage(
             "rubric", lambda params: lower(params, game.model, *tokens), alive["reference"], times=0
         )
-    alive["state"] = compiler.stage("start", jax.jit(game.fresh_state).lower, alive["loaded"], times=0)
+    alive["state"] = compiler.stage("start", jax.jit(game.init_train_state).lower, alive["loaded"], times=0)
     del alive["loaded"]
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from lsp_jax.algorithm.spec import Game
 from lsp_jax.config import TrainConfig
-from lsp_jax.learn.update import UNKNOWN_MICRO_BATCH, OptimizerConfig
+from lsp_jax.learn.update import DEFAULT_MICRO_BATCH_SIZE, OptimizerConfig
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.llama import params_shape
 from lsp_jax.model.lora import adapters_shape
@@ -43,7 +43,7 @@ def host_memory() -> int | None:
     return min(limits, default=None)
 
 
-def fitted(
+def with_micro_batch_size(
     game: Game,
     config: TrainConfig,
     reward_model: LlamaConfig | None,
@@ -69,7 +69,7 @@ def micro_batch(
     """Rows of one micro-batch on a device of `memory` bytes: a power of two, at least 1, at most the rows there are.
     `data_width`: columns of the queries where they come from data."""
     if memory is None:
-        return UNKNOWN_MICRO_BATCH
+        return DEFAULT_MICRO_BATCH_SIZE
     room = USED * memory - _constant_bytes(game, config, reward_model, mesh)
     fitting = min(max(room / row_bytes(game, _shape(mesh)[2], data_width), 1), _rows(game, mesh))
     return 2 ** int(np.log2(fitting))
@@ -79,7 +79,7 @@ def update_bytes(
     game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None, data_width: int = 0
 ) -> int:
     """What a device holds during the update with the micro-batch of `game`, by the same estimate."""
-    rows = min(game.optimizer.micro_batch_size or UNKNOWN_MICRO_BATCH, _rows(game, mesh))
+    rows = min(game.optimizer.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, _rows(game, mesh))
     each = row_bytes(game, _shape(mesh)[2], data_width)
     return int(_constant_bytes(game, config, reward_model, mesh) + rows * each)
 
@@ -117,11 +117,11 @@ def row_bytes(game: Game, tensor: int = 1, data_width: int = 0) -> float:
         "dots": model.hidden_size + products,
         "none": 2 * model.hidden_size + 2 * products,
     }
-    at_work = 2 * products + 6 * model.hidden_size  # one layer's values and gradients, norms in float32
+    load_to_device = 2 * products + 6 * model.hidden_size  # one layer's values and gradients, norms in float32
     scores = 0.0
     if game.compute_dtype == "float32":  # no fused kernel: the scores of one layer, their softmax and its gradient
         scores = 3 * model.num_attention_heads / tensor * width * 4
-    return width * (size * (model.num_hidden_layers * kept[game.optimizer.remat] + at_work) + scores)
+    return width * (size * (model.num_hidden_layers * kept[game.optimizer.remat] + load_to_device) + scores)
 
 
 def _row_width(game: Game, data_width: int) -> int:

@@ -27,7 +27,7 @@ from lsp_jax.model.sharding import AXES, check_model, make_mesh
 from lsp_jax.perf import placeholders
 from lsp_jax.perf.aot import Phase, Say, compile_run, device_bytes
 from lsp_jax.perf.chips import GIB, Chip, Topology
-from lsp_jax.perf.memory import fitted
+from lsp_jax.perf.memory import with_micro_batch_size
 from lsp_jax.play.prompt_data import widest
 
 RESIDENT = ("state", "reference", "reward model", "rubric")
@@ -92,7 +92,9 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
     if reward_model is not None:
         check_model(tuple(mesh.shape.values()), reward_model, "reward model")
     width = widest(config.data) if config.data.source else 0
-    game = fitted(placeholders.game(config, model), config, reward_model, mesh, topology.chip.memory, width)
+    game = with_micro_batch_size(
+        placeholders.game(config, model), config, reward_model, mesh, topology.chip.memory, width
+    )
     compiled = compile_run(config, game, reward_model, topology, mesh, say)
     alive, play = compiled.alive, config.play
     resident = {name: device_bytes(alive[name]) for name in RESIDENT if name in alive and name not in compiled.parked}

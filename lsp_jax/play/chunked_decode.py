@@ -18,7 +18,7 @@ from lsp_jax.core import processes, runtime
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.kv_cache import KVCache
-from lsp_jax.model.sharding import place, row_shards, shard_rows
+from lsp_jax.model.sharding import replicate, row_shards, shard_rows
 from lsp_jax.play.decode import Completions, Layers, Rows, advance, begin
 from lsp_jax.play.sampler import SamplingConfig
 
@@ -152,7 +152,7 @@ class Chunks(NamedTuple):
         self, params: llama.Params, layers: Layers, prefix: KVCache, rows: Rows, until: int
     ) -> tuple[Rows, jax.Array]:
         """The rows after column `until - 1`, and how many have not stopped."""
-        return _advance(params, layers, prefix, rows, place(np.int32(until)), **self._static)
+        return _advance(params, layers, prefix, rows, replicate(np.int32(until)), **self._static)
 
     def run(self, params: llama.Params, tokens: jax.Array, lengths: jax.Array, keys: jax.Array) -> Completions:
         """As `rollout`, after right-padded prompts `tokens` [N, P] with `lengths` [N], for rows with `keys` [B].

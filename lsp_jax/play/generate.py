@@ -16,7 +16,7 @@ from lsp_jax.core import runtime
 from lsp_jax.core.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.sharding import mesh_of, place, use_mesh
+from lsp_jax.model.sharding import mesh_of, replicate, use_mesh
 from lsp_jax.play.decode import Completions, rollout
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.policy import Policy
@@ -103,7 +103,7 @@ def generate(
         with use_mesh(mesh_of(policy.params)):
             out = complete(
                 policy.params,
-                *place((tokens, lengths, jax.random.key(seed), np.int32(start))),
+                *replicate((tokens, lengths, jax.random.key(seed), np.int32(start))),
                 config=policy.config,
                 repeats=1,
                 sampling=sampling,

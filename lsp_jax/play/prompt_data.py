@@ -19,7 +19,7 @@ import numpy as np
 
 from lsp_jax.core.errors import LONGEST, InputError, shown
 from lsp_jax.core.files import user_path
-from lsp_jax.model.sharding import place
+from lsp_jax.model.sharding import replicate
 from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts
 from lsp_jax.play.selfplay import Queries
 from lsp_jax.text.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ def widest(config: DataConfig) -> int:
 def data_queries(data: PromptData, picked: Sequence[int]) -> Queries:
     """The rows `picked` as queries on device: [N, width] ids, all valid, nothing sampled."""
     tokens, lengths = pad_prompts([data.ids[index] for index in picked], data.width, len(picked))
-    text, valid = place(((tokens, lengths), np.ones(len(picked), bool)))
+    text, valid = replicate(((tokens, lengths), np.ones(len(picked), bool)))
     return Queries(None, text, valid)
 
 

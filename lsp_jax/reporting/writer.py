@@ -59,7 +59,7 @@ class MetricsWriter:
         """One line of `alarms.jsonl` a record."""
         self._append(ALARMS_FILE, [plain(record) for record in records])
 
-    def returns(self, offset: int) -> list[dict[str, Any]]:
+    def rollback_records(self, offset: int) -> list[dict[str, Any]]:
         """Alarms written after `offset` for which the run went back: that it did is not undone by going back again."""
         with (self.directory / ALARMS_FILE).open("rb") as file:
             file.seek(offset)
@@ -75,7 +75,7 @@ class MetricsWriter:
             raise RunError(f"{self.directory / name} could not be written: {error}") from error
 
     def offsets(self) -> dict[str, int]:
-        """Bytes in each file, on disk for good: what a checkpoint keeps for `cut_back`."""
+        """Bytes in each file, on disk for good: what a checkpoint keeps for `truncate_to`."""
         sizes = {}
         for name in FILES:
             with (self.directory / name).open("ab") as file:
@@ -87,7 +87,7 @@ class MetricsWriter:
         """The names of those files that are there."""
         return [name for name in FILES if (self.directory / name).is_file()]
 
-    def cut_back(self, offsets: Mapping[str, int]) -> None:
+    def truncate_to(self, offsets: Mapping[str, int]) -> None:
         """Truncates the files to `offsets`, so that a resumed run goes on where its checkpoint was taken.
 
         Raises:

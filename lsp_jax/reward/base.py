@@ -21,7 +21,7 @@ import numpy as np
 
 from lsp_jax.core import processes, runtime
 from lsp_jax.core.errors import InputError
-from lsp_jax.model.sharding import place, row_shards
+from lsp_jax.model.sharding import replicate, row_shards
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.text.tokenizer import Tokenizer
 
@@ -239,7 +239,7 @@ def score_on_host(reward: HostReward, texts: EpisodeTexts) -> RewardOutput:
     parts = processes.gather(f"reward {reward.name}", mine)
     values, valid_answer, valid_query = ([row for part in parts for row in part[k]] for k in range(3))
     output = np.asarray(values, np.float32), np.asarray(valid_answer, bool), np.asarray(valid_query, bool)
-    return RewardOutput(*place(output))
+    return RewardOutput(*replicate(output))
 
 
 def _scored(reward: HostReward, texts: EpisodeTexts) -> tuple[list[Any], list[Any], list[Any]]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.kv_cache import KVCache
-from lsp_jax.model.sharding import place, shard_rows
+from lsp_jax.model.sharding import replicate, shard_rows
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import groups_at_once
 from lsp_jax.text.judge_prompts import JudgeTemplate, judge_tags
@@ -45,7 +45,7 @@ def judge_params(reference: llama.Params, judge: Judge, tokenizer: Tokenizer, ki
     """Everything on device that judging reads: the reference, the rubric's cache, what must be blanked."""
     tokens, lengths = ids_row(judge.template.rubric_ids)
     _, rubric = jax.jit(llama.extend, static_argnums=1)(reference, judge.config, tokens, lengths)
-    tags = place(tag_tables(tokenizer, judge_tags(tokenizer)))
+    tags = replicate(tag_tables(tokenizer, judge_tags(tokenizer)))
     return {"reference": reference, "rubric": rubric, "kinds": kinds, "tags": tags}
 
 

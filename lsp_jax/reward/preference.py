@@ -30,7 +30,7 @@ from lsp_jax.core import processes
 from lsp_jax.core.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.sharding import place, shard_rows
+from lsp_jax.model.sharding import replicate, shard_rows
 from lsp_jax.model.weights import check_weights, load_params
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.policy import Policy, open_pretrained
@@ -149,7 +149,7 @@ def preference_reward(
     """
     template = preference_template(model.tokenizer)
     blank = tokenizer.encode(" ")[0]
-    tags = place(tag_tables(tokenizer, text_tags(model.tokenizer, template[:3])))
+    tags = replicate(tag_tables(tokenizer, text_tags(model.tokenizer, template[:3])))
     if same_tokenizer(model.tokenizer, tokenizer):
         score = partial(preference_scores, config=model.config, template=template, blank=blank, rows=rows)
         return DeviceReward(name, kind, weight, score, {"model": model.params, "kinds": kinds, "tags": tags})
@@ -241,7 +241,7 @@ def _foreign_scores(
     (answer_tokens, answer_lengths), answer_fits = _padded(answers, answer_width)
     answer_rows = (answer_tokens.reshape(number, group, -1), answer_lengths.reshape(number, group))
     valid = query_fits[:, None] & answer_fits.reshape(number, group)
-    parts = place((query_rows, answer_rows, valid, np.ones(number, bool)))
+    parts = replicate((query_rows, answer_rows, valid, np.ones(number, bool)))
     arguments = (model.params, *parts[:2], model.config, template, rows)
     # texts decide the widths, and each width is another program
     name = f"score_conversations {query_width} {answer_width}"

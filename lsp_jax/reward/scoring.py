@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from lsp_jax.core import processes
-from lsp_jax.model.sharding import at_work
+from lsp_jax.model.sharding import load_to_device
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import (
     DeviceReward,
@@ -62,7 +62,7 @@ def score_episode(reward: DeviceReward | EpisodeReward, episode: Episode) -> Rew
     """One component's output, on device."""
     if isinstance(reward, EpisodeReward):
         return reward.score(episode)
-    params = at_work(reward.params)
+    params = load_to_device(reward.params)
     processes.check_program(f"score {reward.name}", score_component, reward.score, params, episode)
     return score_component(reward.score, params, episode)
 

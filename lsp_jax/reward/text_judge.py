@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from lsp_jax.core import processes, runtime
-from lsp_jax.model.sharding import place, shard_params
+from lsp_jax.model.sharding import replicate, shard_params
 from lsp_jax.play.decode import Completions, rollout
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.play.selfplay import Episode
@@ -59,7 +59,7 @@ def text_scores(
     scores = [[None if turn is None else parse_score(turn) for turn in group] for group in turns]
     values = np.array([[score or 0 for score in group] for group in scores], np.float32)
     valid = np.array([[score is not None for score in group] for group in scores], bool)
-    return RewardOutput(*place((values, valid, np.ones(len(scores), bool))))
+    return RewardOutput(*replicate((values, valid, np.ones(len(scores), bool))))
 
 
 @partial(jax.jit, static_argnames=("judge", "max_length", "stop_ids"))

@@ -58,9 +58,9 @@ class Saving:
         self._checkpoints, self._writer, self._identity, self._config = checkpoints, writer, identity, config
         self.failed: int = 0
         """Saves that could not be written."""
-        self.go_on(saved)
+        self.restore_from(saved)
 
-    def go_on(self, saved: dict[str, Any] | None) -> None:
+    def restore_from(self, saved: dict[str, Any] | None) -> None:
         """From the checkpoint whose host part is `saved`, the newest one there is."""
         self.newest: int = saved["iteration"] if saved else 0
         """Iteration of the newest checkpoint, 0 without one."""
@@ -121,7 +121,7 @@ class Saving:
             self.save(number, state, self._tried)
             self.wait()
 
-    def keep(self, number: int, state: TrainState, progress: Progress) -> str:
+    def save_before_exit(self, number: int, state: TrainState, progress: Progress) -> str:
         """Iteration `number` on disk, unless it is; says what is there then."""
         self.wait()  # for what is under way: it may fail
         if self.newest < number:
@@ -210,8 +210,8 @@ def roll_back(
     except (Damaged, OSError) as error:
         raise RunError(f"a collapsed run cannot go back to checkpoint {target}: {error}") from error
     if writer is not None:
-        earlier = writer.returns(saved["offsets"][ALARMS_FILE])
-        writer.cut_back(saved["offsets"])
+        earlier = writer.rollback_records(saved["offsets"][ALARMS_FILE])
+        writer.truncate_to(saved["offsets"])
         now = [{**event._asdict(), "back_to": target, "attempt": attempt + 1} for event in events]
         writer.write_alarms([*earlier, *now])
     raised = np.asarray(attempt + 1, np.int32)

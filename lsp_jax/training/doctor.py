@@ -22,7 +22,7 @@ from lsp_jax.core.console import printable
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import existing_part
 from lsp_jax.learn.losses import kl_terms
-from lsp_jax.model.sharding import place, row_shards, use_mesh
+from lsp_jax.model.sharding import replicate, row_shards, use_mesh
 from lsp_jax.perf.chips import GIB
 from lsp_jax.perf.memory import USED, device_memory, host_memory, update_bytes
 from lsp_jax.play.decode import Completions
@@ -225,7 +225,7 @@ def _memory(run: Run) -> Finding:
 
 def _disk(run: Run) -> Finding:
     """Room for the checkpoints: a new one is written before the oldest goes, and the export at the end."""
-    state = jax.eval_shape(run.game.fresh_state, run.policy.params)
+    state = jax.eval_shape(run.game.init_train_state, run.policy.params)
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     whole = run.reference if run.game.lora.rank else state.params  # adapters are merged
     export = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole))
@@ -303,4 +303,4 @@ def pair(tokenizer: Tokenizer, queries: int) -> Episode:
     tokens = repeated([ids + [0] * (width - len(ids)) for ids in answers], np.int32)
     lengths, zeros = repeated([*map(len, answers)], np.int32), jnp.zeros((*shape, width))
     done = Completions(tokens, lengths, zeros, zeros, jnp.ones(shape, bool))
-    return place(Episode(Queries(None, text, jnp.ones(queries, bool)), text, done))
+    return replicate(Episode(Queries(None, text, jnp.ones(queries, bool)), text, done))

@@ -16,7 +16,7 @@ import jax
 from lsp_jax.checkpoint.manager import Checkpoints
 from lsp_jax.checkpoint.model_card import model_card
 from lsp_jax.checkpoint.provenance import identity
-from lsp_jax.checkpoint.run_dir import CHECKPOINTS, EXPORT, PROFILE, claim
+from lsp_jax.checkpoint.run_dir import CHECKPOINTS, EXPORT, PROFILE, init_run_dir
 from lsp_jax.config import TrainConfig
 from lsp_jax.core import console, processes, runtime
 from lsp_jax.core.errors import Collapsed, Stopped
@@ -25,7 +25,7 @@ from lsp_jax.learn.update import TrainState
 from lsp_jax.model.llama import Params
 from lsp_jax.model.lora import merged
 from lsp_jax.model.sharding import use_mesh
-from lsp_jax.monitor.health import Event, Health, said_of, wording
+from lsp_jax.monitor.health import Event, Health, format_event, lexical_metrics
 from lsp_jax.monitor.numerics import Alarms
 from lsp_jax.monitor.preemption import Preemption
 from lsp_jax.monitor.shutdown import Stopping, close_all
@@ -42,7 +42,7 @@ from lsp_jax.training.probe import Probe
 from lsp_jax.training.resume import start_state
 from lsp_jax.training.run import Run
 from lsp_jax.training.setup import prepare
-from lsp_jax.training.step import Phases, Played, host_metrics, numbers_and_lines, play_and_learn, precompile
+from lsp_jax.training.step import Phases, StepResult, host_metrics, numbers_and_lines, precompile, train_step
 
 
 class IterationEvent(NamedTuple):
@@ -116,14 +116,14 @@ def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: 
             known = identity(config, run.policy, run.reward_model)
             state, saved = start_state(run, checkpoints, known)
             if processes.is_writer():
-                claim(run.directory, config, run.policy, known)
+                init_run_dir(run.directory, config, run.policy, known)
             # the loaded parameters, which nothing but `run` holds, would be one more copy on an accelerator
             run = replace(run, policy=replace(run.policy, params={}))
             done = saved["iteration"] if saved else 0
             if processes.is_writer():
                 writer = MetricsWriter(run.directory, config.report_to)
                 # a run that died before its first checkpoint begins again: its lines go
-                writer.cut_back(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
+                writer.truncate_to(saved["offsets"] if saved else dict.fromkeys(writer.existing(), 0))
                 announce.announce(run, done)
                 console, report = Console(config.max_steps, done), LiveReport(run.directory)
             saving = Saving(checkpoints, writer, known, config, saved)
@@ -180,25 +180,29 @@ def _iterations(
         traced = config.profile and number == first + 1  # the first one compiles
         try:
             with jax.profiler.trace(str(run.directory / PROFILE)) if traced else nullcontext():
-                played, metrics, lines = _one(run, state, number, progress.cursor, saving, begins, stopping, health)
+                played, metrics, lines = _run_iteration(
+                    run, state, number, progress.cursor, saving, begins, stopping, health
+                )
         except Stopped as asked:  # before the update: the state is the last iteration's
-            kept = saving.keep(number - 1, state, progress)
+            kept = saving.save_before_exit(number - 1, state, progress)
             raise Stopped(f"{asked}; {kept}; --resume auto goes on") from asked
         state = played.state
-        metrics |= probe.look(number, state, health.declined, watchdog.beat)
+        metrics |= probe.evaluate(number, state, health.declined, watchdog.beat)
         if number == first:  # names of metrics are known from here on
             saving.check_metric(metrics)
         watchdog.beat("writing")
         if outputs.writer is not None:
             outputs.writer.write(number, metrics)
             outputs.writer.write_transcripts(lines)
-        alarms.look(number, metrics, state.params, played.learnable.batch)
-        events = health.look(number, metrics)
-        progress = Progress(progress.cursor + played.taken, alarms.skipped, metrics, health.record(), health.good)
-        if back := _after(events, state, progress, outputs, health.rollbacks, config.health.max_rollbacks):
+        alarms.check(number, metrics, state.params, played.learnable.batch)
+        events = health.update(number, metrics)
+        progress = Progress(
+            progress.cursor + played.prompts_consumed, alarms.skipped, metrics, health.record(), health.good
+        )
+        if back := _handle_events(events, state, progress, outputs, health.rollbacks, config.health.max_rollbacks):
             watchdog.beat("rollback")
             state, saved = roll_back(back, state, outputs.checkpoints, outputs.writer, events)
-            saving.go_on(saved)
+            saving.restore_from(saved)
             progress, rollbacks = Progress.of(saved), health.rollbacks + 1
             alarms, health = Alarms(config.max_skipped, progress.skipped), Health(config.health, progress.health)
             health.rollbacks, number = rollbacks, back
@@ -215,29 +219,29 @@ def _iterations(
     return state
 
 
-def _after(
+def _handle_events(
     events: Sequence[Event], state: TrainState, progress: Progress, outputs: Outputs, rollbacks: int, most: int
 ) -> int | None:
     """Says and writes the alarms of an iteration; the checkpoint to go back to, if one asks for it. Saves and raises
     Collapsed where the run ends."""
     for event in events:
-        console.warn(said_of(event))
+        console.warn(format_event(event))
     if outputs.writer is not None:
         outputs.writer.write_alarms(event._asdict() for event in events)
     try:
         acts = {event.action: event for event in reversed(events)}
         if "stop" in acts:
-            raise Collapsed(said_of(acts["stop"]))
+            raise Collapsed(format_event(acts["stop"]))
         if "rollback" in acts:
             outputs.saving.wait()
             return check_rollback(acts["rollback"], outputs.saving, rollbacks, most)
     except Collapsed as ended:
-        kept = outputs.saving.keep(events[0].iteration, state, progress)
+        kept = outputs.saving.save_before_exit(events[0].iteration, state, progress)
         raise Collapsed(f"{ended}; {kept}") from ended
     return None
 
 
-def _one(
+def _run_iteration(
     run: Run,
     state: TrainState,
     number: int,
@@ -246,19 +250,19 @@ def _one(
     begins: Callable[[str], None],
     stopping: Stopping,
     health: Health,
-) -> tuple[Played, dict[str, float], list[dict[str, Any]]]:
+) -> tuple[StepResult, dict[str, float], list[dict[str, Any]]]:
     """Iteration `number` with its metrics and transcripts; with data its queries begin at `cursor`."""
     reads, start, phases = runtime.reads(), time.perf_counter(), Phases(begins)
     saving.check()
-    played = play_and_learn(run, state, phases, cursor, stopping.check, health.paused)
+    played = train_step(run, state, phases, cursor, stopping.check, health.paused)
     playing_reads = runtime.reads() - reads
     with phases("log"):
         metrics, lines = numbers_and_lines(run, number, played)
-    words = wording(lines, run.config.prompts.challenger) if lines else {}  # only process 0 has lines
+    words = lexical_metrics(lines, run.config.prompts.challenger) if lines else {}  # only process 0 has lines
     metrics |= processes.gather("wording", words)[0]
     metrics |= host_metrics(run, number, metrics, phases, time.perf_counter() - start)
     metrics["host_reads"] = playing_reads
     metrics["challenger/paused"] = float(health.paused)
-    metrics["handover/bytes"] = played.handed_over
+    metrics["handover/bytes"] = played.rollout_param_bytes
     metrics["checkpoint/failed"] = saving.failed
     return played, metrics, lines

@@ -21,7 +21,7 @@ from lsp_jax.core import console, runtime
 from lsp_jax.core.stage import first_checked
 from lsp_jax.learn.update import TrainState
 from lsp_jax.model.llama import Params
-from lsp_jax.model.sharding import at_work
+from lsp_jax.model.sharding import load_to_device
 from lsp_jax.play.prompt_data import data_queries
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import RewardOutput, RewardSpec, combine, solver_rewards
@@ -38,7 +38,9 @@ class Probe:
         self._run = run
         self._reference: np.ndarray | None = None
 
-    def look(self, number: int, state: TrainState, declined: float, begins: Callable[[str], None]) -> dict[str, float]:
+    def evaluate(
+        self, number: int, state: TrainState, declined: float, begins: Callable[[str], None]
+    ) -> dict[str, float]:
         """Metrics of the probe after iteration `number`; between two looks the last one's verdict, `declined`, stands.
         Empty without a probe."""
         config = self._run.config.health
@@ -48,7 +50,7 @@ class Probe:
             return {"probe/declined": declined}
         start = time.perf_counter()
         if self._reference is None:
-            self._reference = self._values(at_work(self._run.reference), begins)
+            self._reference = self._values(load_to_device(self._run.reference), begins)
         values = self._values(stages.rollout_params(state.params, self._run.game, self._run.reference), begins)
         gain = values - self._reference
         both = gain[np.isfinite(gain)]  # a prompt of which no answer could be scored says nothing

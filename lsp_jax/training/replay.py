@@ -20,14 +20,14 @@ from lsp_jax.core.files import user_path
 from lsp_jax.core.processes import ProcessConfig
 from lsp_jax.core.runtime import keep_programs
 from lsp_jax.learn.update import TrainState
-from lsp_jax.model.sharding import MeshConfig, place, use_mesh
+from lsp_jax.model.sharding import MeshConfig, replicate, use_mesh
 from lsp_jax.policy import Policy
 from lsp_jax.reporting.writer import plain
 from lsp_jax.reward.base import Reward
 from lsp_jax.training.resume import start_state
 from lsp_jax.training.run import Run
 from lsp_jax.training.setup import prepare
-from lsp_jax.training.step import Phases, Played, numbers_and_lines, play_and_learn
+from lsp_jax.training.step import Phases, StepResult, numbers_and_lines, train_step
 
 
 class Replayed(NamedTuple):
@@ -68,7 +68,7 @@ def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: P
             decided = _decided(folder)
             for number in range(start + 1, step):
                 played = _again(prepared, state, cursor, decided.get(number))
-                state, cursor = played.state, cursor + played.taken
+                state, cursor = played.state, cursor + played.prompts_consumed
             played = _again(prepared, state, cursor, decided.get(step))
             metrics, lines = numbers_and_lines(prepared, step, played)
     finally:
@@ -90,12 +90,12 @@ def _decided(folder: Path) -> dict[int, tuple[int, bool]]:
     return found
 
 
-def _again(run: Run, state: TrainState, cursor: int, decided: tuple[int, bool] | None) -> Played:
+def _again(run: Run, state: TrainState, cursor: int, decided: tuple[int, bool] | None) -> StepResult:
     """The iteration after `state`, as it was decided to be played."""
     if decided is None:
-        return play_and_learn(run, state, Phases(), cursor)
-    state = state._replace(attempt=place(np.int32(decided[0])))
-    return play_and_learn(run, state, Phases(), cursor, paused=decided[1])
+        return train_step(run, state, Phases(), cursor)
+    state = state._replace(attempt=replicate(np.int32(decided[0])))
+    return train_step(run, state, Phases(), cursor, paused=decided[1])
 
 
 def _written(folder: Path, step: int) -> list[dict[str, Any]]:

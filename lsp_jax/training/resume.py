@@ -27,7 +27,7 @@ def start_state(
     InputError where none of those that there were is whole (a run never starts from scratch without saying so), or the
     model is not the one the run started from.
     """
-    make = run.game.fresh_state
+    make = run.game.init_train_state
     steps = checkpoints.steps() if run.config.resume != "never" else []
     if before is None and run.config.resume != "never":
         checkpoints.clean()

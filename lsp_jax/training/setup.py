@@ -11,16 +11,16 @@ from jax.sharding import Mesh
 
 from lsp_jax.algorithm.spec import Game
 from lsp_jax.checkpoint.export import load_run_params, open_run
-from lsp_jax.checkpoint.run_dir import check_output, settled
+from lsp_jax.checkpoint.run_dir import check_output, resolve_run_constants
 from lsp_jax.config import TrainConfig, flat
 from lsp_jax.core import processes
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import user_path
 from lsp_jax.model.llama import Params, cast, params_shape
 from lsp_jax.model.lora import adapters_shape
-from lsp_jax.model.sharding import check_model, make_mesh, park, place, shardings, use_mesh
+from lsp_jax.model.sharding import check_model, make_mesh, offload_to_host, replicate, shardings, use_mesh
 from lsp_jax.model.weights import load_params
-from lsp_jax.perf.memory import device_memory, fitted
+from lsp_jax.perf.memory import device_memory, with_micro_batch_size
 from lsp_jax.play.prompt_data import PromptData, load_data
 from lsp_jax.policy import Policy, open_pretrained
 from lsp_jax.reporting.metrics import check_metric
@@ -47,7 +47,7 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
     check_trackers(config.report_to)
     check_metric(config.metric_for_best_model)
     directory = user_path("output_dir", config.output_dir)
-    config = settled(config, directory)
+    config = resolve_run_constants(config, directory)
     check_output(config, directory)
     # midnight, or another run's save, may lie between two processes; and from here on the folder may be written to
     date, step = processes.gather("what is decided once", [config.date, config.init_step])[0]
@@ -72,7 +72,7 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
             check_model(tuple(mesh.shape.values()), opened_rewards.reward_model.config, "reward model")
         memory = min(processes.gather("device memory", device_memory() or 0)) or None
         scorer = opened_rewards.reward_model
-        game = fitted(game, config, scorer and scorer.config, mesh, memory, data.width if data else 0)
+        game = with_micro_batch_size(game, config, scorer and scorer.config, mesh, memory, data.width if data else 0)
         # with adapters the base is frozen: master copies of it would move nothing
         dtype = game.compute_dtype if config.lora.rank else config.param_dtype
         policy = replace(opened, params=load(mesh, dtype))
@@ -81,8 +81,8 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
             reference = cast(policy.params, game.compute_dtype)
             components = load_rewards(config.reward, opened_rewards, policy, reference, kinds, mesh)
             if config.park_frozen:
-                reference, components = _parked(reference, components, stays=config.lora.rank > 0)
-            seed_key = place(jax.random.key(config.seed))
+                reference, components = _offloaded(reference, components, stays=config.lora.rank > 0)
+            seed_key = replicate(jax.random.key(config.seed))
     except BaseException:
         workers.close()
         raise
@@ -96,14 +96,14 @@ def check_same(config: TrainConfig) -> None:
     processes.check_same("config", values, "start all processes with the same settings")
 
 
-def _parked(reference: Params, components: tuple[Reward, ...], stays: bool) -> tuple[Params, tuple[Reward, ...]]:
+def _offloaded(reference: Params, components: tuple[Reward, ...], stays: bool) -> tuple[Params, tuple[Reward, ...]]:
     """Both in host memory; arrays that they share (the judge is the reference) stay shared. The reference `stays` on
     the devices where adapters play beside it."""
     trees = [component.params if isinstance(component, DeviceReward) else None for component in components]
     leaves, structure = jax.tree.flatten((reference, trees))
     kept = {id(leaf) for leaf in jax.tree.leaves(reference)} if stays else set()
     # each once, however often it is held
-    parked = {id(leaf): leaf if id(leaf) in kept else park(leaf) for leaf in leaves}
+    parked = {id(leaf): leaf if id(leaf) in kept else offload_to_host(leaf) for leaf in leaves}
     reference, trees = jax.tree.unflatten(structure, [parked[id(leaf)] for leaf in leaves])
     return reference, tuple(
         replace(component, params=tree) if isinstance(component, DeviceReward) else component
@@ -180,7 +180,7 @@ def token_kinds(policy: Policy) -> jax.Array:
     kinds = np.full(policy.config.vocab_size, SPECIAL, np.uint8)
     known = policy.tokenizer.token_kinds()
     kinds[: len(known)] = known
-    return place(kinds)
+    return replicate(kinds)
 
 
 def longest_query(

@@ -17,14 +17,14 @@ import numpy as np
 
 from lsp_jax.algorithm import rollout, stages
 from lsp_jax.algorithm.episode_metrics import tokens_of
-from lsp_jax.algorithm.learner_batch import Learnable
+from lsp_jax.algorithm.learner_batch import ScoredBatch
 from lsp_jax.algorithm.resampling import RESAMPLE, groups, replaced, sources
 from lsp_jax.config import TrainConfig
 from lsp_jax.core import processes, runtime
 from lsp_jax.core.stage import first_checked, named
 from lsp_jax.learn.update import TrainState
 from lsp_jax.model import llama
-from lsp_jax.model.sharding import at_work, place
+from lsp_jax.model.sharding import load_to_device, replicate
 from lsp_jax.perf import roofline
 from lsp_jax.play.prompt_data import data_queries
 from lsp_jax.play.selfplay import Episode
@@ -55,45 +55,45 @@ class Phases:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-class Played(NamedTuple):
+class StepResult(NamedTuple):
     """One iteration's results, still on device."""
 
     state: TrainState
     episode: Episode
-    learnable: Learnable
+    learnable: ScoredBatch
     metrics: dict[str, jax.Array]
     texts: EpisodeTexts | None
     """Decoded already, when a host reward needed them and there is one process."""
-    handed_over: int
+    rollout_param_bytes: int
     """Bytes, on one device, of the parameters that played."""
-    taken: int
+    prompts_consumed: int
     """Prompts of the data set that were taken."""
 
 
-def play_and_learn(
+def train_step(
     run: Run,
     state: TrainState,
     phases: Phases,
     cursor: int = 0,
-    between: Callable[[str], None] = processes.barrier,
+    sync_point: Callable[[str], None] = processes.barrier,
     paused: bool = False,
-) -> Played:
+) -> StepResult:
     """One iteration's stages in order; `cursor`: prompts of the data set taken so far.
 
-    `between` is called with a name by all processes together at some places between phases, the last one before the
+    `sync_point` is called with a name by all processes together at some places between phases, the last one before the
     update, which consumes `state`: what it raises leaves `state` as it was. `paused`: the Challenger learns nothing.
     """
     game = run.game
-    between("iteration")  # a process that is late is named here, not waited for in a collective
+    sync_point("iteration")  # a process that is late is named here, not waited for in a collective
     key = stages.iteration_key(run.seed_key, state)
     with phases("handover"):
         params = jax.block_until_ready(stages.rollout_params(state.params, game, run.reference))
-    handed_over = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+    rollout_param_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     episode, rows = _play(run, params, key, cursor, phases)
-    between("reward")
-    taken, outputs, texts, seen = game.play.num_queries, None, None, {}
+    sync_point("reward")
+    prompts_consumed, outputs, texts, seen = game.play.num_queries, None, None, {}
     if game.play.max_resamples:
-        episode, outputs, taken, seen = _resampled(run, params, key, cursor, phases, episode, rows)
+        episode, outputs, prompts_consumed, seen = _resampled(run, params, key, cursor, phases, episode, rows)
     del params
     if outputs is None:
         with phases("reward"):
@@ -101,8 +101,8 @@ def play_and_learn(
             texts = scoring.texts_to_score(run.rewards, run.policy.tokenizer, episode, rows)
             jax.block_until_ready(scored)  # a parked reward model has gone before the reference comes
     begun = time.perf_counter()
-    played = first_checked(stages.unscored, episode, game)
-    reference = at_work(run.reference)
+    played = first_checked(stages.rows_without_rewards, episode, game)
+    reference = load_to_device(run.reference)
     references = first_checked(stages.reference, reference, played, game)
     del played
     if outputs is None:
@@ -116,16 +116,16 @@ def play_and_learn(
     if not game.needs_base:
         reference = {}  # its log-probabilities are all that the update needs
     with phases("reward"):
-        memory, near, recalled = stages.recall(state, episode, references, game)
-        arguments = episode, outputs, run.specs, game, place(np.float32(not paused)), near
+        memory, nearest_similarity_N, novelty = stages.novelty_metrics(state, episode, references, game)
+        arguments = episode, outputs, run.specs, game, replicate(np.float32(not paused)), nearest_similarity_N
         learnable = jax.block_until_ready(first_checked(stages.learn_batch, *arguments))
-    between("update")
+    sync_point("update")
     with phases("update"):
         state = state._replace(memory=memory)
         state, metrics = jax.block_until_ready(stages.learn(state, reference, learnable.batch, references, game))
     whole = texts if processes.number() == 1 else None
-    metrics = learnable.metrics | recalled | metrics | seen
-    return Played(state, episode, learnable, metrics, whole, handed_over, taken)
+    metrics = learnable.metrics | novelty | metrics | seen
+    return StepResult(state, episode, learnable, metrics, whole, rollout_param_bytes, prompts_consumed)
 
 
 def _play(
@@ -158,21 +158,23 @@ def _resampled(
     with phases("reward"):
         outputs = scoring.score(run.rewards, run.policy.tokenizer, episode, rows)
     changed = np.zeros(play.num_queries, bool)
-    taken, tokens = play.num_queries, tokens_of(episode)
+    prompts_consumed, tokens = play.num_queries, tokens_of(episode)
     for number in range(play.max_resamples):
         flat, _ = runtime.to_host(first_checked(groups, episode, outputs, *static))
         if not flat.any():
             break
-        more, fresh_rows = _play(run, params, jax.random.fold_in(key, RESAMPLE + number), cursor + taken, phases)
-        taken, tokens = taken + play.num_queries, tokens + tokens_of(more)
+        more, fresh_rows = _play(
+            run, params, jax.random.fold_in(key, RESAMPLE + number), cursor + prompts_consumed, phases
+        )
+        prompts_consumed, tokens = prompts_consumed + play.num_queries, tokens + tokens_of(more)
         with phases("reward"):
             fresh = scoring.score(run.rewards, run.policy.tokenizer, more, fresh_rows)
             _, differ = runtime.to_host(first_checked(groups, more, fresh, *static))
             source = sources(flat, differ)
-            episode, outputs = first_checked(replaced, (episode, outputs), (more, fresh), place(source))
+            episode, outputs = first_checked(replaced, (episode, outputs), (more, fresh), replicate(source))
         changed |= source >= 0
-    seen = {"resampled_fraction": place(np.float32(changed.mean())), "completions/tokens": tokens}
-    return episode, outputs, taken, seen
+    seen = {"resampled_fraction": replicate(np.float32(changed.mean())), "completions/tokens": tokens}
+    return episode, outputs, prompts_consumed, seen
 
 
 def precompile(run: Run, state: TrainState) -> None:
@@ -187,7 +189,7 @@ def precompile(run: Run, state: TrainState) -> None:
     rollout.precompile(params, queries, key, run.game)
 
 
-def numbers_and_lines(run: Run, number: int, played: Played) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def numbers_and_lines(run: Run, number: int, played: StepResult) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The metrics of iteration `number` and its records, with one read from the device (texts may take another).
 
     The answers to the first query have their tokens, too, each with the log-probability it was sampled at. With several
@@ -212,7 +214,7 @@ def _first_group(episode: Episode) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def host_metrics(run: Run, number: int, played: dict[str, float], phases: Phases, seconds: float) -> dict[str, float]:
     """Of iteration `number` that took `seconds`, whose metrics from the device are `played`."""
-    metrics = {f"time/{name}": taken for name, taken in phases.seconds.items()}
+    metrics = {f"time/{name}": prompts_consumed for name, prompts_consumed in phases.seconds.items()}
     metrics["time/iteration"] = seconds
     metrics["tokens_per_second"] = played["completions/tokens"] / (
         phases.seconds["challenge"] + phases.seconds["solve"]
