@@ -165,13 +165,13 @@ def test_rows_are_spread_over_what_divides_them(rows: int, axes: tuple[str, ...]
 
 def test_parked_parameters_come_back_as_they_were():
     tree = {"a": jnp.arange(6.0), "b": jnp.ones((2, 2), jnp.bfloat16)}
-    parked = sharding.park(tree)
+    parked = sharding.offload_to_host(tree)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(parked)} == {sharding.HOST_MEMORY}
     back = sharding.load_to_device(parked)
     assert [leaf.sharding for leaf in jax.tree.leaves(back)] == [leaf.sharding for leaf in jax.tree.leaves(tree)]
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True))
     assert (
-        sharding.load_to_device(sharding.park({"n": 3, "x": np.ones(2)}))["n"] == 3
+        sharding.load_to_device(sharding.offload_to_host({"n": 3, "x": np.ones(2)}))["n"] == 3
     )  # no arrays of a device: as they are
     assert (
         jax.tree.leaves(sharding.load_to_device(tree))[0].unsafe_buffer_pointer() == tree["a"].unsafe_buffer_pointer()

@@ -49,8 +49,8 @@ def learn_batch(
     nearest_similarity_N: jax.Array | None = None,
 ) -> ScoredBatch:
     """Rewards -> advantages -> the rows of both roles, and the metrics of play and reward. `challenger_weight` is a
-    factor of the Challenger's loss: 0 while it is paused; `nearest_similarity_N` is each query's highest similarity to an
-    earlier one."""
+    factor of the Challenger's loss: 0 while it is paused; `nearest_similarity_N` is each query's highest similarity
+    to an earlier one."""
     loss, penalty = game.loss, None
     scores = combine(specs, outputs, episode, loss.use_quality)
     if nearest_similarity_N is not None and game.memory.penalty:
