@@ -21,7 +21,7 @@ from lsp_jax.text.prompts import Ragged
 
 
 def challenge(params: llama.Params, kinds: jax.Array, key: jax.Array, game: Game) -> Queries:
-    """N queries, as `iteration.challenge`."""
+    """N queries, as `stages.challenge`."""
     if not game.play.chunks(game.play.max_query_length):
         return first_checked(stages.challenge, params, kinds, key, game)
     prompts, keys = _challenger_rows(key, game)
@@ -29,7 +29,7 @@ def challenge(params: llama.Params, kinds: jax.Array, key: jax.Array, game: Game
 
 
 def solve(params: llama.Params, queries: Queries, key: jax.Array, game: Game) -> Episode:
-    """The episode: G answers to each query, as `iteration.solve`."""
+    """The episode: G answers to each query, as `stages.solve`."""
     if not game.play.chunks(game.play.max_completion_length):
         return first_checked(stages.solve, params, queries, key, game)
     prompts, keys = _solver_rows(queries, key, game)
