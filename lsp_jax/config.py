@@ -104,17 +104,17 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Queries from a data set in the Challenger's place (GRPO)."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
-    """What the Challenger is asked for."""
+    """The prompts: what the Challenger is asked for."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the Solver samples."""
     challenger_sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the Challenger samples."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """What an answer is worth."""
+    """The rewards: what an answer is worth."""
     health: HealthConfig = field(default_factory=HealthConfig)
-    """What happens when self-play collapses."""
+    """The monitors of self-play and their actions."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    """What is kept of the Challenger's queries."""
+    """The memory of the Challenger's queries."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The objective."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -162,7 +162,7 @@ class TrainConfig:
         self._check_data()
 
     def _check_data(self) -> None:
-        """What needs queries from data, and what does not go with them."""
+        """Checks the settings that need queries from data, and those that do not go with them."""
         for name in ("maths", "code"):
             weight = getattr(self.reward, f"{name}_weight")
             if weight and not self.data.source:

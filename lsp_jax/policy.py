@@ -60,7 +60,7 @@ def load_pretrained(
 
 
 def open_pretrained(path_or_hub_id: str | Path, revision: str | None = None, head: Head = "lm") -> tuple[Path, Policy]:
-    """What `load_pretrained` loads without the weights (`params` is empty), and the directory that holds them.
+    """The policy of `load_pretrained` without its weights (`params` is empty), and the directory that holds them.
 
     `head` is what the model must end in: a reward model is no policy, and a policy no reward model.
     """

@@ -54,7 +54,7 @@ LEFT_OPEN: dict[str, tuple[Any, str]] = {
     "optimizer.max_grad_norm": (1.0, "TRL's default"),
     "max_steps": (1500, "the last iteration of which the paper shows samples"),
 }
-"""What the paper does not give: our value and why. (For GRPO alpha_challenger is 0: there is no Challenger.)"""
+"""Values that the paper does not give: ours, and why. (For GRPO alpha_challenger is 0: there is no Challenger.)"""
 
 
 def quickstart() -> TrainConfig:

@@ -1,4 +1,4 @@
-"""What an iteration's play and rewards look like in numbers: means over what counts, computed on the device."""
+"""Metrics of an iteration's play and rewards: means over the rows that count, computed on the device."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from lsp_jax.text.prompts import ids_row
 
 
 class ScoredBatch(NamedTuple):
-    """What the stages before the update hand on."""
+    """The output of the stages before the update."""
 
     batch: LearnBatch
     advantages: Advantages

@@ -1,4 +1,4 @@
-"""What is fixed during a run, and what follows from it alone."""
+"""The static specification of a run, and what follows from it alone."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def update(
 def with_old_logprobs(
     params: llama.Params, reference_params: llama.Params, batch: LearnBatch, game: Game
 ) -> LearnBatch:
-    """What inner epochs measure their ratios from; `params` are those that played."""
+    """The batch with old log-probabilities, the denominators of inner epochs' ratios; `params` have played."""
     compute = game.attach_adapters(reference_params)(llama.cast(params, game.compute_dtype))
     static = game.model, game.optimizer, game.temperatures, game.recompute_old_logprobs, prompt_sharing(game)
     return fix_old(compute, batch, *static)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk and takes up again: the run folder, checkpoints, exports.
+"""A run on disk: the run folder, checkpoints, exports.
 
 Read `run_dir`, then `manager`.
 """

@@ -61,7 +61,7 @@ def load_run_adapters(run: str | Path, step: int, mesh: Mesh | None = None) -> P
 
 
 def _restored(run: Path, step: int, shapes: Params) -> Params:
-    """What a checkpoint holds as the policy's parameters."""
+    """The policy's parameters in a checkpoint."""
     checkpoints = Checkpoints(run / CHECKPOINTS)
     try:
         return checkpoints.restore_params(step, shapes)

@@ -29,7 +29,7 @@ from lsp_jax.model.sharding import path_name, shardings
 
 
 class Damaged(Exception):
-    """What the checkpoint holds is not what was saved."""
+    """The checkpoint differs from what was saved."""
 
 
 class SaveError(RunError):
@@ -230,7 +230,7 @@ class Checkpoints:
 
 
 class _Preserved(PreservationPolicy):
-    """What Orbax asks as a save begins; what goes, goes once that save is committed."""
+    """The retention decision that Orbax asks for as a save begins; deletions follow once that save is committed."""
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints

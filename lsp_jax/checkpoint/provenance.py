@@ -1,4 +1,4 @@
-"""What a run's numbers come from, beside its configuration: the parameters it started with, and the packages."""
+"""Provenance of a run beside its configuration: the parameters it started with, and the packages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parameters_digest(params: Params, dtype: str | None = None) -> str:
 
 
 def reference_of(run: Path) -> dict[str, Any]:
-    """What the run in that folder noted of its reference: `source`, `revision`, `commit`, `digest`. Raises InputError
+    """The reference recorded by the run in that folder: `source`, `revision`, `commit`, `digest`. Raises InputError
     where that cannot be read."""
     try:
         return dict(json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"])
@@ -49,7 +49,7 @@ def reference_of(run: Path) -> dict[str, Any]:
 
 
 def identity(config: TrainConfig, policy: Policy, reward_model: Policy | None) -> dict[str, Any]:
-    """What every checkpoint of a run records; `policy` is what it started from, its reference."""
+    """The provenance that every checkpoint of a run records; `policy` is the model it started from, its reference."""
     settings = flat(config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     source = f"{config.init_from} checkpoint {config.init_step}" if config.init_from else config.model

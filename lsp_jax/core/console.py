@@ -1,4 +1,4 @@
-"""What is written for people: one harmless line of any text, and warnings."""
+"""Text for people: one harmless line of any text, and warnings."""
 
 from __future__ import annotations
 

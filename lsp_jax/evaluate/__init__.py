@@ -1,1 +1,1 @@
-"""What a model can do: win rates against another model, and benchmarks with answers that can be checked."""
+"""Evaluation: win rates against another model, and benchmarks with answers that can be checked."""

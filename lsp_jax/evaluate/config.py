@@ -1,4 +1,4 @@
-"""What is evaluated, how, and by whom: the fields of `lsp-jax evaluate`."""
+"""The configuration of `lsp-jax evaluate`: models, tasks, judges."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class EvaluateConfig:
     winrate_against: str = ""
     """The baseline: a run, a model, or a JSON file with outputs in AlpacaEval's form. Empty: no win rate."""
     instructions: str = ""
-    """What is asked for the win rate: AlpacaEval's JSON; empty: that of `winrate_against`, where it is a file."""
+    """Instructions of the win rate: AlpacaEval's JSON; empty: that of `winrate_against`, where it is a file."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """Who judges the win rate."""
     control: bool = True

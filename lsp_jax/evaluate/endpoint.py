@@ -116,7 +116,7 @@ class Endpoint:
         self.name: str = f"{config.model} at {httpx.URL(config.url).host}"
         self.identity: str = digest(config.url.rstrip("/"), config.model, config.max_tokens)
         self.counts: Counter[str] = Counter()
-        """What happened: `asked`, `tokens in`, `tokens out`, and each kind of failure."""
+        """Counts of requests: `asked`, `tokens in`, `tokens out`, and each kind of failure."""
         self.models: Counter[str] = Counter()
         """The model's name as replies give it."""
         self._stop, self._lock = threading.Event(), threading.Lock()
@@ -153,7 +153,7 @@ class Endpoint:
             )
 
     def estimate(self, questions: Sequence[str]) -> str:
-        """What asking will take, in a line: four characters are taken for a token, replies for as long as may be."""
+        """The requests' cost estimated, in a line: four characters count as a token, replies as the longest allowed."""
         taken, given = sum(map(len, questions)) // 4, len(questions) * self.config.max_tokens
         line = f"{self.name}: {len(questions)} questions, about {taken:,} tokens in, at most {given:,} out"
         prices = self.config.input_price, self.config.output_price

@@ -42,7 +42,7 @@ class Request(NamedTuple):
     seed: int = 0
 
     def key(self, model: str) -> str:
-        """What the answer is kept under: everything that it depends on, `model` being the digest of its weights."""
+        """The cache key of an answer: everything that it depends on, `model` being the digest of its weights."""
         return digest(
             "answer", model, list(self.ids), self.columns, list(vars(self.sampling).values()), self.sample, self.seed
         )
@@ -59,7 +59,7 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What the model wrote."""
+    """The text that the model wrote."""
 
     text: str
     """Without its stop token."""

@@ -66,7 +66,7 @@ class Pair(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a judge said of a pair."""
+    """A judge's verdict on a pair."""
 
     choice: str
     """FIRST, SECOND, TIE, MALFORMED or FAILED."""

@@ -1,4 +1,4 @@
-"""What is evaluated: models, and checkpoints of runs, opened before any weights are read."""
+"""The models under evaluation, checkpoints of runs among them, opened before any weights are read."""
 
 from __future__ import annotations
 

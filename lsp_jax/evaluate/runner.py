@@ -51,7 +51,7 @@ WINRATE_COLUMNS = 1024
 
 
 class Asked(NamedTuple):
-    """What every subject is asked."""
+    """The tasks for every model."""
 
     problems: dict[str, list[tasks.Problem]]
     """Of each task."""
@@ -79,7 +79,7 @@ class Asked(NamedTuple):
 
 
 class Baseline(NamedTuple):
-    """What the win rate is against."""
+    """The baseline of the win rate."""
 
     subject: Subject | None
     """None: a file of outputs."""

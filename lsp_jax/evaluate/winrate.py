@@ -104,7 +104,7 @@ def compare(
 def missing(
     instructions: Sequence[Instruction], baseline: Sequence[str], model: Sequence[str], judge: Judge, store: Store
 ) -> list[Pair]:
-    """What `compare` would ask the judge."""
+    """The requests that `compare` would send to the judge."""
     pairs = [Pair(i.text, b, m) for i, b, m in zip(instructions, baseline, model, strict=True)]
     both = dict.fromkeys(shown for pair in pairs for shown in (pair, pair.swapped))
     return [pair for pair in both if digest("verdict", judge.identity, *pair) not in store]

@@ -1,4 +1,4 @@
-"""What the learner reads: rows [prompt | completion] of each role, right-padded, masks from lengths only."""
+"""The learner's batch: rows [prompt | completion] of each role, right-padded, masks from lengths only."""
 
 from __future__ import annotations
 

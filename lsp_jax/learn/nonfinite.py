@@ -1,4 +1,4 @@
-"""What is not finite in a step, and where it began: found on device, in the program of the update."""
+"""Non-finite values of a step and their origin, found on device in the program of the update."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def first_not_finite(batch: LearnBatch, references: tuple[Reference, Reference |
 
 
 def component_names(batch: LearnBatch) -> list[str]:
-    """What the places of `first_not_finite` stand for."""
+    """The names behind the indices of `first_not_finite`."""
     same = Reference(batch.solver.behaviour_logprobs, None)  # only who is there is looked at
     return [name for name, _, _ in _parts(batch, (same, same), 0.0)]

@@ -1,4 +1,4 @@
-"""What the Challenger has asked so far, as embeddings in a ring, and how near a new query comes to it.
+"""Novelty: embeddings of the Challenger's earlier queries in a ring, and how near a new query comes to them.
 
 An embedding is the mean of the frozen reference's last hidden states over a query's tokens, at unit length: the
 reference's pass makes it in passing, and since the reference does not move, old and new queries stay comparable.
@@ -23,14 +23,14 @@ LARGEST = 1 << 20
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What is kept of the Challenger's queries, and when two are nearly the same."""
+    """How many of the Challenger's queries are remembered, and when two are near-duplicates."""
 
     size: int = 4096
     """Queries that are remembered, the newest."""
     near_duplicate: float = 0.9
     """Similarity, up to 1, from which a query counts as nearly one that was asked before."""
     penalty: float = 0.0
-    """What such a query costs the Challenger, of its reward; 0 is none."""
+    """The penalty on the Challenger's reward for such a query; 0 is none."""
 
     def check(self, num_queries: int) -> None:
         """Raises InputError naming the field."""

@@ -58,7 +58,7 @@ class OptimizerConfig:
     logprob_chunk: int = 512
     """Tokens whose logits a device holds at one time."""
     remat: Remat = "full"
-    """What the backward pass computes again instead of keeping it: full: each layer; dots: all of a layer but its
+    """Rematerialisation, what the backward pass recomputes: full: each layer; dots: all of a layer but its
     products with weights; none."""
 
     def check(self) -> None:
@@ -94,11 +94,11 @@ class TrainState(NamedTuple):
     skipped: jax.Array
     """int32: updates skipped because they were not finite."""
     memory: Memory | None = None
-    """What the Challenger has asked so far; None where nothing is remembered."""
+    """Embeddings of the Challenger's earlier queries; None where nothing is remembered."""
 
 
 class Reference(NamedTuple):
-    """What the frozen reference says of one role's rows."""
+    """The frozen reference's statistics of one role's rows."""
 
     logprobs: jax.Array
     """float32 [B, T]."""

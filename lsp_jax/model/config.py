@@ -72,7 +72,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
     """Padding id, kept for export."""
     head: Head = "lm"
-    """What stands on the backbone: `lm` (logits of every token) or `score` (one number, a reward model's)."""
+    """The model's head: `lm` (logits of every token) or `score` (one number, a reward model's)."""
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:

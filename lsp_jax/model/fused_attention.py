@@ -51,7 +51,7 @@ def fused_kernel(dtype: jnp.dtype | str, width: int) -> Kernel | None:
 
 
 def _platform() -> str:
-    """What the program being traced is for: the mesh's devices inside `use_mesh`, the default device outside.
+    """The platform of the program being traced: the mesh's devices inside `use_mesh`, the default device outside.
 
     `jax.lax.platform_dependent` would choose later still, at lowering, and lowers only the branch it chooses; but it
     traces all of them, and cuDNN's refuses to be traced where CUDA is not installed.

@@ -1,4 +1,4 @@
-"""What Hugging Face calls the tensors of a Llama, and where they lie in our parameters: one table, both directions."""
+"""Hugging Face's names of a Llama's tensors, and where they lie in our parameters: one table, both directions."""
 
 from __future__ import annotations
 

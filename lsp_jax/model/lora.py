@@ -41,7 +41,7 @@ class LoraConfig:
     rank: int = 0
     """Width r of the adapters; 0 trains all parameters. (PEFT's r.)"""
     alpha: float = 32.0
-    """What the adapters' product is scaled with is alpha / rank. (PEFT's lora_alpha.)"""
+    """The adapters' product is scaled by alpha / rank. (PEFT's lora_alpha.)"""
     targets: tuple[str, ...] = tuple(PROJECTIONS)
     """Projections that are adapted, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj. (PEFT's
     target_modules.)"""

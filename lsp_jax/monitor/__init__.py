@@ -1,1 +1,1 @@
-"""What watches a run: alarms of self-play, numbers that are not finite, signals, preemption, no progress."""
+"""Monitors of a run: alarms of self-play, non-finite numbers, signals, preemption, no progress."""

@@ -32,7 +32,7 @@ Action = Literal["off", "warn", "pause", "rollback", "stop"]
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """What happens when self-play collapses: nothing, a warning, a pause of the Challenger's learning until it is over,
+    """The action when self-play collapses: nothing, a warning, a pause of the Challenger's learning until it is over,
     a return to the last good checkpoint, or the end of the run with status 6. A resumed run may change these."""
 
     window: int = 10
@@ -138,7 +138,7 @@ class Event(NamedTuple):
     alarm: str
     """Its field of `HealthConfig`."""
     action: str
-    """What follows: the alarm's action, or `over`."""
+    """The alarm's action, or `over`."""
     said: str
 
 
@@ -158,7 +158,7 @@ class Health:
         """1 where the last probe was answered worse than by the reference."""
 
     def record(self) -> dict[str, Any]:
-        """What the next iteration's decision depends on, for the checkpoint."""
+        """The state that the next iteration's decision depends on, for the checkpoint."""
         lasting = {"rollbacks": self.rollbacks, "declined": self.declined}
         # copies: it is written to disk while the next iteration is looked at
         rows = {"first": list(self._first), "recent": list(self._recent)}

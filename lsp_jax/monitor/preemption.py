@@ -65,7 +65,7 @@ def _amazon() -> bool:
 
 
 def _answer(request: urllib.request.Request) -> str:
-    """What is said there; nothing where nobody answers (yet)."""
+    """The answer from there; empty where nobody answers (yet)."""
     try:
         with _open(request, timeout=TIMEOUT) as reply:
             return reply.read(4096).decode("utf-8", "replace")

@@ -24,7 +24,7 @@ _SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class Closable(Protocol):
-    """What has a `close`."""
+    """Anything with a `close`."""
 
     def close(self) -> None: ...
 

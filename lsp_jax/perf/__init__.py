@@ -1,1 +1,1 @@
-"""What a run needs and could reach on a machine, before it is there. Read `plan`, `aot`, `cost`."""
+"""Memory and speed of a run on a machine that is not at hand. Read `plan`, `aot`, `cost`."""

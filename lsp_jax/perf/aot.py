@@ -53,7 +53,7 @@ class Phase:
     """Outputs that take the place of arguments."""
     temporaries: int
     held: int
-    """What lies there meanwhile and this stage does not read."""
+    """Bytes resident meanwhile that this stage does not read."""
     work: Work
     times: int
     """How often an iteration runs it; 0: once a run."""
@@ -75,7 +75,7 @@ class Compiler:
         self.mesh: Mesh = mesh
         self.say: Say = say
         self.alive: dict[str, Any] = {}
-        """What lies on the devices, by name."""
+        """Arrays resident on the devices, by name."""
         self.parked = parked
         """Of it, what is in host memory but for the stages that read it."""
         self.phases: list[Phase] = []
@@ -170,7 +170,7 @@ def _handover(compiler: Compiler, game: Game) -> Any:
 
 
 def _start(compiler: Compiler, config: TrainConfig, game: Game, reward_model: LlamaConfig | None) -> None:
-    """What lies there during the whole run, and how the state is made from the loaded parameters."""
+    """Arrays resident during the whole run, and how the state is made from the loaded parameters."""
     alive, put = compiler.alive, compiler.put
     loaded = llama.params_shape(game.model)
     alive["loaded"] = put(_as(loaded, game.compute_dtype if game.lora.rank else config.param_dtype), "train")
@@ -247,7 +247,7 @@ def _learn(compiler: Compiler, config: TrainConfig, game: Game, episode: Any) ->
 
 
 def _output(game: Game) -> RewardOutput:
-    """What any reward component gives."""
+    """The shapes of any reward component's output."""
     number, group = game.play.num_queries, game.play.num_generations
     answers = _array(jnp.float32, number, group), _array(jnp.bool_, number, group)
     return RewardOutput(*answers, _array(jnp.bool_, number))

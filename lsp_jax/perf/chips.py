@@ -34,12 +34,12 @@ _COMPILE_ONLY = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-"""What libtpu reads from the environment when it is loaded."""
+"""Environment variables that libtpu reads when it is loaded."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip can do at most, as published."""
+    """One chip's published peak figures."""
 
     name: str
     platform: str

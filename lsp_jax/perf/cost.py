@@ -1,4 +1,4 @@
-"""What a compiled program does on one chip: operations, bytes to and from memory, bytes over the network.
+"""Cost of a compiled program on one chip: operations, bytes to and from memory, bytes over the network.
 
 Counted instruction by instruction from the shapes in the program's text, each as often as the loops around it run.
 (The compiler's own `cost_analysis` counts a loop's body once, and GPUs have none.)

@@ -55,7 +55,7 @@ class Instruction:
     """Its results; several for a tuple."""
     operands: tuple[str, ...]
     arguments: str
-    """What stands between the parentheses, for constants and parameters."""
+    """The text between the parentheses, for constants and parameters."""
     attributes: str
     root: bool
 

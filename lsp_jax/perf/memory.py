@@ -78,14 +78,14 @@ def micro_batch(
 def update_bytes(
     game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None, data_width: int = 0
 ) -> int:
-    """What a device holds during the update with the micro-batch of `game`, by the same estimate."""
+    """Bytes that a device holds during the update with the micro-batch of `game`, by the same estimate."""
     rows = min(game.optimizer.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, _rows(game, mesh))
     each = row_bytes(game, _shape(mesh)[2], data_width)
     return int(_constant_bytes(game, config, reward_model, mesh) + rows * each)
 
 
 def _constant_bytes(game: Game, config: TrainConfig, reward_model: LlamaConfig | None, mesh: Mesh | None) -> float:
-    """What a device holds whatever the micro-batch."""
+    """Bytes that a device holds whatever the micro-batch."""
     _, fsdp, tensor = _shape(mesh)
     model, opt = game.model, game.optimizer
     constant = _spread_bytes(game, config.param_dtype) / (fsdp * tensor)
@@ -143,7 +143,7 @@ def _spread_bytes(game: Game, param_dtype: str) -> int:
 
 
 def _whole_bytes(model: LlamaConfig, opt: OptimizerConfig, compute_dtype: str) -> int:
-    """What a device gathers whole: the head with its gradient, two layers; and one chunk of logits three times over."""
+    """Bytes that a device gathers: the head with its gradient, two layers; and one chunk of logits three times over."""
     head = model.vocab_size * model.hidden_size
     layer = (_count(model) - head) // model.num_hidden_layers
     return 2 * _size(compute_dtype) * (head + layer) + 3 * 4 * opt.logprob_chunk * model.vocab_size

@@ -31,12 +31,12 @@ from lsp_jax.perf.memory import with_micro_batch_size
 from lsp_jax.play.prompt_data import widest
 
 RESIDENT = ("state", "reference", "reward model", "rubric")
-"""What lies on the devices during the whole run; the state is master parameters and both moments."""
+"""Arrays resident during the whole run; the state is master parameters and both moments."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `lsp-jax plan` says. Bytes are those of one chip unless they say otherwise."""
+    """The result of `lsp-jax plan`. Bytes are those of one chip unless they say otherwise."""
 
     model: str
     reward_model: str
@@ -47,7 +47,7 @@ class Plan:
     sizes: dict[str, int]
     """Of an iteration, with the tokens that it generates."""
     resident: dict[str, int]
-    """What lies there all the time."""
+    """Bytes resident all the time."""
     phases: tuple[Phase, ...]
     checkpoint: int
     """Bytes of one checkpoint, whole."""
@@ -132,7 +132,7 @@ def _reward_model(config: TrainConfig) -> LlamaConfig | None:
 
 
 def bound(phase: Phase, chip: Chip) -> tuple[str, float]:
-    """What takes longest at the chip's published figures, compute, memory or network, and its seconds."""
+    """The bound at the chip's published figures, compute, memory or network, and its seconds."""
     work = phase.work
     times = {
         "compute": work.flops / chip.flops,
@@ -155,7 +155,7 @@ def _verdict(phases: list[Phase], resident: dict[str, int], chip: Chip) -> str:
 
 
 def _advice(worst: Phase, resident: dict[str, int]) -> str:
-    """What to change, by what takes most of the worst stage's memory."""
+    """Advice on what to change, by what takes most of the worst stage's memory."""
     always = sum(resident.values())
     own = worst.temporaries + worst.outputs - worst.aliased
     if not worst.failure and always >= own:

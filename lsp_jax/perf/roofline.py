@@ -21,7 +21,7 @@ from lsp_jax.model.config import LlamaConfig
 from lsp_jax.perf.chips import CHIPS
 
 _KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e", "v5p": "v5p", "H100": "h100", "H200": "h200"}
-"""What a device's kind holds, and the chip that it is."""
+"""Substrings of a device's kind, and the chip that it is."""
 
 
 @dataclass(frozen=True)

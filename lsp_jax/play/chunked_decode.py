@@ -67,7 +67,7 @@ def _advance(
 
 
 class Finished(NamedTuple):
-    """What has been dropped, at its place among all rows, and where the others belong."""
+    """Rows that have been dropped, each at its index among all rows, and the indices of the others."""
 
     done: Completions
     places: jax.Array

@@ -23,7 +23,7 @@ from lsp_jax.play.sampler import Draw, SamplingConfig, row_uniforms, sample
 
 
 class Completions(NamedTuple):
-    """What was generated. Leading axes: B, or N, or N and G."""
+    """Generated tokens. Leading axes: B, or N, or N and G."""
 
     tokens: jax.Array
     """int32 [..., T]; 0 after `lengths`."""
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     keys: jax.Array
     """[B]: each row's own."""
     done: Completions
-    """What they have so far."""
+    """Their completions so far."""
     cache: DecodeCache
     """Keys and values of what was fed."""
 

@@ -74,7 +74,7 @@ class PlayConfig:
 
 
 class Queries(NamedTuple):
-    """What the Challenger wrote, or what a data set gives in its place."""
+    """The Challenger's queries, or a data set's in their place."""
 
     sampled: Completions | None
     """[N, T]: the sampled tokens, trained on; None for queries from data."""

@@ -1,1 +1,1 @@
-"""What a run tells: metrics, JSONL files and trackers, console, transcripts, the HTML report. Read `metrics` first."""
+"""A run's metrics, JSONL files and trackers, console, transcripts, HTML report. Read `metrics` first."""

@@ -57,7 +57,7 @@ CHARTS = (
 
 
 def collect(run: Path) -> dict[str, Any]:
-    """What a report shows of the run in that folder, as JSON's types; it may be under way.
+    """The data of a report on the run in that folder, as JSON's types; it may be under way.
 
     Raises InputError where there is no run, or one of its files cannot be read.
     """
@@ -78,7 +78,7 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """What the run noted at its start; nothing where there is no such file."""
+    """The manifest that the run wrote at its start; empty where there is no such file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a run writes about itself: `metrics.jsonl` and `transcripts.jsonl` always, trackers when asked, the console.
+"""Every metric by name, with its definition.
 
 Every metric has its meaning in `METRICS`; one that is not there is not written.
 """

@@ -1,4 +1,4 @@
-"""What was said in an iteration, with what it was worth: the lines of `transcripts.jsonl`."""
+"""The lines of `transcripts.jsonl`: an iteration's queries and answers with their rewards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lsp_jax.text.tokenizer import Tokenizer
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int], logprobs: list[float]) -> list[list[Any]]:
-    """What each id adds to the text of `ids`, and its log-probability; the texts joined are the decoded whole.
+    """The text that each id adds to that of `ids`, and its log-probability; the texts joined are the decoded whole.
 
     One that ends inside a character adds nothing, the one that completes it the whole character. Each is decoded after
     the few before it, for a SentencePiece tokenizer writes the first word of a text without its space.

@@ -1,4 +1,4 @@
-"""What a reward is, and how several become the task and quality rewards of an episode.
+"""Reward components, and how several become the task and quality rewards of an episode.
 
 A component says what it measures: a `task` reward is negated for the Challenger, a `quality` reward is not. It scores
 on device (a pure function of its own parameters and the episode), on the host (a function of texts), or from the host
@@ -115,7 +115,7 @@ class Scores(NamedTuple):
 
 
 class Named(Protocol):
-    """What a sum must know of its terms."""
+    """The attributes that a weighted sum needs of its terms."""
 
     @property
     def name(self) -> str: ...
@@ -243,7 +243,7 @@ def score_on_host(reward: HostReward, texts: EpisodeTexts) -> RewardOutput:
 
 
 def _scored(reward: HostReward, texts: EpisodeTexts) -> tuple[list[Any], list[Any], list[Any]]:
-    """What `reward` says of `texts`, as lists."""
+    """The values of `reward` for `texts`, as lists."""
     shape = (len(texts.queries), len(texts.answers[0]))
     try:
         values, valid_answer, valid_query = reward.score(texts.queries, texts.answers, texts.rows)

@@ -29,7 +29,7 @@ from lsp_jax.reward.user_callable import arithmetic_reward, callable_reward, pro
 
 
 class OpenedRewards(NamedTuple):
-    """What `load_rewards` needs; making it has read no weights."""
+    """The input of `load_rewards`; making it has read no weights."""
 
     components: tuple[Reward, ...]
     """Those that need no weights."""

@@ -60,7 +60,7 @@ def _defines(program: str, name: str) -> bool:
 
 
 def program_and_tests(row: Mapping[str, Any], answer: str) -> tuple[str, list[str]]:
-    """What is run for an answer: the program, and the tests one by one. `row` has passed `check_rows`.
+    """The request for an answer: the program, and the tests one by one. `row` has passed `check_rows`.
 
     A HumanEval answer that defines the function follows the prompt, whose imports and helpers it may use; any other
     answer is the rest of the prompt's function.

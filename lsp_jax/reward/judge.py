@@ -54,7 +54,7 @@ Read = Callable[[Sequence[KVCache], jax.Array], Any]
 
 
 def judge_episode(params: Any, episode: Episode, judge: Judge, read: Read) -> Any:
-    """What `read` gives for every answer, [N, G, ...]. Pure."""
+    """The result of `read` for every answer, [N, G, ...]. Pure."""
     queries, answers = episode.answers.lengths.shape
     chunk = groups_at_once(queries, answers, judge.rows)
     texts = episode.answers.tokens.reshape(queries * answers, -1), episode.answer_lengths.reshape(-1)

@@ -1,4 +1,4 @@
-"""What an episode is worth by each of a run's components: compiled ones on the device, the others from texts here."""
+"""Scores of an episode by each of a run's components: compiled ones on the device, the others from texts here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Challenger can be asked for: one message a task. Each asks for one query and nothing else.
+"""Tasks for the Challenger: one message a task. Each asks for one query and nothing else.
 
 The wording is ours; the paper's prompts are not copied. A task of your own is a text: `prompts.challenger`.
 """

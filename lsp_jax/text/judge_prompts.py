@@ -1,4 +1,4 @@
-"""What the judge of the quality self-reward is shown: seven criteria from a file, around a query and its answer.
+"""Prompts of the quality self-reward's judge: seven criteria from a file, around a query and its answer.
 
 The prompt is a conversation: the criteria and the query, the answer in its own turn, the request to judge it. In
 `logits` mode the judge's turn is begun seven times ("3.") and read where it says yes or no. In `text` mode the judge
@@ -102,7 +102,7 @@ def load_criteria(path: str | Path = "") -> tuple[str, ...]:
 
 
 def rubric_text(criteria: Sequence[str]) -> str:
-    """What stands before the query in the judge's first message."""
+    """The text before the query in the judge's first message."""
     numbered = "\n".join(f"{number}. {criterion}" for number, criterion in enumerate(criteria, 1))
     return _RUBRIC.format(criteria=numbered)
 

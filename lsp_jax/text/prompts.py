@@ -1,4 +1,4 @@
-"""What each role is shown, as token ids: fixed pieces cut from the chat template once, model text spliced in on device.
+"""The roles' prompts as token ids: fixed pieces cut from the chat template once, model text spliced in on device.
 
 A role's prompt is a list of messages with slots. `template_pieces` renders it with several stand-ins for each slot and
 keeps what never changes, so that the ids are exactly `apply_chat_template(tokenize=True)`'s, and a query or an answer
@@ -30,7 +30,7 @@ _STAND_INS = ("Apples", "Which 2", "question?", "seven things.", "Blue", "Write 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """What the Challenger is asked for."""
+    """The prompts: what the Challenger is asked for."""
 
     challenger: str = challenger_tasks.INSTRUCTIONS
     """The Challenger's user message: names the task and the form of one input to it."""

@@ -147,7 +147,7 @@ class Tokenizer:
         return self._backend.vocabulary()
 
     def token_kinds(self) -> np.ndarray:
-        """What each id is, uint8 [vocab_size]: 0 text, 1 blank (decodes to white space or nothing), 2 in `special_ids`.
+        """Token classes, uint8 [vocab_size]: 0 text, 1 blank (decodes to white space or nothing), 2 in `special_ids`.
 
         A token that is part of a UTF-8 character counts as text; the byte token of a newline or a space as blank.
         """

@@ -1,4 +1,4 @@
-"""What a run tells the person who started it: what will happen, and what lies where afterwards."""
+"""Messages to the person who started a run: what will happen, and where the results lie."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WRITTEN = {
 
 
 def announce(run: Run, done: int) -> None:
-    """What will run, and from where, before the first long wait; `done` iterations lie behind."""
+    """Prints what will run, and from where, before the first long wait; `done` iterations lie behind."""
     config, play = run.config, run.config.play
     has_quality = any(reward.kind == "quality" for reward in run.rewards)
     method = "LSP" if config.loss.use_quality and has_quality else "LSP-Zero"
@@ -85,7 +85,7 @@ def _adapters(run: Run) -> str:
 
 
 def findings(found: Sequence[Finding]) -> None:
-    """What the pass over a run has found that is not well. Raises InputError at the first error."""
+    """Prints the findings of `examine` that are not well. Raises InputError at the first error."""
     for finding in found:
         if finding.level == "error":
             raise InputError(finding.check, finding.said, finding.remedy)
@@ -94,7 +94,7 @@ def findings(found: Sequence[Finding]) -> None:
 
 
 def finish(run: Run) -> None:
-    """What was written, by name."""
+    """Prints the files that were written, by name."""
     print(f"wrote {run.directory}/")
     for name, meaning in WRITTEN.items():
         print(f"  {name:20} {meaning}")

@@ -22,7 +22,7 @@ from lsp_jax.reporting.writer import MetricsWriter
 
 
 class Progress(NamedTuple):
-    """What the host knows after an iteration and the next one needs; saved with the state."""
+    """Host state that the next iteration needs; saved with the train state."""
 
     cursor: int = 0
     """Where the next iteration's queries begin in the data set."""
@@ -37,7 +37,7 @@ class Progress(NamedTuple):
 
     @classmethod
     def of(cls, record: dict[str, Any] | None) -> Progress:
-        """What a checkpoint's host part says; the beginning without one."""
+        """The progress in a checkpoint's host part; the beginning without one."""
         if record is None:
             return cls()
         return cls(record["cursor"], record.get("skipped", 0), {}, record.get("health", {}))

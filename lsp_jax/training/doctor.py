@@ -45,11 +45,11 @@ class Finding(NamedTuple):
 
     level: Level
     check: str
-    """What was looked at."""
+    """The subject of the check."""
     said: str
-    """What was found."""
+    """The finding."""
     remedy: str = ""
-    """What to do about it; empty where all is well."""
+    """The remedy; empty where all is well."""
 
     def __str__(self) -> str:
         line = f"{self.level:7}  {self.check}: {self.said}"
@@ -106,7 +106,7 @@ def _stop_ids(run: Run, tokenizer: Tokenizer) -> Finding:
 
 
 def _prompts(run: Run, tokenizer: Tokenizer) -> Iterator[Finding]:
-    """What each role is shown against the chat template's own ids, and back to text."""
+    """Compares each role's prompt with the chat template's own ids, and decodes it back to text."""
     prompts, reward = run.game.prompts, run.config.reward
     if run.data is None:
         asked = prompts.challenger_ids[: len(prompts.challenger_ids) - len(prompts.query_prefix_ids)]
@@ -155,7 +155,7 @@ def _shown(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def kl_pull(estimator: str) -> float:
-    """What a small step down the expected gradient of the KL term takes off the exact KL to the reference, over what
+    """How much a small step down the KL term's expected gradient takes off the exact KL to the reference, over what
     the exact gradient takes: 1 for the exact one, 0 for none, below 0 away from the reference. (On seven tokens.)"""
     reference = jax.nn.log_softmax(jnp.sin(2.0 * jnp.arange(7.0)))
 

@@ -46,7 +46,7 @@ from lsp_jax.training.step import Phases, StepResult, host_metrics, numbers_and_
 
 
 class IterationEvent(NamedTuple):
-    """What a callback is given after each iteration."""
+    """The argument of a callback after each iteration."""
 
     iteration: int
     """1 for the first."""

@@ -1,4 +1,4 @@
-"""What the policy is worth on prompts that it does not learn from, beside what the reference was worth on them.
+"""The policy's reward on prompts that it does not learn from, beside the reference's.
 
 The Solver answers every prompt of `health.probe` as it does in play, with the same noise each time, and the run's own
 rewards score the answers. The gain is the mean over prompts of the policy's reward minus the reference's; it has

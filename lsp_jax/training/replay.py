@@ -79,7 +79,7 @@ def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: P
 
 
 def _decided(folder: Path) -> dict[int, tuple[int, bool]]:
-    """What alarms had decided before each iteration of the run: its attempt, and whether the Challenger was paused."""
+    """The alarms' decisions before each iteration of the run: its attempt, and whether the Challenger was paused."""
     file = folder / METRICS_FILE
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     found = {}

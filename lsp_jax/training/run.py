@@ -19,7 +19,7 @@ from lsp_jax.reward.execution.pool import Workers
 
 @dataclass(frozen=True)
 class Run:
-    """What the host loop works with."""
+    """Everything that the host loop works with."""
 
     config: TrainConfig
     policy: Policy
@@ -39,7 +39,7 @@ class Run:
     workers: Workers
     """Where host components score; closed at the run's end."""
     mesh: Mesh | None
-    """What everything is spread over; None on a single device."""
+    """The mesh that everything is sharded over; None on a single device."""
     kinds: jax.Array
     """uint8 [V]: text, blank or control, over the model's vocabulary."""
     seed_key: jax.Array

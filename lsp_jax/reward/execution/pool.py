@@ -44,7 +44,7 @@ class Program(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of an item."""
+    """The outcome of an item."""
 
     reply: dict[str, Any] | None
     """None when there is none."""
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
     started: bool = True
     """Whether a child was ready and given the item: False is never the item's own fault."""
     refused: str = ""
-    """What the child said instead of being ready: the remedy of an InputError."""
+    """The child's reason for not being ready: the remedy of an InputError."""
 
 
 class WorkerFailure(RuntimeError):
@@ -289,7 +289,7 @@ class Workers:
         return _Child(program)
 
     def ready(self, program: Program) -> Outcome:
-        """What a child of this program says when it is ready, as `reply`; or why it is not."""
+        """The message of a child of this program when it is ready, as `reply`; or why it is not."""
         with self._lock:
             try:
                 child = self._child(program)

@@ -1,4 +1,4 @@
-"""What runs inside the sandbox: `python -I -S sandbox_main.py code|maths|probe`. Standard library only.
+"""The program inside the sandbox: `python -I -S sandbox_main.py code|maths|probe`. Standard library only.
 
 Before it takes a request it gives up for good what would be left to it: processes and threads, memory, file size, open
 files, core dumps, and the system calls that reach deep into the kernel. Then it speaks the JSON lines of
@@ -130,7 +130,7 @@ def serve_code(source: Any, protocol: int) -> None:
 
 
 def _boxed(text: str) -> str | None:
-    """What the last \\boxed{} holds; None without one that is closed."""
+    """The content of the last \\boxed{}; None without one that is closed."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
         return None
@@ -174,7 +174,7 @@ def serve_maths(source: Any, protocol: int) -> None:
 
 
 def serve_probe(source: Any, protocol: int) -> None:
-    """What the sandbox still allows, tried: the names of what should be impossible and is not."""
+    """Probes the sandbox; returns the names of what should be impossible and is not."""
     request = json.loads(source.readline())
     probes = {
         "network": lambda: _network(request["port"]),
