@@ -311,7 +311,7 @@ def collapsing(monkeypatch: pytest.MonkeyPatch, *iterations: int) -> None:
             metrics = {**metrics, "queries/unique_fraction": -1e9}
         return update(self, number, metrics)
 
-    monkeypatch.setattr(Health, "look", planted)
+    monkeypatch.setattr(Health, "update", planted)
 
 
 def rolling(model: Path, directory: Path, **changes: Any) -> TrainConfig:
