@@ -65,7 +65,7 @@ def main() -> None:
     embeddings, health = jax.jit(novelty.pooled)(hidden, lengths), Health(HealthConfig())
     contestants: dict[str, Callable[[], Any]] = {
         "pooled states": lambda: jax.jit(novelty.pooled)(hidden, lengths),
-        "memory": lambda: stages.remembered(full, embeddings, lengths, game),
+        "memory": lambda: stages.update_novelty(full, embeddings, lengths, game),
         "words": lambda: lexical_metrics(lines, config.prompts.challenger),
         "alarms": lambda: health.update(1, metrics),
     }
