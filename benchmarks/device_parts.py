@@ -80,7 +80,7 @@ def random_state(model: LlamaConfig, opt: OptimizerConfig) -> TrainState:
 
 def make_rewards(reference: llama.Params, game: Game, config: TrainConfig) -> tuple[DeviceReward, ...]:
     """A reward model of the policy's shape, and the reference as judge by `logits`."""
-    model, kinds = game.model, jnp.zeros(game.model.vocab_size, jnp.uint8)
+    model, token_classes = game.model, jnp.zeros(game.model.vocab_size, jnp.uint8)
     scorer = replace(model, head="score", tie_word_embeddings=False)
     scores = partial(
         preference_scores,
@@ -91,8 +91,8 @@ def make_rewards(reference: llama.Params, game: Game, config: TrainConfig) -> tu
     )
     judge = placeholders.judge(config, model)
     _, rubric = jax.jit(llama.extend, static_argnums=1)(reference, model, *ids_row(judge.template.rubric_ids))
-    judged = {"reference": reference, "rubric": rubric, "kinds": kinds, **placeholders.no_tags()}
-    scored = {"model": random_params(scorer, 1, "bfloat16"), "kinds": kinds, **placeholders.no_tags()}
+    judged = {"reference": reference, "rubric": rubric, "token_classes": token_classes, **placeholders.no_tags()}
+    scored = {"model": random_params(scorer, 1, "bfloat16"), "token_classes": token_classes, **placeholders.no_tags()}
     return (
         DeviceReward("preference", "task", 1.0, scores, scored),
         DeviceReward("quality", "quality", 1.0, partial(logits_scores, judge=judge), judged),
@@ -170,7 +170,7 @@ def play_once(
 
     key = stages.iteration_key(jax.random.key(0), state)
     params = timed("cast", stages.rollout_params, state.params, game, {})
-    queries = timed("challenge", stages.challenge, params, rewards[0].params["kinds"], key, game)
+    queries = timed("challenge", stages.challenge, params, rewards[0].params["token_classes"], key, game)
     queries = queries._replace(valid=jnp.ones_like(queries.valid))
     episode = timed("solve", stages.solve, params, queries, key, game)
     del params

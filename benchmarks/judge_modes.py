@@ -35,7 +35,7 @@ from lsp_jax.reward.judge import Judge, judge_episode, judge_params
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.reward.text_judge import judge_turns, parse_score, write_judgements
 from lsp_jax.text.judge_prompts import CRITERIA, text_judge_template
-from lsp_jax.training.setup import token_kinds
+from lsp_jax.training.setup import token_classes
 
 INSTRUCTIONS = (
     "What is the capital of France?",
@@ -131,13 +131,13 @@ def spearman(left: np.ndarray, right: np.ndarray) -> float | None:
 
 def measure(policy: lsp.Policy) -> dict[str, Any]:
     """Scores of both modes and what they have in common."""
-    kinds, answers = token_kinds(policy), answers_of(policy)
+    classes, answers = token_classes(policy), answers_of(policy)
     episode = make_episode(policy, answers)
-    reward = quality_reward(policy.params, policy.config, policy.tokenizer, kinds)
+    reward = quality_reward(policy.params, policy.config, policy.tokenizer, classes)
     assert isinstance(reward, DeviceReward)
     logits = np.asarray(jax.jit(reward.score)(reward.params, episode).values)
     judge = Judge(policy.config, text_judge_template(policy.tokenizer), policy.tokenizer.encode(" ")[0], 16)
-    params = judge_params(policy.params, judge, policy.tokenizer, kinds)
+    params = judge_params(policy.params, judge, policy.tokenizer, classes)
     start = time.perf_counter()
     written = write_judgements(
         params, episode, judge=judge, max_length=JUDGE_LENGTH, stop_ids=policy.tokenizer.stop_ids

@@ -55,7 +55,7 @@ def game_of(trained: str, folder: str) -> tuple[Any, Game]:
 
 def played(run: Any, game: Game, number: int) -> Episode:
     key = jax.random.fold_in(jax.random.key(0), number)
-    queries = stages.challenge(run.policy.params, run.kinds, key, game)
+    queries = stages.challenge(run.policy.params, run.token_classes, key, game)
     return stages.solve(run.policy.params, queries, key, game)
 
 

@@ -35,7 +35,7 @@ from lsp_jax.reward import scoring
 from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
-from lsp_jax.training.setup import token_kinds
+from lsp_jax.training.setup import token_classes
 
 QUERIES, REPEATS, QUERY = 8, 8, 32
 LENGTHS = (64, 128, 256)
@@ -79,8 +79,8 @@ def of_length(policy: lsp.Policy, length: int, rounds: int, text_too: bool) -> d
     loss, optimizer = LossConfig(alpha_challenger=0.0), OptimizerConfig(micro_batch_size=16)
     game = Game(policy.config, prompts, play, SamplingConfig(), SamplingConfig(), (), loss, optimizer, "float32")
     episode = episode_of(prompts, policy.config.vocab_size, length)
-    batch, kinds = rows_of(episode, length), token_kinds(policy)
-    arguments = policy.params, policy.config, policy.tokenizer, kinds
+    batch, classes = rows_of(episode, length), token_classes(policy)
+    arguments = policy.params, policy.config, policy.tokenizer, classes
     judge = quality_reward(*arguments, mode="logits")
     assert isinstance(judge, DeviceReward)
     contestants: dict[str, Callable[[], Any]] = {

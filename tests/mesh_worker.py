@@ -53,7 +53,7 @@ def iteration(run: Run) -> dict[str, Any]:
     """The stages by themselves, so that the gradient before clipping can be seen."""
     key = stages.iteration_key(run.seed_key, state := start(run))
     params = stages.rollout_params(state.params, run.game, run.reference)
-    episode = stages.solve(params, stages.challenge(params, run.kinds, key, run.game), key, run.game)
+    episode = stages.solve(params, stages.challenge(params, run.token_classes, key, run.game), key, run.game)
     outputs = tuple(
         scoring.score_component(reward.score, load_to_device(reward.params), episode) for reward in run.rewards
     )
@@ -89,7 +89,7 @@ def judged(run: Run, episode: Episode) -> np.ndarray:
     """What the policy writes as the judge in `text` mode."""
     tokenizer = run.policy.tokenizer
     judge = Judge(run.game.model, text_judge_template(tokenizer), tokenizer.encode(" ")[0], 4)
-    params = judge_params(run.policy.params, judge, tokenizer, run.kinds)
+    params = judge_params(run.policy.params, judge, tokenizer, run.token_classes)
     return np.asarray(write_judgements(params, episode, judge=judge, max_length=6, stop_ids=(2,)).tokens)
 
 

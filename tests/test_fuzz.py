@@ -148,7 +148,7 @@ def opened(directory: Path) -> None:
     tokenizer = open_pretrained(directory)[1].tokenizer
     PlayPrompts.build(tokenizer, PromptConfig(query_prefix="What is "))
     judge_template(tokenizer)
-    tokenizer.token_kinds()
+    tokenizer.token_classes()
     assert len(tokenizer.decode(tokenizer.encode("Hello, \ufffd!"))) and tokenizer.vocabulary
 
 

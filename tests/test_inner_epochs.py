@@ -55,8 +55,8 @@ def fresh() -> TrainState:
 def play(game: Game, state: TrainState) -> tuple[Any, Any]:
     """The batch of one iteration and what the reference says of it."""
     key = stages.iteration_key(KEY, state)
-    kinds = jnp.full(MODEL.vocab_size, TEXT, jnp.uint8)
-    episode = stages.solve(state.params, stages.challenge(state.params, kinds, key, game), key, game)
+    token_classes = jnp.full(MODEL.vocab_size, TEXT, jnp.uint8)
+    episode = stages.solve(state.params, stages.challenge(state.params, token_classes, key, game), key, game)
     batch = stages.learn_batch(episode, (score(None, episode),), (RewardSpec("sum", "task", 1.0),), game).batch
     return batch, stages.reference(REFERENCE, batch, game)
 
@@ -113,9 +113,9 @@ def test_learning_repeats_one_update_with_the_old_log_probabilities_kept() -> No
 @pytest.mark.full
 def test_further_iterations_compile_nothing_and_a_composed_one_does_the_same() -> None:
     rewards = (DeviceReward("sum", "task", 1.0, score),)
-    kinds = jnp.full(MODEL.vocab_size, TEXT, jnp.uint8)
+    token_classes = jnp.full(MODEL.vocab_size, TEXT, jnp.uint8)
     composed = jax.jit(partial(stages.iteration, rewards=rewards, game=GAME))
-    whole, _, metrics = composed(fresh(), REFERENCE, (None,), kinds, KEY)
+    whole, _, metrics = composed(fresh(), REFERENCE, (None,), token_classes, KEY)
     batch, references = play(GAME, fresh())
     staged, others = stages.learn(fresh(), REFERENCE, batch, references, GAME)
     assert int(whole.iteration) == int(staged.iteration) == 1

@@ -18,7 +18,7 @@ from lsp_jax.reward.text_judge import parse_score
 from lsp_jax.text.judge_prompts import TEXT_VERDICT, judge_tags, load_criteria, rubric_text, text_judge_template
 from lsp_jax.text.prompts import Ragged
 from lsp_jax.text.template_tags import blank_tags, tag_tables
-from lsp_jax.training.setup import token_kinds
+from lsp_jax.training.setup import token_classes
 from test_judge_text import played, speaking_policy, text_reward
 from test_quality import ragged
 
@@ -151,7 +151,7 @@ def test_text_shown_to_the_judge_holds_no_tag(inst_policy: lsp.Policy, monkeypat
 
     monkeypatch.setattr(judging, "_prefilled", prefilled)
     judge = Judge(inst_policy.config, text_judge_template(tokenizer), tokenizer.encode(" ")[0], rows=10_000)
-    params = judge_params(inst_policy.params, judge, tokenizer, token_kinds(inst_policy))
+    params = judge_params(inst_policy.params, judge, tokenizer, token_classes(inst_policy))
     control, tag = sorted(tokenizer.special_ids), "[/INST]"
     texts = [
         "x[/INST].y",

@@ -26,7 +26,7 @@ from lsp_jax.reward.judge import Judge, judge_params
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.reward.text_judge import judge_turns, parse_score, write_judgements
 from lsp_jax.text.judge_prompts import TEXT_VERDICT, load_criteria, rubric_text, text_judge_template
-from lsp_jax.training.setup import token_kinds
+from lsp_jax.training.setup import token_classes
 from test_quality import encoded, episode, ragged
 from tiny import EOS, byte_tokenizer, tiny_config, tiny_dir, tiny_params, write_tokenizer
 
@@ -105,7 +105,9 @@ def test_every_calculation_scores_its_sum_and_no_other_total() -> None:
 
 
 def text_reward(policy: lsp.Policy, **options: Any) -> EpisodeReward:
-    reward = quality_reward(policy.params, policy.config, policy.tokenizer, token_kinds(policy), mode="text", **options)
+    reward = quality_reward(
+        policy.params, policy.config, policy.tokenizer, token_classes(policy), mode="text", **options
+    )
     assert isinstance(reward, EpisodeReward)
     return reward
 
@@ -148,7 +150,7 @@ def test_turns_equal_greedy_generation_over_the_chat_template(tmp_path: Path) ->
         stop_ids=policy.tokenizer.stop_ids,
     )
     judge = Judge(policy.config, text_judge_template(policy.tokenizer), policy.tokenizer.encode(" ")[0], rows=4)
-    params = judge_params(policy.params, judge, policy.tokenizer, token_kinds(policy))
+    params = judge_params(policy.params, judge, policy.tokenizer, token_classes(policy))
     written = write_judgements(params, play, judge=judge, max_length=12, stop_ids=policy.tokenizer.stop_ids)
     assert written.tokens.shape == (3, 2, 12)
     for name in ("tokens", "lengths", "stopped"):
@@ -245,7 +247,7 @@ def test_demo_model_writes_what_it_would_in_its_own_chat(demo_dir: Path) -> None
     texts = [("What is 3 + 4?", "3 + 4 = 7."), ("What is 3 + 4?", "banana banana")]
     play = episode([encode(texts[0][0])], [[encode(answer) for _, answer in texts]], policy.tokenizer.stop_ids[0], 12)
     judge = Judge(policy.config, text_judge_template(policy.tokenizer), encode(" ")[0], rows=2)
-    params = judge_params(policy.params, judge, policy.tokenizer, token_kinds(policy))
+    params = judge_params(policy.params, judge, policy.tokenizer, token_classes(policy))
     written = write_judgements(params, play, judge=judge, max_length=12, stop_ids=policy.tokenizer.stop_ids)
     tokens, lengths = runtime.to_host((written.tokens[0], written.lengths[0] - written.stopped[0]))
     turns = [policy.tokenizer.decode(ids[:length].tolist()) for ids, length in zip(tokens, lengths, strict=True)]

@@ -78,11 +78,11 @@ Step = Callable[[TrainState, llama.Params, jax.Array], tuple[TrainState, Any, di
 def step(method: str) -> Step:
     """One whole iteration as one program."""
     game = replace(GAME, loss=LOSSES[method])
-    kinds = jnp.asarray(KINDS)
+    token_classes = jnp.asarray(KINDS)
 
     @jax.jit
     def one(state: TrainState, reference: llama.Params, key: jax.Array) -> Any:
-        return stages.iteration(state, reference, (None, None), kinds, key, REWARDS, game)
+        return stages.iteration(state, reference, (None, None), token_classes, key, REWARDS, game)
 
     return one
 
@@ -139,12 +139,12 @@ def test_the_same_seed_is_the_same_run_and_another_is_not() -> None:
 def test_each_iteration_and_each_attempt_draws_its_own_noise() -> None:
     """Queries and answers from the same parameters, with counters as the only difference."""
     state, params = start()
-    kinds = jnp.asarray(KINDS)
+    token_classes = jnp.asarray(KINDS)
 
     def play(iteration: int, attempt: int, seed: int = 0) -> np.ndarray:
         counters = state._replace(iteration=jnp.int32(iteration), attempt=jnp.int32(attempt))
         key = stages.iteration_key(jax.random.key(seed), counters)
-        episode = stages.solve(params, stages.challenge(params, kinds, key, GAME), key, GAME)
+        episode = stages.solve(params, stages.challenge(params, token_classes, key, GAME), key, GAME)
         tokens = (episode.queries.sampled.tokens, episode.answers.tokens)
         return np.concatenate([np.asarray(x).ravel() for x in tokens])
 

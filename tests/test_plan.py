@@ -233,20 +233,20 @@ def test_a_whole_iteration_compiles_as_one_program_for_tpus(tmp_path: Path):
     start = jax.eval_shape(game.init_train_state, shapes)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
     state, reference = compiler.put(start, "train"), compiler.put(frozen, "train")
-    kinds = compiler.put(jax.ShapeDtypeStruct((model.vocab_size,), jnp.uint8))
+    token_classes = compiler.put(jax.ShapeDtypeStruct((model.vocab_size,), jnp.uint8))
     key = compiler.put(jax.eval_shape(jax.random.key, 0))
     rubric = jax.eval_shape(
         lambda *args: llama.extend(args[0], model, *args[1:])[1], frozen, *placeholders.rubric(judge)
     )
     reward = DeviceReward("quality", "quality", 1.0, partial(logits_scores, judge=judge))
-    judged = {"reference": reference, "rubric": compiler.put(rubric), "kinds": kinds}
+    judged = {"reference": reference, "rubric": compiler.put(rubric), "token_classes": token_classes}
 
-    def iteration(state: Any, reference: Any, judged: Any, kinds: Any, key: Any) -> Any:
+    def iteration(state: Any, reference: Any, judged: Any, token_classes: Any, key: Any) -> Any:
         scored = [judged | placeholders.no_tags()]
-        return stages.iteration(state, reference, scored, kinds, key, [reward], game)
+        return stages.iteration(state, reference, scored, token_classes, key, [reward], game)
 
     with use_mesh(mesh):
-        lowered = jax.jit(iteration, donate_argnums=0).lower(state, reference, judged, kinds, key)
+        lowered = jax.jit(iteration, donate_argnums=0).lower(state, reference, judged, token_classes, key)
     compiled = lowered.compile()
     text = compiled.as_text()
     assert "splash_mha_fwd" in text and "splash_mha_dkv" in text and "splash_mha_dq" in text

@@ -34,7 +34,7 @@ from lsp_jax.reward.preference import (
     score_conversations,
 )
 from lsp_jax.text.tokenizer import Tokenizer
-from lsp_jax.training.setup import token_kinds
+from lsp_jax.training.setup import token_classes
 from test_judge_attacks import INST
 from tiny import BOS, EOS, VOCABULARY, byte_tokenizer, hf_classifier, tiny_dir
 
@@ -103,7 +103,7 @@ def scored(reward: Any, play: Episode) -> RewardOutput:
 
 
 def component(model: Policy, policy: Policy, **options: Any) -> Any:
-    return preference_reward(model, policy.tokenizer, token_kinds(policy), **options)
+    return preference_reward(model, policy.tokenizer, token_classes(policy), **options)
 
 
 def hf_score(classifier: Any, ids: list[int]) -> float:

@@ -30,7 +30,7 @@ from lsp_jax.text.judge_prompts import (
     rubric_text,
     text_judge_template,
 )
-from lsp_jax.training.setup import token_kinds
+from lsp_jax.training.setup import token_classes
 from tiny import tiny_dir
 
 
@@ -61,7 +61,7 @@ def episode(queries: list[list[int]], answers: list[list[list[int]]], stop: int,
 
 
 def component(policy: lsp.Policy, rows: int = 16, **options: Any) -> DeviceReward:
-    reward = quality_reward(policy.params, policy.config, policy.tokenizer, token_kinds(policy), rows=rows, **options)
+    reward = quality_reward(policy.params, policy.config, policy.tokenizer, token_classes(policy), rows=rows, **options)
     assert isinstance(reward, DeviceReward)
     return reward
 

@@ -35,7 +35,7 @@ def run(game_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_neither_rewards_nor_their_masks_change_the_order(run: Run) -> None:
     game, state = run.game, init_state(run.policy.params, run.game.optimizer)
     key = stages.iteration_key(run.seed_key, state)
-    episode = stages.solve(state.params, stages.challenge(state.params, run.kinds, key, game), key, game)
+    episode = stages.solve(state.params, stages.challenge(state.params, run.token_classes, key, game), key, game)
     valid = np.asarray([True, False, True, True])
     episode = episode._replace(queries=episode.queries._replace(valid=jnp.asarray(valid)))
     before = rows_without_rewards(episode, game)

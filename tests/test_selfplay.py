@@ -19,7 +19,7 @@ from lsp_jax.play.decode import Completions
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
-from lsp_jax.training.setup import token_kinds
+from lsp_jax.training.setup import token_classes
 from tiny import stopping_dir, tiny_dir
 
 PLAY = PlayConfig(num_queries=6, num_generations=3, max_query_length=10, max_completion_length=7)
@@ -38,11 +38,11 @@ def prompts(policy: lsp.Policy) -> PlayPrompts:
 @pytest.fixture(scope="module")
 def play(policy: lsp.Policy, prompts: PlayPrompts) -> Callable[[int], selfplay.Episode]:
     """An episode by seed."""
-    sampling, stop, kinds = SamplingConfig(), policy.tokenizer.stop_ids, token_kinds(policy)
+    sampling, stop, classes = SamplingConfig(), policy.tokenizer.stop_ids, token_classes(policy)
 
     @jax.jit
     def run(params: llama.Params, key: jax.Array) -> selfplay.Episode:
-        queries = selfplay.challenge(params, kinds, key, policy.config, prompts, PLAY, sampling, stop)
+        queries = selfplay.challenge(params, classes, key, policy.config, prompts, PLAY, sampling, stop)
         spliced = selfplay.splice_queries(queries, prompts)
         return selfplay.Episode(
             queries, spliced, selfplay.solve(params, spliced, key, policy.config, PLAY, sampling, stop)
@@ -114,7 +114,7 @@ def validity(policy: lsp.Policy, prompts: PlayPrompts, ids: list[int], stopped: 
     monkeypatch.setattr(selfplay, "rollout", lambda *_: sampled)
     queries = selfplay.challenge(
         policy.params,
-        token_kinds(policy),
+        token_classes(policy),
         jax.random.key(0),
         policy.config,
         prompts,

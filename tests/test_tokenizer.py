@@ -299,16 +299,16 @@ def test_skip_special_tokens(llama3: Tokenizer) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_token_kinds(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(name)
-    kinds = tokenizer.token_kinds()
-    assert (kinds.dtype, kinds.shape) == (np.uint8, (tokenizer.vocab_size,))
-    assert tokenizer.token_kinds() is kinds
-    assert set(np.flatnonzero(kinds == 2).tolist()) == tokenizer.special_ids
+    token_classes = tokenizer.token_classes()
+    assert (token_classes.dtype, token_classes.shape) == (np.uint8, (tokenizer.vocab_size,))
+    assert tokenizer.token_classes() is token_classes
+    assert set(np.flatnonzero(token_classes == 2).tolist()) == tokenizer.special_ids
     blank = {token for text in (" ", "\n", "    ", "\t", " \n") for token in tokenizer.encode(text)}
-    assert {int(kinds[token]) for token in blank} == {1}
+    assert {int(token_classes[token]) for token in blank} == {1}
     words = {token for text in ("Hello", "x7", "👍🏽漢", "é") for token in tokenizer.encode(text)}
     if name == "mistral":
         words -= set(tokenizer.encode(" "))  # the dummy prefix on its own
-    assert {int(kinds[token]) for token in words} == {0}
+    assert {int(token_classes[token]) for token in words} == {0}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -399,7 +399,7 @@ def test_a_role_without_a_text(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": ""}))
     tokenizer = Tokenizer.from_pretrained(directory)
     assert (tokenizer.bos_id, tokenizer.special_ids) == (None, {4})
-    assert tokenizer.token_kinds().tolist() == [0, 0, 0, 0, 2]
+    assert tokenizer.token_classes().tolist() == [0, 0, 0, 0, 2]
 
 
 def test_stop_ids_that_no_device_holds(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from lsp_jax.text.prompts import PromptConfig
 from lsp_jax.training import loop, setup
 from lsp_jax.training.announce import WRITTEN
 from lsp_jax.training.loop import IterationEvent
-from lsp_jax.training.setup import make_game, prepare, token_kinds
+from lsp_jax.training.setup import make_game, prepare, token_classes
 from tiny import EOS, tiny_dir
 
 STEPS = 3
@@ -245,17 +245,17 @@ def test_the_same_seed_repeats_the_run_and_another_does_not(run: Trained, model:
 @pytest.mark.full
 def test_every_iteration_and_attempt_draws_its_own_noise(run: Trained, model: Path):
     policy = lsp.load_pretrained(model)
-    game, kinds = make_game(run.config, policy), token_kinds(policy)
+    game, classes = make_game(run.config, policy), token_classes(policy)
     seed_key = jax.random.key(run.config.seed)
     drawn = set()
     for iteration, attempt in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 0)):
         counters = {"iteration": np.int32(iteration), "attempt": np.int32(attempt)}
         key = stages.iteration_key(seed_key, run.state._replace(**counters))
-        queries = stages.challenge(policy.params, kinds, key, game)  # always the same parameters
+        queries = stages.challenge(policy.params, classes, key, game)  # always the same parameters
         drawn.add(np.asarray(queries.sampled.tokens).tobytes())
     assert len(drawn) == 5
     start = run.state._replace(iteration=np.int32(0), attempt=np.int32(0))
-    queries = stages.challenge(policy.params, kinds, stages.iteration_key(seed_key, start), game)
+    queries = stages.challenge(policy.params, classes, stages.iteration_key(seed_key, start), game)
     ids, lengths = (np.asarray(part) for part in queries.text)
     texts = [policy.tokenizer.decode(row[:length].tolist()) for row, length in zip(ids, lengths, strict=True)]
     assert texts == [record["query"] for record in run.transcripts[:4]]  # the run's own first noise

@@ -134,14 +134,14 @@ def test_the_composed_iteration_gives_the_same_numbers(warm: Warm):
     device_rewards = [reward for reward in run.rewards if isinstance(reward, DeviceReward)]
 
     @jax.jit
-    def whole(state: TrainState, reference: Any, params: Any, kinds: jax.Array, key: jax.Array):
-        return stages.iteration(state, reference, params, kinds, key, device_rewards, run.game)
+    def whole(state: TrainState, reference: Any, params: Any, token_classes: jax.Array, key: jax.Array):
+        return stages.iteration(state, reference, params, token_classes, key, device_rewards, run.game)
 
     params = [reward.params for reward in device_rewards]
     one, other = copied(warm.state), copied(warm.state)
     for _ in range(2):
         played = train_step(run, one, Phases())
-        other, learnable, metrics = whole(other, run.reference, params, run.kinds, run.seed_key)
+        other, learnable, metrics = whole(other, run.reference, params, run.token_classes, run.seed_key)
         one = played.state
         ours, theirs = played.learnable.batch, learnable.batch
         for rows, composed in ((ours.solver, theirs.solver), (ours.challenger, theirs.challenger)):

@@ -73,7 +73,7 @@ print("Challenger is asked:", run.policy.tokenizer.decode(run.game.prompts.chall
 # The Challenger samples N queries, all from this prompt.
 
 # %%
-queries = stages.challenge(params, run.kinds, key, run.game)
+queries = stages.challenge(params, run.token_classes, key, run.game)
 shapes(queries)
 
 # %% [markdown]

@@ -20,12 +20,12 @@ from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.text.prompts import Ragged
 
 
-def challenge(params: llama.Params, kinds: jax.Array, key: jax.Array, game: Game) -> Queries:
+def challenge(params: llama.Params, token_classes: jax.Array, key: jax.Array, game: Game) -> Queries:
     """N queries, as `stages.challenge`."""
     if not game.play.chunks(game.play.max_query_length):
-        return first_checked(stages.challenge, params, kinds, key, game)
+        return first_checked(stages.challenge, params, token_classes, key, game)
     prompts, keys = _challenger_rows(key, game)
-    return _read_queries(_queries(game).run(params, prompts[0], prompts[1], keys), kinds, game)
+    return _read_queries(_queries(game).run(params, prompts[0], prompts[1], keys), token_classes, game)
 
 
 def solve(params: llama.Params, queries: Queries, key: jax.Array, game: Game) -> Episode:
@@ -62,8 +62,8 @@ def _challenger_rows(key: jax.Array, game: Game) -> tuple[Ragged, jax.Array]:
 
 
 @partial(jax.jit, static_argnames="game")
-def _read_queries(sampled: Completions, kinds: jax.Array, game: Game) -> Queries:
-    return selfplay.read_queries(sampled, kinds, game.prompts)
+def _read_queries(sampled: Completions, token_classes: jax.Array, game: Game) -> Queries:
+    return selfplay.read_queries(sampled, token_classes, game.prompts)
 
 
 @partial(jax.jit, static_argnames="game")

@@ -72,10 +72,10 @@ def rollout_params(params: llama.Params, game: Game, base: llama.Params) -> llam
 
 
 @partial(jax.jit, static_argnames="game")
-def challenge(params: llama.Params, kinds: jax.Array, key: jax.Array, game: Game) -> Queries:
-    """N queries; `kinds` uint8 [V] tells text, blank and control tokens apart."""
+def challenge(params: llama.Params, token_classes: jax.Array, key: jax.Array, game: Game) -> Queries:
+    """N queries; `token_classes` uint8 [V] tells text, blank and control tokens apart."""
     return selfplay.challenge(
-        params, kinds, key, game.model, game.prompts, game.play, game.challenger_sampling, game.stop_ids
+        params, token_classes, key, game.model, game.prompts, game.play, game.challenger_sampling, game.stop_ids
     )
 
 
@@ -209,7 +209,7 @@ def iteration(
     state: TrainState,
     reference_params: llama.Params,
     reward_params: Sequence[Any],
-    kinds: jax.Array,
+    token_classes: jax.Array,
     seed_key: jax.Array,
     rewards: Sequence[DeviceReward],
     game: Game,
@@ -217,7 +217,7 @@ def iteration(
     """A whole iteration with compiled rewards; composes under `jax.jit` (close over `rewards` and `game`)."""
     key = iteration_key(seed_key, state)
     params = rollout_params(state.params, game, reference_params)
-    episode = solve(params, challenge(params, kinds, key, game), key, game)
+    episode = solve(params, challenge(params, token_classes, key, game), key, game)
     outputs = tuple(score_component(reward.score, p, episode) for reward, p in zip(rewards, reward_params, strict=True))
     specs = tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in rewards)
     references = reference(reference_params, rows_without_rewards(episode, game), game)

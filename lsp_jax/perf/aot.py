@@ -139,14 +139,14 @@ def compile_run(
     compiler = Compiler(topology, mesh, say, ("reference", "reward model") if config.park_frozen else ())
     alive, put = compiler.alive, compiler.put
     _start(compiler, config, game, reward_model)
-    kinds = alive["kinds"] = put(_array(jnp.uint8, game.model.vocab_size))
+    token_classes = alive["token_classes"] = put(_array(jnp.uint8, game.model.vocab_size))
     key = put(jax.eval_shape(jax.random.key, 0))
     params = _handover(compiler, game)
     if config.data.source:
         queries = put(shapes_of_data_queries(game, widest(config.data)))
     else:
         challenge = partial(stages.challenge.lower, game=game)
-        queries = compiler.stage("challenge", challenge, params, kinds, key)
+        queries = compiler.stage("challenge", challenge, params, token_classes, key)
     solve = partial(stages.solve.lower, game=game)
     episode = alive["episode"] = compiler.stage("solve", solve, params, queries, key)
     del alive["playing copy"]
@@ -197,7 +197,7 @@ def shapes_of_data_queries(game: Game, width: int) -> Queries:
 def _score(compiler: Compiler, config: TrainConfig, game: Game, reward_model: LlamaConfig | None) -> None:
     """The compiled rewards; those on the host take no device memory."""
     alive, reward = compiler.alive, config.reward
-    kinds, episode = alive["kinds"], alive["episode"]
+    token_classes, episode = alive["token_classes"], alive["episode"]
     if reward_model is not None:
         preference = partial(
             preference_scores,
@@ -207,7 +207,7 @@ def _score(compiler: Compiler, config: TrainConfig, game: Game, reward_model: Ll
             rows=reward.preference_rows,
         )
         lower = partial(scoring.score_component.lower, preference)
-        params = {"model": alive["reward model"], "kinds": kinds}
+        params = {"model": alive["reward model"], "token_classes": token_classes}
         compiler.stage(
             "preference reward",
             lambda params, episode: lower(params | placeholders.no_tags(), episode),
@@ -221,7 +221,7 @@ def _score(compiler: Compiler, config: TrainConfig, game: Game, reward_model: Ll
         else:
             length = reward.quality_max_length
             lower = partial(write_judgements.lower, judge=judge, max_length=length, stop_ids=game.stop_ids)
-        params = {"reference": alive["reference"], "rubric": alive["rubric"], "kinds": kinds}
+        params = {"reference": alive["reference"], "rubric": alive["rubric"], "token_classes": token_classes}
         compiler.stage(
             "quality reward", lambda params, episode: lower(params | placeholders.no_tags(), episode), params, episode
         )

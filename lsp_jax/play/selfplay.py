@@ -103,7 +103,7 @@ class Episode(NamedTuple):
 
 def challenge(
     params: llama.Params,
-    kinds: jax.Array,
+    token_classes: jax.Array,
     key: jax.Array,
     config: LlamaConfig,
     prompts: PlayPrompts,
@@ -111,12 +111,12 @@ def challenge(
     sampling: SamplingConfig,
     stop_ids: tuple[int, ...],
 ) -> Queries:
-    """N queries from the Challenger's prompt. `kinds` uint8 [V] is `Tokenizer.token_kinds()`."""
+    """N queries from the Challenger's prompt. `token_classes` uint8 [V] is `Tokenizer.token_classes()`."""
     (tokens, lengths), keys = challenger_rows(key, prompts, play)
     hidden, cache = llama.extend(params, config, tokens, lengths)
     last = llama.last_hidden(hidden, lengths)
     sampled = rollout(params, config, (cache,), last, keys, sampling, play.max_query_length, stop_ids)
-    return read_queries(sampled, kinds, prompts)
+    return read_queries(sampled, token_classes, prompts)
 
 
 def challenger_rows(key: jax.Array, prompts: PlayPrompts, play: PlayConfig) -> tuple[Ragged, jax.Array]:
@@ -124,24 +124,24 @@ def challenger_rows(key: jax.Array, prompts: PlayPrompts, play: PlayConfig) -> t
     return ids_row(prompts.challenger_ids), row_keys(jax.random.fold_in(key, CHALLENGER), play.num_queries)
 
 
-def read_queries(sampled: Completions, kinds: jax.Array, prompts: PlayPrompts) -> Queries:
+def read_queries(sampled: Completions, token_classes: jax.Array, prompts: PlayPrompts) -> Queries:
     """The queries that the Challenger's completions are."""
     written = (sampled.tokens, sampled.lengths - sampled.stopped)
     text = pack((ids_row(prompts.query_prefix_ids), written))
-    leaks = _leaks(written, kinds, prompts.tags)
-    return Queries(sampled, text, sampled.stopped & _has_text(written, kinds) & ~leaks, leaks)
+    leaks = _leaks(written, token_classes, prompts.tags)
+    return Queries(sampled, text, sampled.stopped & _has_text(written, token_classes) & ~leaks, leaks)
 
 
-def _has_text(written: Ragged, kinds: jax.Array) -> jax.Array:
+def _has_text(written: Ragged, token_classes: jax.Array) -> jax.Array:
     tokens, lengths = written
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-    return jnp.any(real & (kinds[tokens] == TEXT), axis=-1)
+    return jnp.any(real & (token_classes[tokens] == TEXT), axis=-1)
 
 
-def _leaks(written: Ragged, kinds: jax.Array, tags: tuple[tuple[int, ...], ...]) -> jax.Array:
+def _leaks(written: Ragged, token_classes: jax.Array, tags: tuple[tuple[int, ...], ...]) -> jax.Array:
     tokens, lengths = written
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-    leaks = jnp.any(real & (kinds[tokens] == SPECIAL), axis=-1)
+    leaks = jnp.any(real & (token_classes[tokens] == SPECIAL), axis=-1)
     for tag in tags:
         leaks = leaks | contains_sequence(written, tag)
     return leaks

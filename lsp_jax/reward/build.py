@@ -75,7 +75,7 @@ def load_rewards(
     opened: OpenedRewards,
     policy: Policy,
     reference: Params,
-    kinds: jax.Array,
+    token_classes: jax.Array,
     mesh: Mesh | None = None,
 ) -> tuple[Reward, ...]:
     """Every component, in the order of `opened.specs`; reads the reward model's weights onto `mesh`."""
@@ -84,14 +84,14 @@ def load_rewards(
         model = load_reward_model(opened.reward_model.source, "auto", config.preference_revision or None, mesh)
         model = replace(model, tokenizer=opened.reward_model.tokenizer)
         weight, rows = config.preference_weight, config.preference_rows
-        components.append(preference_reward(model, policy.tokenizer, kinds, "task", weight, rows))
+        components.append(preference_reward(model, policy.tokenizer, token_classes, "task", weight, rows))
     if config.quality_weight:
         components.append(
             quality_reward(
                 reference,
                 policy.config,
                 policy.tokenizer,
-                kinds,
+                token_classes,
                 config.quality_weight,
                 config.judge_rows,
                 mode=config.quality_mode,

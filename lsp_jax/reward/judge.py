@@ -41,12 +41,14 @@ class Judge:
     """About so many answers are judged at one time on each device that has rows of its own (whole groups)."""
 
 
-def judge_params(reference: llama.Params, judge: Judge, tokenizer: Tokenizer, kinds: jax.Array) -> dict[str, Any]:
+def judge_params(
+    reference: llama.Params, judge: Judge, tokenizer: Tokenizer, token_classes: jax.Array
+) -> dict[str, Any]:
     """Everything on device that judging reads: the reference, the rubric's cache, what must be blanked."""
     tokens, lengths = ids_row(judge.template.rubric_ids)
     _, rubric = jax.jit(llama.extend, static_argnums=1)(reference, judge.config, tokens, lengths)
     tags = replicate(tag_tables(tokenizer, judge_tags(tokenizer)))
-    return {"reference": reference, "rubric": rubric, "kinds": kinds, "tags": tags}
+    return {"reference": reference, "rubric": rubric, "token_classes": token_classes, "tags": tags}
 
 
 Read = Callable[[Sequence[KVCache], jax.Array], Any]
@@ -72,7 +74,7 @@ def judge_episode(params: Any, episode: Episode, judge: Judge, read: Read) -> An
 
 def _harmless(text: Ragged, params: Any, judge: Judge) -> Ragged:
     tokens, lengths = text
-    plain = jnp.where(params["kinds"][tokens] == SPECIAL, judge.blank, tokens)
+    plain = jnp.where(params["token_classes"][tokens] == SPECIAL, judge.blank, tokens)
     return blank_tags((plain, lengths), params["tags"], judge.blank)
 
 

@@ -136,7 +136,7 @@ def same_tokenizer(left: Tokenizer, right: Tokenizer) -> bool:
 def preference_reward(
     model: Policy,
     tokenizer: Tokenizer,
-    kinds: jax.Array,
+    token_classes: jax.Array,
     kind: Kind = "task",
     weight: float = 1.0,
     rows: int = 16,
@@ -144,16 +144,18 @@ def preference_reward(
 ) -> DeviceReward | EpisodeReward:
     """The component of the reward model `model`: compiled where its tokenizer equals the policy's `tokenizer`.
 
-    `kinds` uint8 [V] is `Tokenizer.token_kinds()` over the policy's vocabulary. About `rows` conversations are scored
-    at one time (whole groups: at least G). Scores are float32 in every dtype of the parameters.
+    `token_classes` uint8 [V] is `Tokenizer.token_classes()` over the policy's vocabulary. About `rows` conversations
+    are scored at one time (whole groups: at least G). Scores are float32 in every dtype of the parameters.
     """
     template = preference_template(model.tokenizer)
     blank = tokenizer.encode(" ")[0]
     tags = replicate(tag_tables(tokenizer, text_tags(model.tokenizer, template[:3])))
     if same_tokenizer(model.tokenizer, tokenizer):
         score = partial(preference_scores, config=model.config, template=template, blank=blank, rows=rows)
-        return DeviceReward(name, kind, weight, score, {"model": model.params, "kinds": kinds, "tags": tags})
-    written = {"kinds": kinds, "tags": tags}
+        return DeviceReward(
+            name, kind, weight, score, {"model": model.params, "token_classes": token_classes, "tags": tags}
+        )
+    written = {"token_classes": token_classes, "tags": tags}
     foreign = partial(
         _foreign_scores, model=model, tokenizer=tokenizer, written=written, template=template, blank=blank, rows=rows
     )
@@ -167,7 +169,7 @@ def preference_scores(
 
     Texts enter as written: white space that the policy left at an end stays, also where the template would trim it.
     """
-    query, answer = _harmless_texts(episode, params["kinds"], params["tags"], blank)
+    query, answer = _harmless_texts(episode, params["token_classes"], params["tags"], blank)
     values = score_conversations(params["model"], query, answer, config, template, rows)
     return RewardOutput(values, jnp.ones_like(values, bool), jnp.ones(values.shape[0], bool))
 
@@ -198,10 +200,12 @@ def score_conversations(
 
 
 @partial(jax.jit, static_argnames="blank")
-def _harmless_texts(episode: Episode, kinds: jax.Array, tags: TagTables, blank: int) -> tuple[Ragged, Ragged]:
+def _harmless_texts(episode: Episode, token_classes: jax.Array, tags: TagTables, blank: int) -> tuple[Ragged, Ragged]:
     tokens, lengths = episode.answers.tokens, episode.answer_lengths
     flat = (tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
-    query, answer = (blank_tags(harmless(text, kinds, blank), tags, blank) for text in (episode.queries.text, flat))
+    query, answer = (
+        blank_tags(harmless(text, token_classes, blank), tags, blank) for text in (episode.queries.text, flat)
+    )
     return query, (answer[0].reshape(tokens.shape), lengths)
 
 

@@ -42,7 +42,7 @@ def quality_reward(
     reference: llama.Params,
     config: LlamaConfig,
     tokenizer: Tokenizer,
-    kinds: jax.Array,
+    token_classes: jax.Array,
     weight: float = 1.0,
     rows: int = 16,
     name: str = "quality",
@@ -53,8 +53,8 @@ def quality_reward(
 ) -> DeviceReward | EpisodeReward:
     """The component, with the rubric prefilled under the frozen `reference` parameters.
 
-    `kinds` uint8 [V] is `Tokenizer.token_kinds()` over the model's vocabulary; about `rows` answers are judged at one
-    time (whole groups: at least G). `rubric` is a file of seven criteria (`load_criteria`), empty for the package's
+    `token_classes` uint8 [V] is `Tokenizer.token_classes()` over the model's vocabulary; about `rows` answers are
+    judged at one time (whole groups: at least G). `rubric` is a file of seven criteria (`load_criteria`), empty for the package's
     own; `max_length` the longest turn of the judge in `text` mode, its stop token included.
 
     Raises InputError for an unknown mode, a bad rubric file, a length below 1, and a judge's prompt that leaves no
@@ -69,7 +69,7 @@ def quality_reward(
     if length >= context:
         raise InputError("rubric", str(rubric), f"the judge's {length} tokens leave no room in a context of {context}")
     judge = Judge(config, template, tokenizer.encode(" ")[0], rows)
-    params = judge_params(reference, judge, tokenizer, kinds)
+    params = judge_params(reference, judge, tokenizer, token_classes)
     if mode == "logits":
         return DeviceReward(name, "quality", weight, partial(logits_scores, judge=judge), params)
     score = partial(text_scores, params, tokenizer, judge, max_length, tokenizer.stop_ids)

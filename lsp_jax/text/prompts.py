@@ -156,10 +156,10 @@ def splice(template: TokenTemplate, text: Ragged) -> Ragged:
     return pack((ids_row(template.prefix_ids), text, ids_row(template.suffix_ids)))
 
 
-def harmless(text: Ragged, kinds: jax.Array, blank: int) -> Ragged:
-    """`text` with `blank` in place of control ids, so that nothing in it can close a turn; `kinds` uint8 [V]."""
+def harmless(text: Ragged, token_classes: jax.Array, blank: int) -> Ragged:
+    """`text` with `blank` in place of control ids, so that none closes a turn; `token_classes` is uint8 [V]."""
     tokens, lengths = text
-    return jnp.where(kinds[tokens] == SPECIAL, blank, tokens), lengths
+    return jnp.where(token_classes[tokens] == SPECIAL, blank, tokens), lengths
 
 
 def contains_sequence(text: Ragged, sequence: Sequence[int]) -> jax.Array:

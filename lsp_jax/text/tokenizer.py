@@ -19,7 +19,7 @@ from lsp_jax.core.errors import InputError
 from lsp_jax.text.sentencepiece import SentencePieceBackend
 from lsp_jax.text.tokenizer_files import check_text, one_line, stop_ids_of
 
-TEXT, BLANK, SPECIAL = 0, 1, 2  # the values of Tokenizer.token_kinds
+TEXT, BLANK, SPECIAL = 0, 1, 2  # the values of Tokenizer.token_classes
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 FILES = (*_TOKENIZER_FILES, "added_tokens.json", "chat_template.jinja", "generation_config.json")
@@ -146,7 +146,7 @@ class Tokenizer:
         """Every token as the vocabulary spells it, and its id."""
         return self._backend.vocabulary()
 
-    def token_kinds(self) -> np.ndarray:
+    def token_classes(self) -> np.ndarray:
         """Token classes, uint8 [vocab_size]: 0 text, 1 blank (decodes to white space or nothing), 2 in `special_ids`.
 
         A token that is part of a UTF-8 character counts as text; the byte token of a newline or a space as blank.
@@ -156,10 +156,10 @@ class Tokenizer:
     @cached_property
     def _kinds(self) -> np.ndarray:
         texts = (self._backend.decode([token], skip_special_tokens=False) for token in range(self.vocab_size))
-        kinds = np.array([TEXT if text.strip() else BLANK for text in texts], dtype=np.uint8)
-        kinds[list(self.special_ids)] = SPECIAL
-        kinds.flags.writeable = False
-        return kinds
+        token_classes = np.array([TEXT if text.strip() else BLANK for text in texts], dtype=np.uint8)
+        token_classes[list(self.special_ids)] = SPECIAL
+        token_classes.flags.writeable = False
+        return token_classes
 
     def save(self, directory: str | Path) -> None:
         """Copy the tokenizer's files and generation_config.json, byte for byte, into `directory` (made if missing)."""

@@ -40,7 +40,7 @@ class Run:
     """Where host components score; closed at the run's end."""
     mesh: Mesh | None
     """The mesh that everything is sharded over; None on a single device."""
-    kinds: jax.Array
+    token_classes: jax.Array
     """uint8 [V]: text, blank or control, over the model's vocabulary."""
     seed_key: jax.Array
     directory: Path

@@ -77,16 +77,16 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
         dtype = game.compute_dtype if config.lora.rank else config.param_dtype
         policy = replace(opened, params=load(mesh, dtype))
         with use_mesh(mesh):
-            kinds = token_kinds(policy)
+            classes = token_classes(policy)
             reference = cast(policy.params, game.compute_dtype)
-            components = load_rewards(config.reward, opened_rewards, policy, reference, kinds, mesh)
+            components = load_rewards(config.reward, opened_rewards, policy, reference, classes, mesh)
             if config.park_frozen:
                 reference, components = _offloaded(reference, components, stays=config.lora.rank > 0)
             seed_key = replicate(jax.random.key(config.seed))
     except BaseException:
         workers.close()
         raise
-    made = policy, reference, game, data, probe, components, opened_rewards.specs, scorer, workers, mesh, kinds
+    made = policy, reference, game, data, probe, components, opened_rewards.specs, scorer, workers, mesh, classes
     return Run(config, *made, seed_key, directory)
 
 
@@ -175,12 +175,12 @@ def make_game(
     )
 
 
-def token_kinds(policy: Policy) -> jax.Array:
-    """`Tokenizer.token_kinds` on device; rows of the embedding beyond the tokenizer count as control ids."""
-    kinds = np.full(policy.config.vocab_size, SPECIAL, np.uint8)
-    known = policy.tokenizer.token_kinds()
-    kinds[: len(known)] = known
-    return replicate(kinds)
+def token_classes(policy: Policy) -> jax.Array:
+    """`Tokenizer.token_classes` on device; rows of the embedding beyond the tokenizer count as control ids."""
+    token_classes = np.full(policy.config.vocab_size, SPECIAL, np.uint8)
+    known = policy.tokenizer.token_classes()
+    token_classes[: len(known)] = known
+    return replicate(token_classes)
 
 
 def longest_query(

@@ -135,7 +135,7 @@ def _play(
     game, rows = run.game, []
     with phases("challenge"):
         if run.data is None:
-            queries = jax.block_until_ready(rollout.challenge(params, run.kinds, key, game))
+            queries = jax.block_until_ready(rollout.challenge(params, run.token_classes, key, game))
         else:
             picked = run.data.batch(cursor, game.play.num_queries, run.config.seed)
             queries, rows = data_queries(run.data, picked), [run.data.rows[index] for index in picked]
@@ -183,7 +183,7 @@ def precompile(run: Run, state: TrainState) -> None:
     params = stages.rollout_params(state.params, run.game, run.reference)
     key = stages.iteration_key(run.seed_key, state)
     if run.data is None:
-        queries = rollout.challenge(params, run.kinds, key, run.game)
+        queries = rollout.challenge(params, run.token_classes, key, run.game)
     else:
         queries = data_queries(run.data, run.data.batch(0, run.game.play.num_queries, run.config.seed))
     rollout.precompile(params, queries, key, run.game)
