@@ -54,8 +54,8 @@ def quality_reward(
     """The component, with the rubric prefilled under the frozen `reference` parameters.
 
     `token_classes` uint8 [V] is `Tokenizer.token_classes()` over the model's vocabulary; about `rows` answers are
-    judged at one time (whole groups: at least G). `rubric` is a file of seven criteria (`load_criteria`), empty for the package's
-    own; `max_length` the longest turn of the judge in `text` mode, its stop token included.
+    judged at one time (whole groups: at least G). `rubric` is a file of seven criteria (`load_criteria`), empty for
+    the package's own; `max_length` the longest turn of the judge in `text` mode, its stop token included.
 
     Raises InputError for an unknown mode, a bad rubric file, a length below 1, and a judge's prompt that leaves no
     room for query and answer in the model's context.
