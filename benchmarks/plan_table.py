@@ -67,6 +67,11 @@ def line(data: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def stage_name(phase: dict[str, Any]) -> str:
+    """A stage's name; the plans of earlier versions call the first one `handover`."""
+    return "weight_sync" if phase["name"] == "handover" else phase["name"]
+
+
 def network(directory: Path) -> list[str]:
     """GB that one chip of a v5e takes in during each stage, by the number of chips."""
     files = {
@@ -74,8 +79,10 @@ def network(directory: Path) -> list[str]:
     }
     made = {chips: json.loads(path.read_text()) for chips, path in files.items() if path.exists()}
     rows = [f"| stage | {' | '.join(f'{chips} chips' for chips in made)} |", "|---|" + "---:|" * len(made)]
-    for name in ("handover", "challenge", "solve", "preference reward", "quality reward", "reference", "update"):
-        taken = [{phase["name"]: phase["network_bytes"] for phase in data["phases"]}[name] for data in made.values()]
+    for name in ("weight_sync", "challenge", "solve", "preference reward", "quality reward", "reference", "update"):
+        taken = [
+            {stage_name(entry): entry["network_bytes"] for entry in data["phases"]}[name] for data in made.values()
+        ]
         rows.append(f"| {name} | {' | '.join(f'{size / 1e9:.3g}' for size in taken)} |")
     return rows
 

@@ -179,7 +179,7 @@ def test_the_command_plans_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "fits: " in captured.out and "| update |" in captured.out and "compiled in" in captured.err
 
     made = json.loads(output.read_text())
-    names = ["rubric", "start", "handover", "challenge", "solve", "preference reward", "quality reward"]
+    names = ["rubric", "start", "weight_sync", "challenge", "solve", "preference reward", "quality reward"]
     assert [entry["name"] for entry in made["phases"]] == [*names, "advantages", "reference", "update"]
     assert made["fits"] is True and made["topology"] == "v5e:2x2" and made["programs"] == 10
     assert made["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}

@@ -146,6 +146,18 @@ def test_a_metric_of_another_version_is_shown_and_said_to_be_none(tmp_path: Path
     assert shown(run)["meanings"]["once/there"] == "not a metric of this version"
 
 
+def test_a_run_that_went_on_after_a_phase_was_renamed(tmp_path: Path):
+    """Its first lines have one name, the later ones the other: both are there, with gaps."""
+    run = write_run(tmp_path / "run", last=4)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["time/handover" if line["iteration"] <= 2 else "time/weight_sync"] = 0.5
+    write_lines(run / "metrics.jsonl", lines)
+    (data,) = shown(run)["runs"]
+    assert data["metrics"]["time/handover"] == [0.5, 0.5, None, None]
+    assert data["metrics"]["time/weight_sync"] == [None, None, 0.5, 0.5]
+
+
 def test_several_runs_beside_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     runs = [write_run(tmp_path / place / "lsp", last=4, seed=seed) for seed, place in enumerate(("a", "b"))]
     found = shown(*runs)["runs"]

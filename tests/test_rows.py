@@ -80,4 +80,4 @@ def test_the_host_scores_while_the_device_runs_the_reference(run: Run, monkeypat
     played = train_step(replace(run, rewards=(replace(reward, score=score),)), state, phases)
     assert seen == ["reference", "score"]
     assert np.isfinite(float(played.metrics["loss"])) and played.texts is not None
-    assert set(phases.seconds) == {"handover", "challenge", "solve", "reward", "reference", "update"}
+    assert set(phases.seconds) == {"weight_sync", "challenge", "solve", "reward", "reference", "update"}

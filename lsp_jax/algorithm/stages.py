@@ -51,7 +51,7 @@ def iteration_key(seed_key: jax.Array, state: TrainState) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _handover(params: llama.Params, dtype: str) -> llama.Params:
+def _weight_sync(params: llama.Params, dtype: str) -> llama.Params:
     return shard_params(llama.cast(params, dtype), "decode")
 
 
@@ -68,7 +68,7 @@ def rollout_params(params: llama.Params, game: Game, base: llama.Params) -> llam
     if game.lora.rank:
         params = game.attach_adapters(base)(adapters_cast(params, game))
     same = context() is None and all(leaf.dtype == game.compute_dtype for leaf in jax.tree.leaves(params))
-    return params if same else first_checked(_handover, params, game.compute_dtype)
+    return params if same else first_checked(_weight_sync, params, game.compute_dtype)
 
 
 @partial(jax.jit, static_argnames="game")

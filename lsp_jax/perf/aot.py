@@ -141,7 +141,7 @@ def compile_run(
     _start(compiler, config, game, reward_model)
     token_classes = alive["token_classes"] = put(_array(jnp.uint8, game.model.vocab_size))
     key = put(jax.eval_shape(jax.random.key, 0))
-    params = _handover(compiler, game)
+    params = _weight_sync(compiler, game)
     if config.data.source:
         queries = put(shapes_of_data_queries(game, widest(config.data)))
     else:
@@ -155,16 +155,16 @@ def compile_run(
     return compiler
 
 
-def _handover(compiler: Compiler, game: Game) -> Any:
+def _weight_sync(compiler: Compiler, game: Game) -> Any:
     """The parameters that play. Adapters on one device play beside the reference, of which no copy is made."""
     alive, state = compiler.alive, compiler.alive["state"]
     if game.lora.rank and compiler.mesh.size == 1:
         lower = partial(stages.adapters_cast.lower, game=game)
-        adapters = alive["playing copy"] = compiler.stage("handover", lower, state.params)
+        adapters = alive["playing copy"] = compiler.stage("weight_sync", lower, state.params)
         return united(alive["reference"], adapters)
-    handover = jax.jit(partial(stages.rollout_params, game=game))
+    sync = jax.jit(partial(stages.rollout_params, game=game))
     base = alive["reference"] if game.lora.rank else {}
-    params = compiler.stage("handover", lambda params, base: handover.lower(params, base=base), state.params, base)
+    params = compiler.stage("weight_sync", lambda params, base: sync.lower(params, base=base), state.params, base)
     alive["playing copy"] = params
     return params
 

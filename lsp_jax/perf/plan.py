@@ -169,7 +169,7 @@ def _advice(worst: Phase, resident: dict[str, int]) -> str:
         return "Lower --reward.preference-rows"
     if worst.name == "quality reward":
         return "Lower --reward.judge-rows"
-    if worst.name in ("handover", "challenge", "solve"):
+    if worst.name in ("weight_sync", "challenge", "solve"):
         return "The copy that plays is whole on each fsdp group: raise --mesh.tensor, or lower --play.num-queries"
     return "Spread it over more chips"
 

@@ -9,7 +9,7 @@ import re
 
 from lsp_jax.core.errors import InputError
 
-PHASES = ("handover", "challenge", "solve", "reward", "reference", "update", "log")
+PHASES = ("weight_sync", "challenge", "solve", "reward", "reference", "update", "log")
 
 _ROLE_METRICS = {
     "reward": "mean reward of the {role}, over what counts in its loss",
@@ -76,7 +76,7 @@ METRICS: dict[str, str] = {
         for phase in ("challenge", "solve", "reference", "update")
     },
     "time/iteration": "seconds of the iteration, without writing its lines and checkpoint",
-    "handover/bytes": "bytes, on one device, of the parameters that play: cast and laid out anew before each iteration",
+    "weight_sync/bytes": "bytes, on one device, of the parameters that play: cast and laid out before each iteration",
     "host_reads": "reads from device to host before the metrics; with compiled rewards one a chunk of decoding",
     "checkpoint/failed": "checkpoints since the start of this process that could not be written",
     "compile/count": "programs compiled since the start",

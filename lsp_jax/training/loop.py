@@ -263,6 +263,6 @@ def _run_iteration(
     metrics |= host_metrics(run, number, metrics, phases, time.perf_counter() - start)
     metrics["host_reads"] = playing_reads
     metrics["challenger/paused"] = float(health.paused)
-    metrics["handover/bytes"] = played.rollout_param_bytes
+    metrics["weight_sync/bytes"] = played.rollout_param_bytes
     metrics["checkpoint/failed"] = saving.failed
     return played, metrics, lines

@@ -86,7 +86,7 @@ def train_step(
     game = run.game
     sync_point("iteration")  # a process that is late is named here, not waited for in a collective
     key = stages.iteration_key(run.seed_key, state)
-    with phases("handover"):
+    with phases("weight_sync"):
         params = jax.block_until_ready(stages.rollout_params(state.params, game, run.reference))
     rollout_param_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
     episode, rows = _play(run, params, key, cursor, phases)
