@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,18 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsp_jax.algorithm import stages
-from lsp_jax.algorithm.spec import Game
+from lsp_jax.algorithm import rollout, stages
+from lsp_jax.algorithm.spec import GameSpec, hyperparameters
 from lsp_jax.config import TrainConfig
-from lsp_jax.learn.batch import LearnBatch, Rows
+from lsp_jax.core.stage import Backend
+from lsp_jax.learn import update as learner
+from lsp_jax.learn.batch import LearnBatch, Reference, References, Rows
 from lsp_jax.learn.logprobs import token_statistics
-from lsp_jax.learn.update import OptimizerConfig, Reference, TrainState, init_state
+from lsp_jax.learn.optimizer import OptimizerConfig, TrainState, init_state
+from lsp_jax.learn.spec import Hyperparameters, OptimizerSpec
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.perf import placeholders
-from lsp_jax.play.selfplay import PlayConfig, Queries
+from lsp_jax.play.selfplay import Episode, PlayConfig, Queries
 from lsp_jax.reward import scoring
-from lsp_jax.reward.base import DeviceReward, RewardSpec
+from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec
 from lsp_jax.reward.preference import preference_scores
 from lsp_jax.reward.quality import logits_scores
 from lsp_jax.text.prompts import ids_row
@@ -61,9 +65,11 @@ def make_config(play: PlayConfig, micro_batch: int) -> TrainConfig:
     return TrainConfig(play=play, optimizer=OptimizerConfig(micro_batch_size=micro_batch), compute_dtype="bfloat16")
 
 
-def make_game(model: LlamaConfig, config: TrainConfig) -> Game:
+def make_game(model: LlamaConfig, config: TrainConfig) -> GameSpec:
     """The game as `lsp-jax plan` compiles it, without a stop token."""
-    return replace(placeholders.game(config, model), stop_ids=())
+    game = placeholders.game(config, model)
+    endless = {name: replace(getattr(game, name), stop_ids=()) for name in ("challenger", "solver")}
+    return replace(game, **endless)
 
 
 @partial(jax.jit, static_argnames=("model", "dtype"))
@@ -72,13 +78,13 @@ def random_params(model: LlamaConfig, seed: int, dtype: str) -> llama.Params:
     return llama.cast(llama.init_params(model, jax.random.key(seed)), dtype)
 
 
-@partial(jax.jit, static_argnames=("model", "opt"))
-def random_state(model: LlamaConfig, opt: OptimizerConfig) -> TrainState:
+@partial(jax.jit, static_argnames=("model", "spec"))
+def random_state(model: LlamaConfig, spec: OptimizerSpec) -> TrainState:
     """float32 parameters and moments."""
-    return init_state(llama.init_params(model, jax.random.key(0)), opt)
+    return init_state(llama.init_params(model, jax.random.key(0)), spec)
 
 
-def make_rewards(reference: llama.Params, game: Game, config: TrainConfig) -> tuple[DeviceReward, ...]:
+def make_rewards(reference: llama.Params, game: GameSpec, config: TrainConfig) -> tuple[DeviceReward, ...]:
     """A reward model of the policy's shape, and the reference as judge by `logits`."""
     model, token_classes = game.model, jnp.zeros(game.model.vocab_size, jnp.uint8)
     scorer = replace(model, head="score", tie_word_embeddings=False)
@@ -91,8 +97,9 @@ def make_rewards(reference: llama.Params, game: Game, config: TrainConfig) -> tu
     )
     judge = placeholders.judge(config, model)
     _, rubric = jax.jit(llama.extend, static_argnums=1)(reference, model, *ids_row(judge.template.rubric_ids))
-    judged = {"reference": reference, "rubric": rubric, "token_classes": token_classes, **placeholders.no_tags()}
-    scored = {"model": random_params(scorer, 1, "bfloat16"), "token_classes": token_classes, **placeholders.no_tags()}
+    unread = {"token_classes": token_classes, "tags": placeholders.NO_TAGS}
+    judged = {"reference": reference, "rubric": rubric, **unread}
+    scored = {"model": random_params(scorer, 1, "bfloat16"), **unread}
     return (
         DeviceReward("preference", "task", 1.0, scores, scored),
         DeviceReward("quality", "quality", 1.0, partial(logits_scores, judge=judge), judged),
@@ -152,37 +159,62 @@ def ceilings(sizes: Sizes) -> Result:
     return {"gemm_tflops": flops / 1e12, "bandwidth_gbytes": bandwidth / 1e9}
 
 
-def play_once(
-    state: TrainState, reference: llama.Params, rewards: tuple[DeviceReward, ...], game: Game
-) -> tuple[TrainState, Result, dict[str, float]]:
-    """One iteration by the package's stages; seconds of each."""
-    phases: dict[str, float] = {}
+@dataclass(frozen=True)
+class RandomSource:
+    """The Challenger's queries, every one taken as valid, and compiled rewards, each timed by itself."""
 
-    def timed(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    rewards: tuple[DeviceReward, ...]
+    game: GameSpec
+
+    @property
+    def specs(self) -> tuple[RewardSpec, ...]:
+        """How the rewards are mixed."""
+        return tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in self.rewards)
+
+    def queries(self, on: Backend, params: llama.Params, key: jax.Array) -> Queries:
+        """As `stages.Source.queries`."""
+        queries = rollout.challenge(params, self.rewards[0].params["token_classes"], key, self.game, on)
+        return queries._replace(valid=jnp.ones_like(queries.valid))
+
+    def score(
+        self, on: Backend, params: llama.Params, key: jax.Array, episode: Episode
+    ) -> tuple[Episode, Callable[[], tuple[RewardOutput, ...]]]:
+        """As `stages.Source.score`."""
+        outputs = []
+        for reward in self.rewards:
+            with on.phase(reward.name):
+                outputs.append(on.ready(scoring.score_episode(reward, episode)))
+        return episode, lambda: tuple(outputs)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of each phase; an error that passes is told its phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Entered around a phase."""
         start = time.perf_counter()
         try:
-            out = jax.block_until_ready(call(*arguments))
+            yield
         except Exception as error:
             error.add_note(f"(in {name})")
             raise
-        phases[name] = time.perf_counter() - start
-        return out
+        self.seconds[name] = time.perf_counter() - start
 
-    key = stages.iteration_key(jax.random.key(0), state)
-    params = timed("cast", stages.rollout_params, state.params, game, {})
-    queries = timed("challenge", stages.challenge, params, rewards[0].params["token_classes"], key, game)
-    queries = queries._replace(valid=jnp.ones_like(queries.valid))
-    episode = timed("solve", stages.solve, params, queries, key, game)
-    del params
-    outputs = tuple(
-        timed(reward.name, scoring.score_component, reward.score, reward.params, episode) for reward in rewards
-    )
-    specs = tuple(RewardSpec(reward.name, reward.kind, reward.weight) for reward in rewards)
-    learnable = timed("advantages", stages.learn_batch, episode, outputs, specs, game)
-    references = timed("reference", stages.reference, reference, learnable.batch, game)
-    state, metrics = timed("update", stages.learn, state, reference, learnable.batch, references, game)
+
+def play_once(
+    state: TrainState, reference: llama.Params, source: RandomSource, hyper: Hyperparameters
+) -> tuple[TrainState, Result, dict[str, float]]:
+    """One iteration as the trainer runs it; seconds of each phase."""
+    timed = Timed()
+    on = Backend(phase=timed.phase, ready=jax.block_until_ready)
+    inputs = jax.random.key(0), hyper, jnp.float32(1)
+    result = stages.iteration(on, source, state, reference, inputs, source.game)
     named = ("loss", "grad_norm", "skipped_updates", "sampling/token_mult_prob_error")
-    return state, {name: float(metrics[name]) for name in named}, phases
+    return result.state, {name: float(result.metrics[name]) for name in named}, timed.seconds
 
 
 def peak() -> int | None:
@@ -195,11 +227,11 @@ def whole_iteration(model: LlamaConfig, micro_batch: int, sizes: Sizes) -> Resul
     before = peak()
     config = make_config(sizes.play, micro_batch)
     game = make_game(model, config)
-    state = random_state(model, game.optimizer)
+    state, hyper = random_state(model, game.learner.optimizer), hyperparameters(config)
     reference = stages.rollout_params(state.params, game, {})  # bfloat16, so a copy
-    rewards = make_rewards(reference, game, config)
-    state, _, first = play_once(state, reference, rewards, game)
-    state, metrics, phases = play_once(state, reference, rewards, game)
+    source = RandomSource(make_rewards(reference, game, config), game)
+    state, _, first = play_once(state, reference, source, hyper)
+    state, metrics, phases = play_once(state, reference, source, hyper)
     if metrics["skipped_updates"] or not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
         raise FloatingPointError(f"the update was not finite: {metrics}")
     after = peak()
@@ -217,7 +249,8 @@ def whole_iteration(model: LlamaConfig, micro_batch: int, sizes: Sizes) -> Resul
 def update(model: LlamaConfig, micro_batch: int, sizes: Sizes, top: Result) -> Result:
     """The update alone, on rows with random tokens and advantages."""
     rows, width, completion = sizes.rows
-    game = make_game(model, make_config(sizes.play, micro_batch))
+    config = make_config(sizes.play, micro_batch)
+    spec, hyper = make_game(model, config).learner, hyperparameters(config)
     tokens, noise, drawn = jax.random.split(jax.random.key(2), 3)
     logprobs = -8 - jax.random.uniform(drawn, (rows, completion))
     lengths = jnp.full(rows, completion, jnp.int32)
@@ -233,10 +266,10 @@ def update(model: LlamaConfig, micro_batch: int, sizes: Sizes, top: Result) -> R
         ),
         None,
     )
-    state, times = random_state(model, game.optimizer), []
+    state, references, times = random_state(model, spec.optimizer), References(Reference(logprobs)), []
     for _ in range(3):  # the first compiles
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(stages.update(state, {}, batch, (Reference(logprobs, None), None), game))
+        state, _ = jax.block_until_ready(learner.update(state, batch, references, hyper, spec=spec))
         times.append(time.perf_counter() - start)
     flops = update_flops(model, rows, width, completion) / 1e12
     taken = min(times[1:])
@@ -258,7 +291,7 @@ def decode(model: LlamaConfig, sizes: Sizes, top: Result) -> Result:
     shape = (play.num_queries, play.max_query_length)
     text = (jax.random.randint(jax.random.key(3), shape, 3, model.vocab_size), jnp.full(shape[0], shape[1], jnp.int32))
     queries = Queries(None, text, jnp.ones(shape[0], bool))
-    taken = seconds(lambda: stages.solve(params, queries, jax.random.key(4), game).answers.tokens, 1)
+    taken = seconds(lambda: rollout.solve(params, queries, jax.random.key(4), game).answers.tokens, 1)
     solver = game.prompts.solver
     step = decode_bytes(model, play, len(solver.prefix_ids) + len(solver.suffix_ids) + shape[1])
     rows, columns = play.num_queries * play.num_generations, play.max_completion_length

@@ -116,7 +116,7 @@ def main() -> None:
     if bool(options.llamacpp) != bool(options.llama_cpp_source):
         parser.error("--llamacpp and --llama-cpp-source go together")
     policy = lsp.load_pretrained(options.export)
-    ours = lsp.generate(policy, list(PROMPTS), max_completion_length=NEW_TOKENS, temperature=0.0)
+    ours = lsp.generate(policy, list(PROMPTS), lsp.SamplingConfig(temperature=0.0), max_completion_length=NEW_TOKENS)
     replies = {"transformers": answers("transformers", sys.executable, options.export)}
     if options.vllm:
         replies["vllm"] = answers("vllm", options.vllm, options.export)

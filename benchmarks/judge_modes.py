@@ -29,11 +29,13 @@ from lsp_jax.model import llama
 from lsp_jax.model.gguf import demo_model
 from lsp_jax.model.kv_cache import KVCache, empty_decode_cache
 from lsp_jax.play.decode import Completions
+from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.reward.base import DeviceReward
+from lsp_jax.reward.config import RewardConfig
 from lsp_jax.reward.judge import Judge, judge_episode, judge_params
 from lsp_jax.reward.quality import quality_reward
-from lsp_jax.reward.text_judge import judge_turns, parse_score, write_judgements
+from lsp_jax.reward.text_judge import judge_spec, judge_turns, parse_score, write_judgements
 from lsp_jax.text.judge_prompts import CRITERIA, text_judge_template
 from lsp_jax.training.setup import token_classes
 
@@ -63,7 +65,13 @@ JUDGE_LENGTH = 64
 def answers_of(policy: lsp.Policy) -> list[list[str]]:
     """Four answers to each instruction, one of each kind."""
     cool, hot = (
-        lsp.generate(policy, INSTRUCTIONS, seed=seed, max_completion_length=ANSWER_LENGTH, temperature=temperature)
+        lsp.generate(
+            policy,
+            INSTRUCTIONS,
+            SamplingConfig(temperature=temperature),
+            seed=seed,
+            max_completion_length=ANSWER_LENGTH,
+        )
         for seed, temperature in ((0, 0.7), (1, 1.5))
     )
     shifted = [*cool[5:], *cool[:5]]
@@ -133,15 +141,14 @@ def measure(policy: lsp.Policy) -> dict[str, Any]:
     """Scores of both modes and what they have in common."""
     classes, answers = token_classes(policy), answers_of(policy)
     episode = make_episode(policy, answers)
-    reward = quality_reward(policy.params, policy.config, policy.tokenizer, classes)
+    reward = quality_reward(policy.params, policy, classes, RewardConfig())
     assert isinstance(reward, DeviceReward)
     logits = np.asarray(jax.jit(reward.score)(reward.params, episode).values)
     judge = Judge(policy.config, text_judge_template(policy.tokenizer), policy.tokenizer.encode(" ")[0], 16)
     params = judge_params(policy.params, judge, policy.tokenizer, classes)
     start = time.perf_counter()
-    written = write_judgements(
-        params, episode, judge=judge, max_length=JUDGE_LENGTH, stop_ids=policy.tokenizer.stop_ids
-    )
+    spec = judge_spec(judge, JUDGE_LENGTH, policy.tokenizer.stop_ids)
+    written = write_judgements(params, episode, judge=judge, spec=spec)
     turns = judge_turns(written, policy.tokenizer)
     seconds = time.perf_counter() - start
     scores = [[None if turn is None else parse_score(turn) for turn in group] for group in turns]

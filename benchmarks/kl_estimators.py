@@ -26,10 +26,11 @@ import numpy as np
 import optax
 
 import lsp_jax as lsp
-from lsp_jax.algorithm import stages
-from lsp_jax.algorithm.spec import Game
-from lsp_jax.learn.losses import KL_ESTIMATORS, LossConfig
-from lsp_jax.learn.update import reference_statistics, role_gradients
+from lsp_jax.algorithm import rollout, stages
+from lsp_jax.algorithm.spec import GameSpec
+from lsp_jax.learn.losses import KL_ESTIMATORS
+from lsp_jax.learn.spec import Hyperparameters
+from lsp_jax.learn.update import Objective, reference_logprobs, role_gradients
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig
 from lsp_jax.training.setup import prepare
@@ -42,7 +43,7 @@ TRUNCATIONS = {
 }
 
 
-def game_of(trained: str, folder: str) -> tuple[Any, Game]:
+def game_of(trained: str, folder: str) -> tuple[Any, GameSpec]:
     """The run that plays, and its static part: temperature 1, nothing cut off."""
     preset = lsp.presets.quickstart()
     play = PlayConfig(num_queries=8, num_generations=8, max_query_length=12, max_completion_length=16)
@@ -53,25 +54,26 @@ def game_of(trained: str, folder: str) -> tuple[Any, Game]:
     return run, run.game
 
 
-def played(run: Any, game: Game, number: int) -> Episode:
+def played(run: Any, game: GameSpec, number: int) -> Episode:
     key = jax.random.fold_in(jax.random.key(0), number)
-    queries = stages.challenge(run.policy.params, run.token_classes, key, game)
-    return stages.solve(run.policy.params, queries, key, game)
+    queries = rollout.challenge(run.policy.params, run.token_classes, key, game)
+    return rollout.solve(run.policy.params, queries, key, game)
 
 
 @partial(jax.jit, static_argnames=("game", "estimator"))
-def term(params: Any, base: Any, episode: Episode, game: Game, estimator: Any) -> tuple[jax.Array, Any]:
+def term(
+    params: Any, base: Any, episode: Episode, hyper: Hyperparameters, game: GameSpec, estimator: str
+) -> tuple[jax.Array, Any]:
     """A token's mean term, and the gradient of the Solver's rows with nothing but beta = 1 times it."""
     batch = stages.rows_without_rewards(episode, game)
-    loss = LossConfig(beta=1.0, kl_estimator=estimator)
-    static = game.model, loss, game.optimizer
-    reference, _ = reference_statistics(base, batch, *static, game.temperatures)
-    value, _, grads = role_gradients(params, base, batch.solver, reference, *static, 1.0)
-    rows = batch.solver
+    spec = replace(game.learner, loss=replace(game.learner.loss, kl_estimator=estimator))
+    references, rows = reference_logprobs(base, batch, spec=spec), batch.solver
+    objective = Objective(spec, spec.solver, hyper._replace(beta=1.0), base)
+    value, _, grads = role_gradients(params, rows, references.solver, objective)
     return value / jnp.sum(rows.weights[:, None] * rows.mask), grads
 
 
-def estimators(run: Any, game: Game, base: Any, episodes: int) -> dict[str, dict[str, Any]]:
+def estimators(run: Any, game: GameSpec, base: Any, episodes: int) -> dict[str, dict[str, Any]]:
     """By estimator."""
     plays = [played(run, game, number) for number in range(episodes)]
     values: dict[str, list[float]] = {}
@@ -80,7 +82,7 @@ def estimators(run: Any, game: Game, base: Any, episodes: int) -> dict[str, dict
     for name in ("full", *(name for name in KL_ESTIMATORS if name != "full")):
         values[name], single[name], total = [], [], None
         for number, episode in enumerate(plays):
-            value, grads = term(run.policy.params, base, episode, game, name)
+            value, grads = term(run.policy.params, base, episode, run.hyper, game, name)
             values[name].append(float(value))
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
             if name != "full":
@@ -105,11 +107,11 @@ def cosine(left: Any, right: Any) -> float:
     return float(optax.tree.vdot(left, right) / (optax.tree.norm(left) * optax.tree.norm(right)))
 
 
-def truncation(run: Any, game: Game) -> dict[str, dict[str, Any]]:
+def truncation(run: Any, game: GameSpec) -> dict[str, dict[str, Any]]:
     """What is cut off a token, in nats of the learner's log-probability."""
     found = {}
     for name, sampling in TRUNCATIONS.items():
-        answers = played(run, replace(game, solver_sampling=sampling), 0).answers
+        answers = played(run, replace(game, solver=replace(game.solver, sampling=sampling)), 0).answers
         mask = np.arange(answers.tokens.shape[-1]) < np.asarray(answers.lengths)[..., None]
         lost = -np.asarray(answers.log_mass)[mask]
         found[name] = {"mean": float(lost.mean()), "largest": float(lost.max()), "tokens": int(mask.sum())}

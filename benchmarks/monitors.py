@@ -31,7 +31,6 @@ from lsp_jax.algorithm import stages
 from lsp_jax.learn import novelty
 from lsp_jax.learn.novelty import COUNT, EMBEDDINGS
 from lsp_jax.monitor.health import Health, HealthConfig, lexical_metrics
-from lsp_jax.perf import placeholders
 
 ITERATIONS = 4
 
@@ -56,7 +55,6 @@ def main() -> None:
     metrics, lines = events[-1].metrics, events[-1].transcripts
 
     model, play = lsp.load_pretrained(options.model).config, config.play
-    game = placeholders.game(config, model)
     key = jax.random.key(0)
     hidden = jax.random.normal(key, (play.num_queries, play.max_query_length, model.hidden_size))
     lengths = jnp.full(play.num_queries, play.max_query_length)
@@ -65,7 +63,7 @@ def main() -> None:
     embeddings, health = jax.jit(novelty.pooled)(hidden, lengths), Health(HealthConfig())
     contestants: dict[str, Callable[[], Any]] = {
         "pooled states": lambda: jax.jit(novelty.pooled)(hidden, lengths),
-        "memory": lambda: stages.update_novelty(full, embeddings, lengths, game),
+        "memory": lambda: stages.update_novelty(full, embeddings, lengths, config.memory.near_duplicate),
         "words": lambda: lexical_metrics(lines, config.prompts.challenger),
         "alarms": lambda: health.update(1, metrics),
     }

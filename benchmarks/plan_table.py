@@ -67,13 +67,14 @@ def line(data: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def stage_name(phase: dict[str, Any]) -> str:
-    """A stage's name; the plans of earlier versions call the first one `handover`."""
-    return "weight_sync" if phase["name"] == "handover" else phase["name"]
+def phase_name(program: dict[str, Any]) -> str:
+    """Of which phase a program is; the plans of earlier versions call the first one `handover`."""
+    name = program["name"].split(":")[0]
+    return "weight_sync" if name == "handover" else name
 
 
 def network(directory: Path) -> list[str]:
-    """GB that one chip of a v5e takes in during each stage, by the number of chips."""
+    """GB that one chip of a v5e takes in during each phase of an iteration, by the number of chips."""
     files = {
         chips: directory / f"llama-3.2-3b_v5e_{grid}.json" for chips, grid in ((16, "4x4"), (64, "8x8"), (256, "16x16"))
     }
@@ -81,7 +82,8 @@ def network(directory: Path) -> list[str]:
     rows = [f"| stage | {' | '.join(f'{chips} chips' for chips in made)} |", "|---|" + "---:|" * len(made)]
     for name in ("weight_sync", "challenge", "solve", "preference reward", "quality reward", "reference", "update"):
         taken = [
-            {stage_name(entry): entry["network_bytes"] for entry in data["phases"]}[name] for data in made.values()
+            sum(entry["network_bytes"] * entry["times"] for entry in data["phases"] if phase_name(entry) == name)
+            for data in made.values()
         ]
         rows.append(f"| {name} | {' | '.join(f'{size / 1e9:.3g}' for size in taken)} |")
     return rows

@@ -23,18 +23,19 @@ import measure
 import numpy as np
 
 import lsp_jax as lsp
-from lsp_jax.algorithm import stages
-from lsp_jax.algorithm.spec import Game
-from lsp_jax.learn.batch import LearnBatch, make_rows
+from lsp_jax.algorithm.spec import GameSpec
+from lsp_jax.config import TrainConfig
+from lsp_jax.learn.batch import LearnBatch, Sampled, make_rows
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.learn.optimizer import OptimizerConfig
+from lsp_jax.learn.update import reference_logprobs
 from lsp_jax.play.decode import Completions
-from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.play.selfplay import Episode, PlayConfig, Queries, splice_queries
+from lsp_jax.play.selfplay import Episode, PlayConfig, Queries
 from lsp_jax.reward import scoring
-from lsp_jax.reward.base import DeviceReward
+from lsp_jax.reward.base import DeviceReward, EpisodeReward
+from lsp_jax.reward.config import RewardConfig
 from lsp_jax.reward.quality import quality_reward
-from lsp_jax.text.prompts import PlayPrompts, PromptConfig
+from lsp_jax.text.prompts import PlayPrompts, PromptConfig, splice
 from lsp_jax.training.setup import token_classes
 
 QUERIES, REPEATS, QUERY = 8, 8, 32
@@ -54,16 +55,16 @@ def episode_of(prompts: PlayPrompts, vocabulary: int, length: int) -> Episode:
         jnp.zeros(shape),
         jnp.zeros(shape[:2], bool),
     )
-    return Episode(queries, splice_queries(queries, prompts), answers)
+    return Episode(queries, splice(prompts.solver, text), answers)
 
 
 def rows_of(episode: Episode, length: int) -> LearnBatch:
     count = QUERIES * REPEATS
     prompts = [jnp.repeat(x, REPEATS, axis=0) for x in episode.prompts]
     zeros = jnp.zeros((count, length))
-    answers = episode.answers.tokens.reshape(count, -1), episode.answers.lengths.reshape(-1)
-    masks = zeros, zeros, zeros[:, 0], jnp.ones(count, bool)
-    return LearnBatch(make_rows((prompts[0], prompts[1]), answers, *masks, 1.0, "sequence", length), None)
+    answers = Sampled(episode.answers.tokens.reshape(zeros.shape), episode.answers.lengths.reshape(-1), zeros, zeros)
+    rows = make_rows((prompts[0], prompts[1]), answers, zeros[:, 0], jnp.ones(count, bool), 1.0, "sequence")
+    return LearnBatch(rows, None)
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -74,22 +75,26 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def of_length(policy: lsp.Policy, length: int, rounds: int, text_too: bool) -> dict[str, Any]:
     """Seconds of the reference pass and of the judge, in turn."""
-    play = PlayConfig(QUERIES, REPEATS, max_query_length=QUERY, max_completion_length=length)
+    config = TrainConfig(
+        play=PlayConfig(QUERIES, REPEATS, max_query_length=QUERY, max_completion_length=length),
+        loss=LossConfig(alpha_challenger=0.0),
+        optimizer=OptimizerConfig(micro_batch_size=16),
+    )
     prompts = PlayPrompts.build(policy.tokenizer, PromptConfig())
-    loss, optimizer = LossConfig(alpha_challenger=0.0), OptimizerConfig(micro_batch_size=16)
-    game = Game(policy.config, prompts, play, SamplingConfig(), SamplingConfig(), (), loss, optimizer, "float32")
+    spec = GameSpec.of(config, policy.config, prompts, (), "float32").learner
     episode = episode_of(prompts, policy.config.vocab_size, length)
     batch, classes = rows_of(episode, length), token_classes(policy)
-    arguments = policy.params, policy.config, policy.tokenizer, classes
-    judge = quality_reward(*arguments, mode="logits")
+    arguments = policy.params, policy, classes
+    judge = quality_reward(*arguments, RewardConfig(quality_mode="logits"))
     assert isinstance(judge, DeviceReward)
     contestants: dict[str, Callable[[], Any]] = {
-        "reference": lambda: stages.reference(policy.params, batch, game),
-        "logits": lambda: scoring.score_component(judge.score, judge.params, episode),
+        "reference": lambda: reference_logprobs(policy.params, batch, spec=spec),
+        "logits": lambda: scoring.score_component(judge.params, episode, score=judge.score),
     }
     if text_too:
-        writing = quality_reward(*arguments, mode="text")
-        contestants["text"] = lambda: writing.score(episode)  # pyright: ignore[reportCallIssue]
+        writing = quality_reward(*arguments, RewardConfig(quality_mode="text"))
+        assert isinstance(writing, EpisodeReward)
+        contestants["text"] = lambda: writing.score(episode)
     timed = {name: partial(seconds, run) for name, run in contestants.items()}
     found = {name: measure.spread(values) for name, values in measure.in_turn(timed, rounds, str(length)).items()}
     return found | {"ratio": found["logits"]["median"] / found["reference"]["median"]}

@@ -26,11 +26,11 @@ from limits import decode_products, rollout_roofline
 from peers.client import Peer
 
 import lsp_jax as lsp
-from lsp_jax.learn.batch import make_rows
+from lsp_jax.learn.batch import Sampled, make_rows
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.play import chunked_decode, decode
-from lsp_jax.play.chunked_decode import Chunks
-from lsp_jax.play.decode import Completions
+from lsp_jax.play.chunked_decode import decode_in_chunks
+from lsp_jax.play.decode import Completions, DecodeSpec
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 
 PROMPT, NEW, CHUNK = 64, 128, 32
@@ -55,10 +55,10 @@ class Ours:
         self.policy = policy
 
     def decode(self, prompts: np.ndarray, repeats: int, stops: tuple[int, ...] = (), chunk: int = CHUNK) -> Completions:
-        lengths = jnp.full(len(prompts), prompts.shape[1], jnp.int32)
+        ragged = jnp.asarray(prompts), jnp.full(len(prompts), prompts.shape[1], jnp.int32)
         keys = row_keys(jax.random.key(1), len(prompts) * repeats)
-        program = Chunks(self.policy.config, SamplingConfig(), NEW, stops, chunk)
-        return jax.block_until_ready(program.run(self.policy.params, jnp.asarray(prompts), lengths, keys))
+        spec = DecodeSpec(self.policy.config, SamplingConfig(), NEW, stops, chunk)
+        return jax.block_until_ready(decode_in_chunks(self.policy.params, ragged, keys, spec))
 
     def rate(self, prompts: np.ndarray, repeats: int) -> float:
         """Tokens a second, prefill included."""
@@ -72,8 +72,8 @@ class Ours:
         zeros = jnp.zeros((count, new))
         batch = make_rows(
             (jnp.asarray(rows[:, :prompt]), jnp.full(count, prompt, jnp.int32)),
-            (jnp.asarray(rows[:, prompt:]), jnp.full(count, new, jnp.int32)),
-            *(zeros, zeros, zeros[:, 0], zeros[:, 0] == 0, 1.0, "sequence", new),
+            Sampled(jnp.asarray(rows[:, prompt:]), jnp.full(count, new, jnp.int32), zeros, zeros),
+            *(zeros[:, 0], zeros[:, 0] == 0, 1.0, "sequence"),
         )
         return np.asarray(self._logprobs(self.policy.params, batch))
 

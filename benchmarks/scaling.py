@@ -32,17 +32,18 @@ import measure
 import numpy as np
 from limits import head_weights, layer_weights, rollout_roofline, step_roofline
 
-from lsp_jax.algorithm import stages
-from lsp_jax.algorithm.spec import Game
-from lsp_jax.learn.batch import LearnBatch, make_rows
+from lsp_jax.algorithm.spec import GameSpec, hyperparameters
+from lsp_jax.config import TrainConfig
+from lsp_jax.learn.batch import LearnBatch, Sampled, make_rows
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig, init_state
+from lsp_jax.learn.optimizer import OptimizerConfig
+from lsp_jax.learn.spec import Hyperparameters
+from lsp_jax.learn.update import reference_logprobs, update
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.known_models import SHAPES
 from lsp_jax.model.llama import Params, init_params
 from lsp_jax.play import chunked_decode
-from lsp_jax.play.chunked_decode import Chunks
-from lsp_jax.play.sampler import SamplingConfig, row_keys
+from lsp_jax.play.sampler import row_keys
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 
@@ -101,11 +102,14 @@ def operations(config: LlamaConfig, work: Work) -> dict[str, float]:
     return {"rollout": rollout, "reference": step.reference, "update": step.update}
 
 
-def game_of(config: LlamaConfig, work: Work) -> Game:
-    play = PlayConfig(work.queries, work.answers, max_completion_length=work.completion)
+def game_of(model: LlamaConfig, work: Work) -> tuple[GameSpec, Hyperparameters]:
+    config = TrainConfig(
+        play=PlayConfig(work.queries, work.answers, max_completion_length=work.completion),
+        loss=LossConfig(alpha_challenger=0.0),
+        optimizer=OptimizerConfig(micro_batch_size=8),
+    )
     prompts = PlayPrompts((1,), (), TokenTemplate((), ()), ())  # what is played is given
-    loss, optimizer = LossConfig(alpha_challenger=0.0), OptimizerConfig(micro_batch_size=8)
-    return Game(config, prompts, play, SamplingConfig(), SamplingConfig(), (), loss, optimizer, "float32")
+    return GameSpec.of(config, model, prompts, (), "float32"), hyperparameters(config)
 
 
 def rows_of(prompts: jax.Array, work: Work, vocabulary: int) -> LearnBatch:
@@ -113,8 +117,12 @@ def rows_of(prompts: jax.Array, work: Work, vocabulary: int) -> LearnBatch:
     zeros = jnp.zeros((count, work.completion))
     rows = make_rows(
         (jnp.repeat(prompts, work.answers, axis=0), jnp.full(count, work.prompt, jnp.int32)),
-        (jnp.asarray(rng.integers(0, vocabulary, zeros.shape), jnp.int32), jnp.full(count, work.completion, jnp.int32)),
-        *(zeros, zeros, jnp.asarray(rng.normal(size=count), jnp.float32), jnp.ones(count, bool), 1.0, "sequence", 1),
+        Sampled(
+            jnp.asarray(rng.integers(0, vocabulary, zeros.shape), jnp.int32),
+            jnp.full(count, work.completion, jnp.int32),
+            *(zeros, zeros),
+        ),
+        *(jnp.asarray(rng.normal(size=count), jnp.float32), jnp.ones(count, bool), 1.0, "sequence"),
     )
     return LearnBatch(rows, None)
 
@@ -136,17 +144,15 @@ def kept(program: Any) -> int:
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
-def rollout(params: Params, prompts: jax.Array, game: Game, rounds: int) -> tuple[float, int]:
-    play = game.play
-    lengths = jnp.full(len(prompts), prompts.shape[1], jnp.int32)
-    keys = row_keys(jax.random.key(0), len(prompts) * play.num_generations)
-    program = Chunks(game.model, SamplingConfig(), play.max_completion_length, (), play.decode_chunk)
-    taken = seconds(lambda: program.run(params, prompts, lengths, keys), rounds)
-    prefix, rows = program.begin(params, prompts, lengths, keys)
-    rows = program._grown(rows, play.max_completion_length)
-    static = {"config": game.model, "sampling": SamplingConfig(), "stop_ids": ()}
-    layers = chunked_decode._unstack(params, game.model)
-    decode = chunked_decode._advance.lower(params, layers, prefix, rows, jnp.int32(0), **static).compile()
+def rollout(params: Params, prompts: jax.Array, game: GameSpec, rounds: int) -> tuple[float, int]:
+    """Seconds, and the bytes of the last chunk with its caches."""
+    ragged, spec = (prompts, jnp.full(len(prompts), prompts.shape[1], jnp.int32)), game.solver
+    keys = row_keys(jax.random.key(0), len(prompts) * game.num_generations)
+    taken = seconds(lambda: chunked_decode.decode_in_chunks(params, ragged, keys, spec), rounds)
+    longest = chunked_decode.cache_lengths(spec.max_new_tokens)[-1]
+    prefix, rows = chunked_decode.prefill(params, ragged, keys, spec=spec, cache_columns=longest)
+    layers = chunked_decode.unstack(params, config=game.model)
+    decode = chunked_decode.decode_chunk.lower(params, layers, prefix, rows, spec=spec).compile()
     return taken, kept(decode) + sum(x.nbytes for x in jax.tree.leaves((prefix, rows.cache)))
 
 
@@ -154,21 +160,22 @@ def phases(config: LlamaConfig, work: Work, rounds: int) -> dict[str, tuple[floa
     """Seconds and bytes of each phase."""
     params = jax.jit(partial(init_params, config))(jax.random.key(0))
     prompts = jax.random.randint(jax.random.key(1), (work.queries, work.prompt), 0, config.vocab_size)
-    game, found = game_of(config, work), {}
+    (game, hyper), found = game_of(config, work), {}
+    spec = game.learner
     found["rollout"] = rollout(params, prompts, game, rounds)
     batch = rows_of(prompts, work, config.vocab_size)
-    reference = stages.reference.lower(params, batch, game).compile()
+    reference = reference_logprobs.lower(params, batch, spec=spec).compile()
     references = reference(params, batch)
     found["reference"] = seconds(lambda: reference(params, batch), rounds), kept(reference)
-    state = jax.jit(init_state, static_argnums=1)(params, game.optimizer)
-    update = stages.update.lower(state, {}, batch, references, game).compile()
+    state = jax.jit(game.init_train_state)(params)
+    program = update.lower(state, batch, references, hyper, spec=spec).compile()
 
     def step() -> Any:
         nonlocal state  # consumed
-        state, metrics = update(state, {}, batch, references)
+        state, metrics = program(state, batch, references, hyper)
         return metrics
 
-    found["update"] = seconds(step, rounds), kept(update)
+    found["update"] = seconds(step, rounds), kept(program)
     return found
 
 

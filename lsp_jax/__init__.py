@@ -3,7 +3,7 @@
     import lsp_jax as lsp
     policy = lsp.load_pretrained("path-or-hub-id")                # .config .params .tokenizer
     logits = lsp.forward(policy.params, policy.config, tokens)    # [B, T] -> [B, T, V]
-    texts = lsp.generate(policy, ["What is 3 + 4?"], temperature=0.0)
+    texts = lsp.generate(policy, ["What is 3 + 4?"], lsp.SamplingConfig(temperature=0.0))
     state = lsp.train(lsp.presets.quickstart())
 
 Importing the package touches no device and reads no flag. Its names are imported when they are first used, so that the
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lsp_jax.core.errors import InputError
     from lsp_jax.model.llama import forward
     from lsp_jax.play.generate import generate
+    from lsp_jax.play.sampler import SamplingConfig
     from lsp_jax.policy import Policy, load_pretrained, save_pretrained
     from lsp_jax.training.loop import train
 
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "InputError",
     "Policy",
+    "SamplingConfig",
     "TrainConfig",
     "forward",
     "generate",
@@ -41,6 +43,7 @@ __all__ = [
 _HOMES = {
     "InputError": "core.errors",
     "Policy": "policy",
+    "SamplingConfig": "play.sampler",
     "TrainConfig": "config",
     "forward": "model.llama",
     "generate": "play.generate",

@@ -108,17 +108,17 @@ def generate(arguments: Sequence[str]) -> None:
     options = tyro.cli(GenerateOptions, args=list(arguments), prog="lsp-jax generate")
     if not options.prompts:
         raise InputError("prompts", options.prompts, "give at least one prompt")
-    sampling = {field: getattr(options, field) for field in ("temperature", "top_k", "top_p", "min_p")}
-    check_options(options.prompts, SamplingConfig(**sampling), options.max_completion_length)
+    sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.min_p)
+    check_options(options.prompts, sampling, options.max_completion_length)
     _, opened = open_pretrained(options.model)
     for prompt in options.prompts:  # before gigabytes are read
         prompt_ids(opened, prompt, options.max_completion_length)
     texts = complete(
         load_pretrained(options.model, dtype=options.dtype),
         options.prompts,
-        seed=options.seed,
+        sampling,
         max_completion_length=options.max_completion_length,
-        **sampling,
+        seed=options.seed,
     )
     for text in texts:
         # a terminal obeys what it is sent, so model text goes there line by line without control characters

@@ -19,7 +19,7 @@ from lsp_jax.core.errors import InputError, one_of
 from lsp_jax.core.processes import ProcessConfig
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.novelty import MemoryConfig
-from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.learn.optimizer import OptimizerConfig
 from lsp_jax.model.lora import LoraConfig
 from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.monitor.health import HealthConfig

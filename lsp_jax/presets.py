@@ -14,7 +14,7 @@ from typing import Any
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.core.errors import InputError
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.learn.optimizer import OptimizerConfig
 from lsp_jax.model.lora import LoraConfig
 from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.play.sampler import SamplingConfig

@@ -21,7 +21,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 import lsp_jax as lsp  # noqa: E402
 from lsp_jax.algorithm import stages  # noqa: E402
 from lsp_jax.config import RewardConfig  # noqa: E402
-from lsp_jax.learn.update import OptimizerConfig  # noqa: E402
+from lsp_jax.learn.optimizer import OptimizerConfig  # noqa: E402
 from lsp_jax.model import llama  # noqa: E402
 from lsp_jax.model.sharding import HOST_MEMORY, MeshConfig, load_to_device, make_mesh, partitions, use_mesh  # noqa: E402
 from lsp_jax.play.selfplay import Episode, PlayConfig  # noqa: E402

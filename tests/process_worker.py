@@ -35,7 +35,7 @@ from lsp_jax.checkpoint.provenance import identity  # noqa: E402
 from lsp_jax.config import RewardConfig, TrainConfig  # noqa: E402
 from lsp_jax.core import processes, runtime  # noqa: E402
 from lsp_jax.core.errors import InputError, ProcessError, Stopped  # noqa: E402
-from lsp_jax.learn.update import OptimizerConfig  # noqa: E402
+from lsp_jax.learn.optimizer import OptimizerConfig  # noqa: E402
 from lsp_jax.model.sharding import MeshConfig, use_mesh  # noqa: E402
 from lsp_jax.play.selfplay import PlayConfig  # noqa: E402
 from lsp_jax.reward.user_callable import callable_reward  # noqa: E402

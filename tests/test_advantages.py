@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsp_jax.learn.advantages import Advantages, advantages
+from lsp_jax.learn.advantages import Advantages, GroupRewards, advantages
+from lsp_jax.learn.losses import LossConfig
+from lsp_jax.learn.spec import LossSpec
+from specs import hyper
 
 PENALTY = -1.5
 NAN = float("nan")
@@ -24,14 +27,14 @@ def compute(
 ) -> Advantages:
     """Advantages as numpy arrays; all valid unless said otherwise."""
     shape = np.shape(task)
-    out = jax.jit(advantages, static_argnums=5)(
-        jnp.asarray(task, jnp.float32),
-        jnp.asarray(quality, jnp.float32),
-        jnp.ones(shape[0], bool) if valid_query is None else jnp.asarray(valid_query, bool),
-        jnp.ones(shape, bool) if valid_answer is None else jnp.asarray(valid_answer, bool),
-        PENALTY,
-        use_quality,
+    rewards = GroupRewards(
+        task=jnp.asarray(task, jnp.float32),
+        quality=jnp.asarray(quality, jnp.float32),
+        valid_query=jnp.ones(shape[0], bool) if valid_query is None else jnp.asarray(valid_query, bool),
+        valid_answer=jnp.ones(shape, bool) if valid_answer is None else jnp.asarray(valid_answer, bool),
     )
+    scalars = hyper(LossConfig(invalid_query_penalty=PENALTY))
+    out = jax.jit(advantages, static_argnames="spec")(rewards, LossSpec(use_quality=use_quality), scalars)
     return Advantages(*(np.asarray(x) for x in out))
 
 
@@ -179,4 +182,4 @@ def test_random_masks_against_plain_loops_and_zero_sums(seed: int, use_quality: 
 def test_wrong_shapes_are_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
     task, quality, valid_query = (jnp.ones(shape) for shape in shapes)
     with pytest.raises(ValueError, match="expected"):
-        advantages(task, quality, valid_query > 0, task > 0, PENALTY, True)
+        advantages(GroupRewards(task, quality, valid_query > 0, task > 0), LossSpec(), hyper())

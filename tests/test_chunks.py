@@ -12,11 +12,21 @@ from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from everyday import everyday
 from lsp_jax.core import runtime
+from lsp_jax.core.stage import execute
 from lsp_jax.model import llama
 from lsp_jax.model.sharding import AXES
 from lsp_jax.play import chunked_decode as chunking
-from lsp_jax.play.chunked_decode import Chunks, cache_lengths, row_counts
-from lsp_jax.play.decode import Completions
+from lsp_jax.play.chunked_decode import (
+    cache_lengths,
+    decode_chunk,
+    decode_in_chunks,
+    grow_cache,
+    precompile,
+    prefill,
+    row_counts,
+    unstack,
+)
+from lsp_jax.play.decode import Completions, DecodeSpec
 from lsp_jax.play.generate import complete
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from tiny import VOCABULARY, tiny_config, tiny_params
@@ -39,15 +49,15 @@ def prompts(number: int) -> tuple[jax.Array, jax.Array]:
 
 
 def whole(params: llama.Params, number: int, repeats: int, stops: tuple[int, ...], sampling: Any) -> Completions:
-    static = {"config": CONFIG, "repeats": repeats, "sampling": sampling, "columns": COLUMNS, "stop_ids": stops}
-    return complete(params, *prompts(number), jax.random.key(5), jnp.int32(0), **static)
+    spec = DecodeSpec(CONFIG, sampling, COLUMNS, stops)
+    return complete(params, prompts(number), jax.random.key(5), jnp.int32(0), spec, repeats)
 
 
 def chunked(
     params: llama.Params, number: int, repeats: int, stops: tuple[int, ...], chunk: int, sampling: Any = SAMPLING
 ) -> Completions:
     keys = row_keys(jax.random.key(5), number * repeats)
-    return Chunks(CONFIG, sampling, COLUMNS, stops, chunk).run(params, *prompts(number), keys)
+    return decode_in_chunks(params, prompts(number), keys, DecodeSpec(CONFIG, sampling, COLUMNS, stops, chunk))
 
 
 CASES = [(4, 4, 4), (3, 4, 7), (4, 4, 24), (4, 4, 100)]
@@ -84,15 +94,19 @@ def test_what_the_chunks_work_on(params: llama.Params, monkeypatch: pytest.Monke
     the last; nothing runs on when all have stopped."""
     monkeypatch.setattr(chunking, "SHORTEST_CACHE", 6)
     seen: list[tuple[int, int, int]] = []
-    advance = chunking._advance
 
-    def watched(params: Any, layers: Any, prefix: Any, rows: Any, until: Any, **static: Any) -> Any:
-        seen.append((int(until), rows.token.shape[0], rows.cache.columns))
-        return advance(params, layers, prefix, rows, until, **static)
+    def watched(stage: Any, *arrays: Any, **static: Any) -> Any:
+        if stage is not decode_chunk:
+            return execute(stage, *arrays, **static)
+        until, rows = 4 * (len(seen) + 1), arrays[-1]
+        seen.append((until, rows.token.shape[0], rows.cache.columns))
+        rows, alive = execute(stage, *arrays, **static)
+        assert int(rows.column) == until - 1 or int(alive) == 0
+        return rows, alive
 
-    monkeypatch.setattr(chunking, "_advance", watched)
-    reads = runtime.reads()
-    lengths = np.asarray(chunked(params, 4, 4, STOPS, 4).lengths)
+    spec, reads = DecodeSpec(CONFIG, SAMPLING, COLUMNS, STOPS, chunk=4), runtime.reads()
+    done = decode_in_chunks(params, prompts(4), row_keys(jax.random.key(5), 16), spec, call=watched)
+    lengths = np.asarray(done.lengths)
     assert len(seen) == -(-lengths.max() // 4)
     assert runtime.reads() - reads == min(len(seen), COLUMNS // 4 - 1)
     number = 16
@@ -108,14 +122,14 @@ def test_what_the_chunks_work_on(params: llama.Params, monkeypatch: pytest.Monke
 def test_precompiled_chunks_compile_nothing(params: llama.Params, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the lengths: other prompts, other noise, no compilation."""
     monkeypatch.setattr(chunking, "SHORTEST_CACHE", 6)
-    chunks = Chunks(CONFIG, SAMPLING, COLUMNS, STOPS, 3)
+    spec = DecodeSpec(CONFIG, SAMPLING, COLUMNS, STOPS, chunk=3)
     tokens, lengths = prompts(4)
     keys = [row_keys(jax.random.key(seed), 16) for seed in range(20)]
     other = [(tokens + seed) % VOCABULARY for seed in range(20)]
-    chunks.precompile(params, tokens, lengths, keys[0])
+    precompile(params, (tokens, lengths), keys[0], spec)
     compiled, shapes = runtime.compiles()[0], set()
     for seed in range(20):
-        done = chunks.run(params, other[seed], lengths, keys[seed])
+        done = decode_in_chunks(params, (other[seed], lengths), keys[seed], spec)
         shapes.add(tuple(sorted(np.asarray(done.lengths).tolist())))
     assert len(shapes) == 20 and runtime.compiles()[0] == compiled
 
@@ -125,15 +139,14 @@ def test_a_chunk_writes_its_cache_in_place(kv_heads: int) -> None:
     """No second cache is made, whatever the heads (with one of them XLA for CPUs once copied it every step), and the
     tokens are those of log-probabilities that a whole forward pass gives too."""
     config = tiny_config(num_key_value_heads=kv_heads)
-    params, chunks = tiny_params(config), Chunks(config, SAMPLING, 512, (), 8)
+    params, spec = tiny_params(config), DecodeSpec(config, SAMPLING, 512, chunk=9)
     keys = row_keys(jax.random.key(1), 8)
-    prefix, rows = chunks.begin(params, *prompts(4), keys)
-    rows = chunks._grown(rows, 512)
-    layers = chunking._unstack(params, config)
-    program = chunking._advance.lower(params, layers, prefix, rows, jnp.int32(9), **chunks._static).compile()
+    prefix, rows = prefill(params, prompts(4), keys, spec=spec, cache_columns=64)
+    rows, layers = grow_cache(rows, columns=512), unstack(params, config=config)
+    program = decode_chunk.lower(params, layers, prefix, rows, spec=spec).compile()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(rows.cache))
     assert program.memory_analysis().temp_size_in_bytes < cache / 2
-    done = chunks.advance(params, layers, prefix, rows, 9)[0].done
+    done = decode_chunk(params, layers, prefix, rows, spec=spec)[0].done
     tokens, lengths = (np.repeat(x, 2, axis=0) for x in prompts(4))
     for row in range(8):
         whole = np.concatenate([tokens[row, : lengths[row]], done.tokens[row, :9]])

@@ -16,7 +16,7 @@ import lsp_jax as lsp
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.core.errors import Collapsed
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.learn.optimizer import OptimizerConfig
 from lsp_jax.monitor.health import HealthConfig
 from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.play.sampler import SamplingConfig

@@ -16,7 +16,7 @@ import lsp_jax as lsp
 from lsp_jax.checkpoint.export import export_run
 from lsp_jax.checkpoint.manager import Checkpoints, abstract
 from lsp_jax.core.errors import InputError, RunError
-from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
+from lsp_jax.learn.optimizer import OptimizerConfig, TrainState, init_state
 from lsp_jax.model.llama import init_params
 from test_resume import K, assert_same_run, config_of, train
 from test_trainer import same_bits, tree_hash

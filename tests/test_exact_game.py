@@ -21,10 +21,13 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from lsp_jax.algorithm import stages
-from lsp_jax.algorithm.spec import Game
+from lsp_jax.algorithm import rollout, stages
+from lsp_jax.algorithm.learner_batch import learn_batch
+from lsp_jax.algorithm.spec import GameSpec
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig, init_state
+from lsp_jax.learn.optimizer import OptimizerConfig
+from lsp_jax.learn.spec import Hyperparameters
+from lsp_jax.learn.update import gradients, reference_logprobs
 from lsp_jax.model import llama
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig
@@ -32,6 +35,7 @@ from lsp_jax.reward import scoring
 from lsp_jax.reward.base import DeviceReward, RewardOutput, RewardSpec
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 from lsp_jax.text.tokenizer import BLANK, SPECIAL, TEXT
+from specs import game_spec
 from tiny import tiny_config, tiny_params
 
 STOP, A, B, SPACE, TAG = range(5)
@@ -91,17 +95,16 @@ class Setting:
     masked: bool = False
 
     @property
-    def game(self) -> Game:
-        return Game(
-            model=MODEL,
-            prompts=PROMPTS,
+    def game(self) -> tuple[GameSpec, Hyperparameters]:
+        return game_spec(
+            MODEL,
+            PROMPTS,
+            (STOP,),
             play=PLAY,
-            solver_sampling=self.solver,
+            sampling=self.solver,
             challenger_sampling=self.challenger,
-            stop_ids=(STOP,),
             loss=self.loss,
             optimizer=OptimizerConfig(micro_batch_size=8, logprob_chunk=16, remat="none"),
-            compute_dtype="float32",
         )
 
 
@@ -152,13 +155,12 @@ def batched(one: Any, xs: Any) -> Any:
 @cache
 def episodes(solver: SamplingConfig, challenger: SamplingConfig) -> Episode:
     """The play of iterations 0, 1, ...: it depends on nothing but the policy and how it samples."""
-    game = Setting(solver=solver, challenger=challenger).game
-    state = init_state(policy(), game.optimizer)
+    game, _ = Setting(solver=solver, challenger=challenger).game
 
     def play(iteration: jax.Array) -> Episode:
-        key = stages.iteration_key(jax.random.key(11), state._replace(iteration=iteration))
-        params = stages.rollout_params(state.params, game, {})
-        return stages.solve(params, stages.challenge(params, jnp.asarray(KINDS), key, game), key, game)
+        key = stages.iteration_key(jax.random.key(11), iteration, jnp.int32(0))
+        params = stages.rollout_params(policy(), game, {})
+        return rollout.solve(params, rollout.challenge(params, jnp.asarray(KINDS), key, game), key, game)
 
     return batched(play, jnp.arange(DRAWS))
 
@@ -166,14 +168,14 @@ def episodes(solver: SamplingConfig, challenger: SamplingConfig) -> Episode:
 @cache
 def sampled(setting: Setting) -> np.ndarray:
     """Joint gradients [DRAWS, P]."""
-    game, params, reference = setting.game, policy(), reference_policy()
+    (game, hyper), params, reference = setting.game, policy(), reference_policy()
     tables = {name: jnp.asarray(table) for name, table in make_tables(setting.masked)._asdict().items()}
 
     def learn(episode: Episode) -> jax.Array:
-        outputs = tuple(scoring.score_component(reward.score, tables, episode) for reward in REWARDS)
-        batch = stages.learn_batch(episode, outputs, SPECS, game).batch
-        references = stages.reference(reference, batch, game)
-        return ravel_pytree(stages.joint_gradient(params, reference, batch, references, game)[0])[0]
+        outputs = tuple(scoring.score_component(tables, episode, score=reward.score) for reward in REWARDS)
+        batch = learn_batch(episode, outputs, hyper, specs=SPECS, game=game).batch
+        references = reference_logprobs(reference, batch, game.learner)._replace(params=reference)
+        return ravel_pytree(gradients(params, batch, references, hyper, game.learner)[0])[0]
 
     return batched(learn, episodes(setting.solver, setting.challenger))
 

@@ -13,11 +13,11 @@ import pytest
 import lsp_jax as lsp
 from everyday import everyday
 from lsp_jax.core.errors import InputError
-from lsp_jax.learn.batch import make_rows
+from lsp_jax.learn.batch import Sampled, make_rows
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.model import llama
 from lsp_jax.model.kv_cache import KVCache
-from lsp_jax.play.decode import Completions, rollout
+from lsp_jax.play.decode import Completions, DecodeSpec, continue_prompts
 from lsp_jax.play.generate import complete
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from tiny import stopping_dir, tiny_config, tiny_params
@@ -59,18 +59,9 @@ def run(
     seed: int = 0,
     first_row: int = 0,
 ) -> Completions:
-    return complete(
-        params,
-        jnp.asarray(tokens),
-        jnp.asarray(lengths),
-        jax.random.key(seed),
-        jnp.int32(first_row),
-        config=CONFIG,
-        repeats=repeats,
-        sampling=sampling,
-        columns=columns,
-        stop_ids=stop_ids,
-    )
+    spec = DecodeSpec(CONFIG, sampling, columns, stop_ids)
+    prompts, key = (jnp.asarray(tokens), jnp.asarray(lengths)), jax.random.key(seed)
+    return complete(params, prompts, key, jnp.int32(first_row), spec, repeats)
 
 
 def test_greedy_equals_full_forwards_without_cache(params: llama.Params) -> None:
@@ -93,14 +84,11 @@ def test_sampler_logprobs_equal_the_learners(params: llama.Params, sampling: Sam
     assert len(set(out.lengths.tolist())) > 1, "the rows must have different lengths for this test to say anything"
     rows = make_rows(
         (jnp.repeat(prompts, repeats, axis=0), jnp.repeat(lengths, repeats)),
-        (out.tokens, out.lengths),
-        out.logprobs,
-        out.log_mass,
+        Sampled(out.tokens, out.lengths, out.logprobs, out.log_mass),
         jnp.ones(out.lengths.shape),
         jnp.ones(out.lengths.shape, bool),
         1.0,
         "sequence",
-        12,
     )
     hidden = completion_hidden(params, CONFIG, rows)
     learner = token_statistics(params, CONFIG, hidden, completion_tokens(rows), sampling.temperature, 64)
@@ -166,7 +154,8 @@ def test_several_prefixes_continue_as_the_whole_prompt(params: llama.Params) -> 
     sampling = SamplingConfig(temperature=0.7)
     keys = row_keys(jax.random.key(0), 8)
     last = llama.last_hidden(hidden, jnp.asarray(parts[-1][1]))
-    out = jax.jit(rollout, static_argnums=(1, 5, 6, 7))(params, CONFIG, prefixes, last, keys, sampling, 10, (5, 9))
+    spec = DecodeSpec(CONFIG, sampling, 10, (5, 9))
+    out = jax.jit(continue_prompts, static_argnames="spec")(params, prefixes, last, keys, spec)
     expected = run(params, whole, lengths, sampling, repeats=2, stop_ids=(5, 9))
     np.testing.assert_array_equal(out.tokens, expected.tokens)
     np.testing.assert_allclose(out.logprobs, expected.logprobs, atol=1e-5)
@@ -194,7 +183,7 @@ def test_prompt_forms_mean_the_same(policy: lsp.Policy) -> None:
     text = "What is 3 + 4?"
     message = [{"role": "user", "content": text}]
     forms = [text, message, policy.tokenizer.chat_ids(text)]
-    out = lsp.generate(policy, forms, temperature=0, max_completion_length=8)
+    out = lsp.generate(policy, forms, GREEDY, max_completion_length=8)
     assert len(out) == 3 and len(set(out)) == 1
 
 
@@ -224,8 +213,8 @@ def test_forced_length(policy: lsp.Policy) -> None:
         ([[5, 296]], {}, "prompt"),
         ([[5, -1]], {}, "prompt"),
         ([[5] * 1000], {}, "prompt length"),
-        (["a"], {"temperature": -1.0}, "sampling.temperature"),
-        (["a"], {"top_p": 0.0}, "sampling.top_p"),
+        (["a"], {"sampling": SamplingConfig(temperature=-1.0)}, "sampling.temperature"),
+        (["a"], {"sampling": SamplingConfig(top_p=0.0)}, "sampling.top_p"),
         (["a"], {"max_completion_length": 0}, "max_completion_length"),
         (["a"], {"batch_size": 0}, "batch_size"),
     ],
@@ -267,7 +256,7 @@ def test_demo_model_in_one_batch_equals_transformers_one_by_one(demo_dir: Path, 
 
     policy, questions = lsp.load_pretrained(demo_dir), QUESTIONS[:number]
     assert len(questions) == number
-    ours = lsp.generate(policy, questions, temperature=0, max_completion_length=length)
+    ours = lsp.generate(policy, questions, GREEDY, max_completion_length=length)
     assert "Paris" in ours[0]
     model = AutoModelForCausalLM.from_pretrained(demo_dir, dtype=torch.float32).eval()
     for question, text in zip(questions, ours, strict=True):

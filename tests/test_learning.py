@@ -15,16 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsp_jax.algorithm import stages
-from lsp_jax.algorithm.spec import Game
+from lsp_jax.algorithm import rollout, stages
+from lsp_jax.algorithm.spec import GameSpec
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
+from lsp_jax.learn.optimizer import OptimizerConfig, TrainState, init_state
+from lsp_jax.learn.spec import Hyperparameters
 from lsp_jax.model import llama
-from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput
 from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
 from lsp_jax.text.tokenizer import SPECIAL, TEXT
+from specs import composed_iteration, game_spec
 from tiny import tiny_config, tiny_params
 
 STOPS, TAG, WANTED = (0, 9, 10, 11), 1, 2
@@ -35,23 +36,27 @@ KINDS[[*STOPS, TAG]] = SPECIAL
 MODEL = tiny_config(
     vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, initializer_range=0.15
 )
-GAME = Game(
-    model=MODEL,
-    prompts=PlayPrompts((TAG, 3, 4, TAG), (), TokenTemplate((TAG, 5), (TAG,)), ()),
-    play=PlayConfig(num_queries=8, num_generations=8, max_query_length=8, max_completion_length=4),
-    solver_sampling=SamplingConfig(),
-    challenger_sampling=SamplingConfig(),
-    stop_ids=STOPS,
-    loss=LossConfig(beta=0.01),
-    optimizer=OptimizerConfig(learning_rate=0.02, micro_batch_size=64, remat="none"),
-    compute_dtype="float32",
-)
+LOSS = LossConfig(beta=0.01)
 ITERATIONS = 30
 LOSSES = {
-    "lsp": GAME.loss,
-    "lsp-zero": replace(GAME.loss, use_quality=False),
-    "solver-alone": replace(GAME.loss, alpha_challenger=0.0),
+    "lsp": LOSS,
+    "lsp-zero": replace(LOSS, use_quality=False),
+    "solver-alone": replace(LOSS, alpha_challenger=0.0),
 }
+
+
+def game_of(loss: LossConfig) -> tuple[GameSpec, Hyperparameters]:
+    return game_spec(
+        MODEL,
+        PlayPrompts((TAG, 3, 4, TAG), (), TokenTemplate((TAG, 5), (TAG,)), ()),
+        STOPS,
+        play=PlayConfig(num_queries=8, num_generations=8, max_query_length=8, max_completion_length=4),
+        loss=loss,
+        optimizer=OptimizerConfig(learning_rate=0.02, micro_batch_size=64, remat="none"),
+    )
+
+
+GAME, _ = game_of(LOSS)
 
 
 def everything_valid(values: jax.Array) -> RewardOutput:
@@ -77,19 +82,19 @@ Step = Callable[[TrainState, llama.Params, jax.Array], tuple[TrainState, Any, di
 @cache
 def step(method: str) -> Step:
     """One whole iteration as one program."""
-    game = replace(GAME, loss=LOSSES[method])
-    token_classes = jnp.asarray(KINDS)
+    game, hyper = game_of(LOSSES[method])
+    composed, token_classes = composed_iteration(REWARDS, game), jnp.asarray(KINDS)
 
     @jax.jit
     def one(state: TrainState, reference: llama.Params, key: jax.Array) -> Any:
-        return stages.iteration(state, reference, (None, None), token_classes, key, REWARDS, game)
+        return composed(state, reference, (None, None), token_classes, key, hyper)
 
     return one
 
 
 def start() -> tuple[TrainState, llama.Params]:
     params = tiny_params(MODEL, seed=1)
-    return init_state(params, GAME.optimizer), params
+    return init_state(params, GAME.learner.optimizer), params
 
 
 def run(method: str, seed: int, iterations: int = ITERATIONS) -> tuple[TrainState, dict[str, np.ndarray]]:
@@ -138,13 +143,11 @@ def test_the_same_seed_is_the_same_run_and_another_is_not() -> None:
 @pytest.mark.full
 def test_each_iteration_and_each_attempt_draws_its_own_noise() -> None:
     """Queries and answers from the same parameters, with counters as the only difference."""
-    state, params = start()
-    token_classes = jnp.asarray(KINDS)
+    params, token_classes = start()[1], jnp.asarray(KINDS)
 
     def play(iteration: int, attempt: int, seed: int = 0) -> np.ndarray:
-        counters = state._replace(iteration=jnp.int32(iteration), attempt=jnp.int32(attempt))
-        key = stages.iteration_key(jax.random.key(seed), counters)
-        episode = stages.solve(params, stages.challenge(params, token_classes, key, GAME), key, GAME)
+        key = stages.iteration_key(jax.random.key(seed), jnp.int32(iteration), jnp.int32(attempt))
+        episode = rollout.solve(params, rollout.challenge(params, token_classes, key, GAME), key, GAME)
         tokens = (episode.queries.sampled.tokens, episode.answers.tokens)
         return np.concatenate([np.asarray(x).ravel() for x in tokens])
 

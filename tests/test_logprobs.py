@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from everyday import everyday
-from lsp_jax.learn.batch import Rows, make_rows, micro_batches
+from lsp_jax.learn.batch import Rows, Sampled, make_rows, micro_batches
 from lsp_jax.learn.logprobs import TokenStatistics, completion_hidden, completion_tokens, token_statistics
 from lsp_jax.model import llama
 from tiny import EOS, VOCABULARY, tiny_config, tiny_params
@@ -50,14 +50,11 @@ def ragged_rows(extra: int = 0, fill: int = EOS, counts: list[int] | None = None
     shape = (len(COMPLETIONS), width)
     return make_rows(
         prompts=ragged(prompts, max(PROMPTS) + extra, fill),
-        completions=ragged(completions, width, fill),
-        behaviour_logprobs=jnp.zeros(shape),
-        log_mass=jnp.zeros(shape),
+        sampled=Sampled(*ragged(completions, width, fill), logprobs=jnp.zeros(shape), log_mass=jnp.zeros(shape)),
         advantages=jnp.ones(len(COMPLETIONS)),
         counts=jnp.ones(len(COMPLETIONS), bool) if counts is None else jnp.asarray(counts, bool),
         scale=1.0,
         loss_type="sequence",
-        longest=max(COMPLETIONS),
     )
 
 
@@ -119,14 +116,11 @@ def test_one_prompt_for_all_rows_is_shared() -> None:
     shape = (len(COMPLETIONS), max(COMPLETIONS))
     rows = make_rows(
         prompts=ragged([[EOS, 5, EOS]], 3, 0),
-        completions=ragged(completions, max(COMPLETIONS), 0),
-        behaviour_logprobs=jnp.zeros(shape),
-        log_mass=jnp.zeros(shape),
+        sampled=Sampled(*ragged(completions, shape[1], 0), logprobs=jnp.zeros(shape), log_mass=jnp.zeros(shape)),
         advantages=jnp.ones(5),
         counts=jnp.ones(5, bool),
         scale=1.0,
         loss_type="sequence",
-        longest=max(COMPLETIONS),
     )
     assert rows.prompt_lengths.tolist() == [3] * 5
     for row, completion in enumerate(completions):

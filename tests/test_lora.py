@@ -15,27 +15,29 @@ import pytest
 import child_run
 import lsp_jax as lsp
 from lsp_jax import cli
-from lsp_jax.algorithm import stages
 from lsp_jax.checkpoint.export import export_adapters, export_run, load_run_adapters, load_run_params
 from lsp_jax.checkpoint.provenance import parameters_digest
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.core.errors import InputError
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.learn.optimizer import OptimizerConfig
+from lsp_jax.learn.update import gradients
 from lsp_jax.model.llama import forward
 from lsp_jax.model.lora import PROJECTIONS, LoraConfig, attached, init_adapters, merged
 from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.perf.memory import update_bytes
+from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.training.resume import start_state
 from lsp_jax.training.setup import prepare
 from lsp_jax.training.step import Phases, train_step
-from test_inner_epochs import GAME, REFERENCE, fresh, play
+from test_inner_epochs import REFERENCE, fresh, game_of, play
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits
 from tiny import tiny_config, tiny_params
 
 QUICK_COMPILES = True
 LORA = LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "v_proj", "down_proj"))
 STEPS = 3
+GREEDY = SamplingConfig(temperature=0)
 
 
 def learned(params: Any, lora: LoraConfig, seed: int = 5) -> Any:
@@ -87,7 +89,7 @@ def test_decoding_with_adapters_writes_what_the_merged_model_writes(game_model: 
     policy = lsp.load_pretrained(game_model)
     adapters = learned(policy.params, LORA)
     texts = [
-        lsp.generate(replace(policy, params=params), ["Say.", "What is 3 + 4?"], temperature=0.0, stop_at_eos=False)
+        lsp.generate(replace(policy, params=params), ["Say.", "What is 3 + 4?"], GREEDY, stop_at_eos=False)
         for params in (attached(policy.params, adapters, LORA), merged(policy.params, adapters, LORA), policy.params)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -99,13 +101,13 @@ def test_decoding_with_adapters_writes_what_the_merged_model_writes(game_model: 
 @pytest.mark.parametrize("kl", ["k2", pytest.param("full", marks=pytest.mark.full)])
 def test_their_gradient_is_that_of_the_merged_weights_by_the_chain_rule(kl: Any) -> None:
     """W' = W + s A B: dL/dA = s dL/dW' B^T and dL/dB = s A^T dL/dW', and nothing else has a gradient."""
-    dense = replace(GAME, loss=LossConfig(beta=0.3, kl_estimator=kl))
-    game = replace(dense, lora=LORA)
+    loss = LossConfig(beta=0.3, kl_estimator=kl)
+    (dense, hyper), (game, _) = game_of(loss=loss), game_of(loss=loss, lora=LORA)
     adapters = learned(REFERENCE, LORA)
     whole = merged(REFERENCE, adapters, LORA)
-    batch, references = play(dense, fresh()._replace(params=whole))
-    wanted, _ = stages.joint_gradient(whole, REFERENCE, batch, references, dense)
-    found, _ = stages.joint_gradient(adapters, REFERENCE, batch, references, game)
+    batch, references = play(dense, fresh()._replace(params=whole), hyper)
+    wanted, _ = gradients(whole, batch, references, hyper, dense.learner)
+    found, _ = gradients(adapters, batch, references, hyper, game.learner)
     assert jax.tree.structure(found) == jax.tree.structure(adapters)
     for name in LORA.targets:
         weight, pair = np.asarray(leaf(wanted, name)["weight"], np.float64), leaf(adapters, name)
@@ -274,8 +276,11 @@ def test_settings_that_cannot_be_used_are_named(model: Path, tmp_path: Path) -> 
 
 def test_the_estimate_of_memory_knows_them(model: Path, tmp_path: Path) -> None:
     config = lora_config(model, tmp_path / "run")
-    game = replace(GAME, model=tiny_config(hidden_size=256, intermediate_size=512, num_hidden_layers=8))
+    wide = tiny_config(hidden_size=256, intermediate_size=512, num_hidden_layers=8)
+    game, adapted = (
+        replace(spec, learner=replace(spec.learner, model=wide)) for spec, _ in (game_of(), game_of(lora=LORA))
+    )
     full = update_bytes(game, replace(config, lora=LoraConfig()), None, None)
-    few = update_bytes(replace(game, lora=LORA), config, None, None)
+    few = update_bytes(adapted, config, None, None)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(tiny_params(game.model)))
     assert full - few > 0.9 * 24 * parameters, "master copy, moments, gradients, the copy computed with"

@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.learn.batch import Rows, make_rows
+from lsp_jax.learn.batch import Rows, Sampled, make_rows
 from lsp_jax.learn.logprobs import TokenStatistics, token_statistics
 from lsp_jax.learn.losses import KL_ESTIMATORS, LOSS_TYPES, LossConfig, kl_terms, policy_loss
+from lsp_jax.learn.spec import LossSpec
+from specs import hyper
 from tiny import tiny_config
 
 LENGTHS = np.array([3, 7, 1, 5, 4])
-WIDTH = 7
-LONGEST = 9  # the declared maximum; no row reaches it
+WIDTH = 9  # the declared maximum; no row reaches it
 COUNTS = np.array([1, 1, 1, 0, 1], bool)  # row 3 is masked
 NAN = float("nan")
 
-loss_and_gradient = jax.jit(jax.value_and_grad(policy_loss, has_aux=True), static_argnames="config")
+loss_and_gradient = jax.jit(jax.value_and_grad(policy_loss, has_aux=True), static_argnames="spec")
 
 
 class Case:
@@ -50,14 +51,16 @@ class Case:
         count = len(LENGTHS)
         return make_rows(
             prompts=(jnp.full((1, 2), 9, jnp.int32), jnp.full(1, 2, jnp.int32)),
-            completions=(jnp.full((count, WIDTH), 5, jnp.int32), jnp.asarray(LENGTHS, jnp.int32)),
-            behaviour_logprobs=jnp.asarray(self.behaviour, jnp.float32),
-            log_mass=jnp.asarray(self.log_mass, jnp.float32),
+            sampled=Sampled(
+                tokens=jnp.full((count, WIDTH), 5, jnp.int32),
+                lengths=jnp.asarray(LENGTHS, jnp.int32),
+                logprobs=jnp.asarray(self.behaviour, jnp.float32),
+                log_mass=jnp.asarray(self.log_mass, jnp.float32),
+            ),
             advantages=jnp.asarray(self.advantages, jnp.float32),
             counts=jnp.asarray(COUNTS),
             scale=scale,
             loss_type=config.loss_type,
-            longest=LONGEST,
         )
 
     def statistics(self) -> TokenStatistics:
@@ -67,7 +70,8 @@ class Case:
         """Loss, metric sums and the gradient with respect to the learner's statistics."""
         rows = self.rows(config, scale) if rows is None else rows
         reference = jnp.asarray(self.reference, jnp.float32)
-        (loss, sums), grads = loss_and_gradient(self.statistics(), reference, rows, config=config)
+        arguments = self.statistics(), reference, rows
+        (loss, sums), grads = loss_and_gradient(*arguments, spec=config.spec, hyper=hyper(config))
         return loss, sums, grads
 
 
@@ -75,7 +79,7 @@ def plain_loss(case: Case, config: LossConfig, scale: float = 1.0) -> tuple[floa
     """Loss and its gradients with respect to log-probabilities and full_kl, token by token in Python floats."""
     counted = [i for i in range(len(LENGTHS)) if COUNTS[i]]
     tokens = sum(int(LENGTHS[i]) for i in counted)
-    rows = {"sequence": len(LENGTHS), "token_mean": tokens, "constant_length": len(LENGTHS) * LONGEST}[config.loss_type]
+    rows = {"sequence": len(LENGTHS), "token_mean": tokens, "constant_length": len(LENGTHS) * WIDTH}[config.loss_type]
     loss, by_logprob, by_full = 0.0, np.zeros_like(case.logprobs), np.zeros_like(case.logprobs)
     for i in counted:
         # the ratio's value is 1: once a row, or once a token
@@ -172,7 +176,7 @@ def test_two_rows_by_hand() -> None:
     )
     statistics = TokenStatistics(jnp.asarray(logprobs, jnp.float32), jnp.ones((2, 2)), jnp.zeros((2, 2)))
     reference = jnp.asarray(logprobs - 0.2, jnp.float32)
-    loss, sums = policy_loss(statistics, reference, rows, LossConfig(beta=0.5))
+    loss, sums = policy_loss(statistics, reference, rows, LossSpec(), hyper(LossConfig(beta=0.5)))
     # -1/2 (1 - 0.5 * 0.04) - 1/2 (-2 - 0.5 * 0.02)
     np.testing.assert_allclose(loss, -0.49 + 1.005, rtol=1e-5)
     np.testing.assert_allclose(sums["tokens"], 3)
@@ -319,7 +323,8 @@ def expected_loss(weight: jax.Array, beta: float, advantages: jax.Array, estimat
         advantages=advantages,
         weights=jax.lax.stop_gradient(jnp.exp(statistics.logprobs[:, 0])),
     )
-    return policy_loss(statistics, reference, rows, LossConfig(beta=beta, kl_estimator=estimator))[0]
+    spec, scalars = LossSpec(kl_estimator=estimator), hyper()._replace(beta=beta)
+    return policy_loss(statistics, reference, rows, spec, scalars)[0]
 
 
 expected_loss_and_gradient = jax.jit(jax.value_and_grad(expected_loss), static_argnums=3)
@@ -399,7 +404,8 @@ def off_policy_loss(weight: jax.Array, corrected: bool, advantages: jax.Array, e
         old_logprobs=jnp.asarray(old, jnp.float32),
     )
     wide = {"num_iterations": 2, "clip_epsilon": 50.0, "importance_cap": 1e4 if corrected else 0.0}  # nothing is cut
-    return policy_loss(statistics, reference, rows, LossConfig(beta=1.0, kl_estimator=estimator, **wide))[0]
+    config = LossConfig(beta=1.0, kl_estimator=estimator, **wide)
+    return policy_loss(statistics, reference, rows, config.spec, hyper(config))[0]
 
 
 PLAYED, SAMPLER = head(3), head(4)
@@ -448,8 +454,8 @@ def test_unknown_estimator_and_wrong_shapes_are_refused() -> None:
     rows = case.rows(LossConfig())
     with pytest.raises(ValueError, match="'k4'"):
         kl_terms(jnp.zeros((1, 1)), jnp.zeros((1, 1)), "k4", jnp.zeros((1, 1)))
-    with pytest.raises(ValueError, match=r"expected \(5, 7\)"):
-        policy_loss(case.statistics(), jnp.zeros((5, 6)), rows, LossConfig())
+    with pytest.raises(ValueError, match=r"expected \(5, 9\)"):
+        policy_loss(case.statistics(), jnp.zeros((5, 6)), rows, LossSpec(), hyper())
 
 
 @pytest.mark.parametrize(

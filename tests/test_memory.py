@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from lsp_jax import presets
-from lsp_jax.algorithm.spec import Game
+from lsp_jax.algorithm.spec import GameSpec
 from lsp_jax.config import TrainConfig
 from lsp_jax.learn.batch import Rows
 from lsp_jax.learn.logprobs import completion_hidden
-from lsp_jax.learn.update import DEFAULT_MICRO_BATCH_SIZE, OptimizerConfig
+from lsp_jax.learn.optimizer import OptimizerConfig
+from lsp_jax.learn.update import DEFAULT_MICRO_BATCH_SIZE
 from lsp_jax.model.known_models import shape_of
 from lsp_jax.model.llama import params_shape
 from lsp_jax.perf import placeholders
@@ -25,7 +26,7 @@ from tiny import tiny_config
 GIB = 2**30
 
 
-def game_of(config: TrainConfig, model: str = "llama-3.2-3b") -> Game:
+def game_of(config: TrainConfig, model: str = "llama-3.2-3b") -> GameSpec:
     return placeholders.game(config, shape_of(model))
 
 
@@ -44,7 +45,7 @@ def test_a_given_number_stays_and_unknown_memory_gives_the_plain_one():
     assert with_micro_batch_size(game, config, None, None, 80 * GIB) is game
     config = TrainConfig()
     assert (
-        with_micro_batch_size(game_of(config), config, None, None, None).optimizer.micro_batch_size
+        with_micro_batch_size(game_of(config), config, None, None, None).learner.micro_batch_size
         == DEFAULT_MICRO_BATCH_SIZE
     )
 
@@ -70,7 +71,7 @@ def test_long_prompts_of_data_leave_room_for_fewer_rows():
         with_micro_batch_size(game, config, None, None, 80 * GIB, 4096),
         with_micro_batch_size(game, config, None, None, 80 * GIB),
     )
-    assert wide.optimizer.micro_batch_size == rows[2] < whole.optimizer.micro_batch_size
+    assert wide.learner.micro_batch_size == rows[2] < whole.learner.micro_batch_size
 
 
 @pytest.mark.full

@@ -15,8 +15,8 @@ import pytest
 import lsp_jax as lsp
 from lsp_jax.algorithm import stages
 from lsp_jax.core.errors import FAILED_STATUS
+from lsp_jax.learn.batch import Reference
 from lsp_jax.learn.nonfinite import component_names, first_not_finite
-from lsp_jax.learn.update import Reference
 from lsp_jax.monitor.numerics import Alarms, NumbersError, parameter_not_finite
 from lsp_jax.policy import Policy
 from lsp_jax.reward.user_callable import callable_reward

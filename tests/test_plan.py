@@ -14,24 +14,26 @@ import jax.numpy as jnp
 import pytest
 
 from lsp_jax import cli, presets
-from lsp_jax.algorithm import stages
+from lsp_jax.algorithm.spec import hyperparameters
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.core.errors import InputError
 from lsp_jax.learn.novelty import MemoryConfig
-from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.learn.optimizer import OptimizerConfig
 from lsp_jax.model import llama
 from lsp_jax.model.known_models import SHAPES, shape_of
 from lsp_jax.model.sharding import MeshConfig, make_mesh, use_mesh
 from lsp_jax.perf import hlo, placeholders
-from lsp_jax.perf.aot import Compiler, Phase, shapes_of_data_queries
+from lsp_jax.perf.aot import Phase, Planner
 from lsp_jax.perf.chips import CHIPS, GIB, Topology, open_topology
 from lsp_jax.perf.cost import Work, count
 from lsp_jax.perf.plan import Plan, bound, plan, table
+from lsp_jax.perf.planned_run import shapes_of_data_queries
 from lsp_jax.play.prompt_data import DataConfig, widest
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.reward.base import DeviceReward
 from lsp_jax.reward.quality import logits_scores
 from refusal import Refused
+from specs import composed_iteration
 from tiny import tiny_config
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra plan (libtpu)")
@@ -75,8 +77,18 @@ def test_a_planned_game_is_the_configured_one():
         config = presets.get(preset)
         config = replace(config, memory=replace(config.memory, size=512))
         game = placeholders.game(config, SHAPES["smollm2-135m"])
-        for name in ("play", "loss", "optimizer", "memory", "lora"):
-            assert getattr(game, name) == getattr(config, name), name
+        assert game.learner.loss == config.loss.spec and game.learner.optimizer == config.optimizer.spec
+        assert game.learner.lora == config.lora and game.memory_size == 512
+        play = config.play
+        assert (game.num_queries, game.num_generations) == (play.num_queries, play.num_generations)
+        assert game.solver == replace(
+            game.challenger, sampling=config.sampling, max_new_tokens=play.max_completion_length
+        )
+        assert (game.challenger.sampling, game.challenger.max_new_tokens, game.challenger.chunk) == (
+            config.challenger_sampling,
+            play.max_query_length,
+            play.decode_chunk,
+        )
 
 
 def test_every_preset_has_shapes():
@@ -228,22 +240,23 @@ def test_a_whole_iteration_compiles_as_one_program_for_tpus(tmp_path: Path):
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), model, machine.devices)
     assert mesh is not None
     game, judge = placeholders.game(config, model), placeholders.judge(config, model)
-    compiler = Compiler(machine, mesh, lambda line: None)
+    planner = Planner(machine, mesh, lambda line: None)
     shapes = llama.params_shape(model)
     start = jax.eval_shape(game.init_train_state, shapes)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
-    state, reference = compiler.put(start, "train"), compiler.put(frozen, "train")
-    token_classes = compiler.put(jax.ShapeDtypeStruct((model.vocab_size,), jnp.uint8))
-    key = compiler.put(jax.eval_shape(jax.random.key, 0))
+    state, reference = planner.put(start, "train"), planner.put(frozen, "train")
+    token_classes = planner.put(jax.ShapeDtypeStruct((model.vocab_size,), jnp.uint8))
+    key = planner.put(jax.eval_shape(jax.random.key, 0))
     rubric = jax.eval_shape(
         lambda *args: llama.extend(args[0], model, *args[1:])[1], frozen, *placeholders.rubric(judge)
     )
     reward = DeviceReward("quality", "quality", 1.0, partial(logits_scores, judge=judge))
-    judged = {"reference": reference, "rubric": compiler.put(rubric), "token_classes": token_classes}
+    judged = {"reference": reference, "rubric": planner.put(rubric), "token_classes": token_classes}
+    composed, scalars = composed_iteration([reward], game), hyperparameters(config)
 
     def iteration(state: Any, reference: Any, judged: Any, token_classes: Any, key: Any) -> Any:
-        scored = [judged | placeholders.no_tags()]
-        return stages.iteration(state, reference, scored, token_classes, key, [reward], game)
+        scored = [judged | {"tags": placeholders.NO_TAGS}]
+        return composed(state, reference, scored, token_classes, key, scalars)
 
     with use_mesh(mesh):
         lowered = jax.jit(iteration, donate_argnums=0).lower(state, reference, judged, token_classes, key)

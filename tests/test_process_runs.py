@@ -15,7 +15,8 @@ import pytest
 from lsp_jax.checkpoint.manager import Checkpoints, abstract
 from lsp_jax.config import TrainConfig
 from lsp_jax.learn.novelty import MemoryConfig
-from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
+from lsp_jax.learn.optimizer import TrainState, init_state
+from lsp_jax.learn.spec import OptimizerSpec
 from lsp_jax.model.llama import init_params
 from lsp_jax.model.sharding import partitions
 from lsp_jax.model.weights import read_config
@@ -43,7 +44,7 @@ def shapes(model: Path, remembers: bool = True) -> Any:
     """Of the state of a run with that model, on this process's one device; `remembers`: the Challenger's queries."""
     config = read_config(model)
     memory = (MemoryConfig().size, config.hidden_size) if remembers else None
-    return abstract(None, lambda: init_state(init_params(config, jax.random.key(0)), OptimizerConfig(), memory))
+    return abstract(None, lambda: init_state(init_params(config, jax.random.key(0)), OptimizerSpec(), memory))
 
 
 def saved_state(directory: Path, model: Path, step: int) -> tuple[TrainState, dict[str, Any]]:

@@ -22,7 +22,7 @@ from lsp_jax.checkpoint.run_dir import init_run_dir
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.core import runtime
 from lsp_jax.core.errors import InputError
-from lsp_jax.learn.update import TrainState
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.training import setup
 from lsp_jax.training.setup import prepare

@@ -15,7 +15,7 @@ import child_run
 import lsp_jax as lsp
 from lsp_jax.config import RewardConfig
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.learn.optimizer import OptimizerConfig
 from lsp_jax.model.lora import LoraConfig
 from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.play.prompt_data import DataConfig

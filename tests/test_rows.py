@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsp_jax.algorithm import stages
+from lsp_jax.algorithm import rollout, stages
 from lsp_jax.algorithm.learner_batch import learn_batch, rows_without_rewards
 from lsp_jax.config import RewardConfig
-from lsp_jax.learn.update import init_state
+from lsp_jax.learn.update import reference_logprobs
 from lsp_jax.reward.base import RewardOutput, RewardSpec
 from lsp_jax.training.run import Run
 from lsp_jax.training.setup import prepare
@@ -33,20 +33,20 @@ def run(game_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_neither_rewards_nor_their_masks_change_the_order(run: Run) -> None:
-    game, state = run.game, init_state(run.policy.params, run.game.optimizer)
-    key = stages.iteration_key(run.seed_key, state)
-    episode = stages.solve(state.params, stages.challenge(state.params, run.token_classes, key, game), key, game)
+    game, params = run.game, run.policy.params
+    key = stages.iteration_key(run.seed_key, jnp.int32(0), jnp.int32(0))
+    episode = rollout.solve(params, rollout.challenge(params, run.token_classes, key, game), key, game)
     valid = np.asarray([True, False, True, True])
     episode = episode._replace(queries=episode.queries._replace(valid=jnp.asarray(valid)))
     before = rows_without_rewards(episode, game)
-    references = stages.reference(run.reference, before, game)
+    references = reference_logprobs(run.reference, before, game.learner)
     rng = np.random.default_rng(0)
     for _ in range(3):
         masks = rng.random((4, 4)) < 0.6, rng.random(4) < 0.8
         output = RewardOutput(*jax.tree.map(jnp.asarray, (rng.normal(size=(4, 4)).astype(np.float32), *masks)))
-        after = learn_batch(episode, (output,), SPECS, game).batch
-        again = stages.reference(run.reference, after, game)
-        for old, new, one, other in zip(before, after, references, again, strict=True):
+        after = learn_batch(episode, (output,), run.hyper, specs=SPECS, game=game).batch
+        again = reference_logprobs(run.reference, after, game.learner)
+        for old, new, one, other in zip(before, after, references[:2], again[:2], strict=True):
             assert old is not None and new is not None and one is not None and other is not None
             for name in ("tokens", "prompt_lengths", "completion_lengths", "behaviour_logprobs"):
                 np.testing.assert_array_equal(getattr(old, name), getattr(new, name), name)
@@ -56,27 +56,28 @@ def test_neither_rewards_nor_their_masks_change_the_order(run: Run) -> None:
         solver = before.solver
         expected = np.where(solver.weights > 0, solver.completion_lengths, 0)
         assert (np.asarray(solver.weights > 0)).sum() == 4 * valid.sum()
-        assert stages.prompt_sharing(game)[0] == 4, "groups stay together, sorted inside and among themselves"
+        assert game.learner.prompt_sharing(game.learner.solver) == 4, (
+            "groups stay together, sorted inside and among themselves"
+        )
         assert (np.diff(expected.reshape(4, 4), axis=1) <= 0).all() and (np.diff(expected[::4]) <= 0).all()
 
 
 def test_the_host_scores_while_the_device_runs_the_reference(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Started before the host's rewards, waited for after them."""
     seen: list[str] = []
-    reference, (reward,) = stages.reference, run.rewards
+    (reward,) = run.rewards
 
     def score(*arguments: Any) -> Any:
         seen.append("score")
         return reward.score(*arguments)
 
-    def started_reference(*arguments: Any) -> Any:
+    def started_reference(*arguments: Any, **static: Any) -> Any:
         seen.append("reference")
-        return reference(*arguments)
+        return reference_logprobs(*arguments, **static)
 
-    started_reference.__name__ = "reference"
-    monkeypatch.setattr(stages, "reference", started_reference)
+    monkeypatch.setattr(stages, "reference_logprobs", started_reference)
     phases = Phases()
-    state = jax.tree.map(jnp.copy, init_state(run.policy.params, run.game.optimizer))
+    state = jax.tree.map(jnp.copy, run.game.init_train_state(run.policy.params))
     played = train_step(replace(run, rewards=(replace(reward, score=score),)), state, phases)
     assert seen == ["reference", "score"]
     assert np.isfinite(float(played.metrics["loss"])) and played.texts is not None

@@ -19,7 +19,7 @@ import child_run
 import lsp_jax as lsp
 from lsp_jax.checkpoint.manager import Checkpoints, SaveError
 from lsp_jax.core.errors import FAILED_STATUS, InputError, Stopped
-from lsp_jax.learn.update import TrainState
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.training.checkpointing import Saving
 from test_resume import CLOCKS, assert_same_run, config_of, train, without_clocks
 from test_trainer import host_reward, read_lines, same_bits

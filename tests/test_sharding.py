@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.learn.update import OptimizerConfig, init_state
+from lsp_jax.learn.optimizer import OptimizerConfig, init_state
 from lsp_jax.model import sharding
 from lsp_jax.model.llama import params_shape
 from lsp_jax.model.sharding import MeshConfig, default_sizes, make_mesh, partition, partitions, row_axes

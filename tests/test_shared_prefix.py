@@ -15,11 +15,13 @@ import pytest
 
 from everyday import everyday
 from lsp_jax.learn import batch as batches
-from lsp_jax.learn.batch import LearnBatch, Rows, by_length, make_rows, width_bucket, widths
+from lsp_jax.learn.batch import LearnBatch, Rows, Sampled, by_length, make_rows, width_bucket, widths
 from lsp_jax.learn.logprobs import completion_hidden
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig, gradients, reference_statistics
+from lsp_jax.learn.optimizer import OptimizerConfig
+from lsp_jax.learn.update import gradients, reference_logprobs
 from lsp_jax.model import llama
+from specs import hyper, learner_spec
 from tiny import EOS, VOCABULARY, tiny_config, tiny_params
 
 QUICK_COMPILES = True  # the time goes into compiling
@@ -50,14 +52,16 @@ def group_rows(groups: int, group: int = GROUP, seed: int = 0, columns: int = CO
     noise = rng.standard_normal((count, columns)).astype(np.float32)
     return make_rows(
         prompts=tuple(jnp.repeat(jnp.asarray(x, jnp.int32), group, axis=0) for x in prompts),  # pyright: ignore
-        completions=(jnp.asarray(completions, jnp.int32), jnp.asarray(lengths, jnp.int32)),
-        behaviour_logprobs=jnp.asarray(noise),
-        log_mass=jnp.zeros((count, columns)),
+        sampled=Sampled(
+            tokens=jnp.asarray(completions, jnp.int32),
+            lengths=jnp.asarray(lengths, jnp.int32),
+            logprobs=jnp.asarray(noise),
+            log_mass=jnp.zeros((count, columns)),
+        ),
         advantages=jnp.asarray(rng.standard_normal(count), jnp.float32),
         counts=jnp.arange(count) != 1,
         scale=1.0,
         loss_type="sequence",
-        longest=columns,
     )
 
 
@@ -70,15 +74,14 @@ def learned(
     loss: LossConfig | None = None,
 ) -> tuple[Any, Any, Any]:
     """The reference's log-probabilities, gradient and metrics; compiled anew in every call."""
-    static = {
-        "config": CONFIG,
-        "loss": loss or LossConfig(beta=0.2),
-        "opt": opt,
-        "temperature": TEMPERATURES,
-        "sharing": sharing,
-    }
-    references = jax.jit(partial(reference_statistics, **static))(reference_params, batch)
-    return (references, *jax.jit(partial(gradients, **static))(params, reference_params, batch, references))
+    loss = loss or LossConfig(beta=0.2)
+    spec = learner_spec(CONFIG, loss, opt, TEMPERATURES, sharing)
+
+    def anew(stage: Any) -> Any:
+        return jax.jit(partial(stage.__wrapped__, spec=spec))  # a stage keeps its programs, whatever NARROWEST is
+
+    references = anew(reference_logprobs)(reference_params, batch)._replace(params=reference_params)
+    return (references, *anew(gradients)(params, batch, references, hyper(loss, opt)))
 
 
 def difference(left: Any, right: Any) -> float:
@@ -86,8 +89,9 @@ def difference(left: Any, right: Any) -> float:
 
 
 def assert_same(got: tuple[Any, Any, Any], plain: tuple[Any, Any, Any], batch: LearnBatch) -> None:
-    for rows, ours, theirs in zip(batch, got[0], plain[0], strict=True):
+    for role, rows in batch._asdict().items():
         if rows is not None:
+            ours, theirs = getattr(got[0], role), getattr(plain[0], role)
             np.testing.assert_allclose(ours.logprobs[rows.mask], theirs.logprobs[rows.mask], rtol=1e-4, atol=1e-4)
     assert difference(got[1], plain[1]) < 1e-5
     for name, value in plain[2].items():

@@ -20,7 +20,7 @@ from lsp_jax import cli
 from lsp_jax.algorithm import rollout, stages
 from lsp_jax.checkpoint.manager import Checkpoints
 from lsp_jax.core.errors import STALLED_STATUS, STOPPED_STATUS, InputError, Stopped
-from lsp_jax.learn.update import TrainState
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.reward.user_callable import callable_reward
 from test_resume import config_of, train, without_clocks
 from test_trainer import low_share, same_bits

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lsp_jax as lsp
-from lsp_jax.algorithm import stages
+from lsp_jax.algorithm import rollout, stages
 from lsp_jax.checkpoint.export import export_run
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig
+from lsp_jax.learn.optimizer import OptimizerConfig
 from lsp_jax.model.weights import load_params
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
@@ -249,13 +250,12 @@ def test_every_iteration_and_attempt_draws_its_own_noise(run: Trained, model: Pa
     seed_key = jax.random.key(run.config.seed)
     drawn = set()
     for iteration, attempt in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 0)):
-        counters = {"iteration": np.int32(iteration), "attempt": np.int32(attempt)}
-        key = stages.iteration_key(seed_key, run.state._replace(**counters))
-        queries = stages.challenge(policy.params, classes, key, game)  # always the same parameters
+        key = stages.iteration_key(seed_key, jnp.int32(iteration), jnp.int32(attempt))
+        queries = rollout.challenge(policy.params, classes, key, game)  # always the same parameters
         drawn.add(np.asarray(queries.sampled.tokens).tobytes())
     assert len(drawn) == 5
-    start = run.state._replace(iteration=np.int32(0), attempt=np.int32(0))
-    queries = stages.challenge(policy.params, classes, stages.iteration_key(seed_key, start), game)
+    key = stages.iteration_key(seed_key, jnp.int32(0), jnp.int32(0))
+    queries = rollout.challenge(policy.params, classes, key, game)
     ids, lengths = (np.asarray(part) for part in queries.text)
     texts = [policy.tokenizer.decode(row[:length].tolist()) for row, length in zip(ids, lengths, strict=True)]
     assert texts == [record["query"] for record in run.transcripts[:4]]  # the run's own first noise

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
-from lsp_jax.algorithm import stages
 from lsp_jax.core import runtime
-from lsp_jax.learn.update import TrainState
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.play.generate import PROMPT_BUCKETS
+from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import DeviceReward, RewardOutput
 from lsp_jax.training.run import Run
 from lsp_jax.training.setup import prepare
 from lsp_jax.training.step import Phases, train_step
+from specs import composed_iteration
 from test_trainer import game_config, game_dir
 
 
@@ -133,15 +134,12 @@ def test_the_composed_iteration_gives_the_same_numbers(warm: Warm):
     run = warm.run
     device_rewards = [reward for reward in run.rewards if isinstance(reward, DeviceReward)]
 
-    @jax.jit
-    def whole(state: TrainState, reference: Any, params: Any, token_classes: jax.Array, key: jax.Array):
-        return stages.iteration(state, reference, params, token_classes, key, device_rewards, run.game)
-
+    whole = jax.jit(composed_iteration(device_rewards, run.game))
     params = [reward.params for reward in device_rewards]
     one, other = copied(warm.state), copied(warm.state)
     for _ in range(2):
         played = train_step(run, one, Phases())
-        other, learnable, metrics = whole(other, run.reference, params, run.token_classes, run.seed_key)
+        other, learnable, metrics = whole(other, run.reference, params, run.token_classes, run.seed_key, run.hyper)
         one = played.state
         ours, theirs = played.learnable.batch, learnable.batch
         for rows, composed in ((ours.solver, theirs.solver), (ours.challenger, theirs.challenger)):
@@ -173,7 +171,7 @@ def test_generation_compiles_once_a_bucket(warm: Warm):
         """Programs compiled for prompts of these lengths."""
         compiled = runtime.compiles()[0]
         prompts = [random.integers(3, 290, length).tolist() for length in lengths]
-        texts = lsp.generate(policy, prompts, max_completion_length=3, temperature=0.7)
+        texts = lsp.generate(policy, prompts, SamplingConfig(temperature=0.7), max_completion_length=3)
         assert len(texts) == len(lengths)
         return runtime.compiles()[0] - compiled
 

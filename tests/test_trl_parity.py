@@ -34,7 +34,8 @@ import pytest
 from lsp_jax.learn.advantages import advantages
 from lsp_jax.learn.batch import LearnBatch, make_rows
 from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.update import OptimizerConfig, fix_old, gradients, reference_statistics
+from lsp_jax.learn.optimizer import OptimizerConfig
+from lsp_jax.learn.update import gradients
 from lsp_jax.model.weights import load_params
 from tiny import EOS, VOCABULARY, tiny_config, tiny_dir
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,17 +13,12 @@ import optax
 import pytest
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.learn.batch import LearnBatch, Rows, make_rows
+from lsp_jax.learn.batch import LearnBatch, Rows, Sampled, make_rows
 from lsp_jax.learn.losses import KL_ESTIMATORS, LossConfig
-from lsp_jax.learn.update import (
-    OptimizerConfig,
-    TrainState,
-    apply_gradients,
-    gradients,
-    init_state,
-    reference_statistics,
-)
+from lsp_jax.learn.optimizer import OptimizerConfig, TrainState, apply_gradients, init_state
+from lsp_jax.learn.update import gradients, reference_logprobs
 from lsp_jax.model import llama
+from specs import hyper, learner_spec
 from tiny import EOS, VOCABULARY, tiny_config, tiny_params
 
 QUICK_COMPILES = True  # the time goes into compiling
@@ -34,9 +28,7 @@ LOSS = LossConfig(beta=0.2)
 ALPHA = 0.6
 TEMPERATURES = (0.7, 1.3)  # Solver, Challenger
 
-jit_gradients: Callable[..., Any] = jax.jit(gradients, static_argnums=(4, 5, 6, 7))
-jit_reference: Callable[..., Any] = jax.jit(reference_statistics, static_argnums=(2, 3, 4, 5))
-jit_apply: Callable[..., Any] = jax.jit(apply_gradients, static_argnums=3)
+jit_apply = jax.jit(apply_gradients, static_argnames="spec")
 jit_forward = jax.jit(llama.forward, static_argnums=1)
 
 
@@ -65,14 +57,16 @@ def make_role(
 
     return make_rows(
         prompts=(widen(prompts), jnp.asarray(prompt_lengths, jnp.int32)),
-        completions=(widen(completions), jnp.asarray(lengths, jnp.int32)),
-        behaviour_logprobs=jnp.zeros((count, 7 + extra)),
-        log_mass=jnp.zeros((count, 7 + extra)),
+        sampled=Sampled(
+            tokens=widen(completions),
+            lengths=jnp.asarray(lengths, jnp.int32),
+            logprobs=jnp.zeros((count, 7 + extra)),
+            log_mass=jnp.zeros((count, 7 + extra)),
+        ),
         advantages=jnp.asarray(advantages, jnp.float32),
         counts=jnp.arange(count) != (-1 if masked is None else masked),
         scale=scale,
         loss_type=loss_type,
-        longest=9,
     )
 
 
@@ -88,11 +82,13 @@ def compute(
     loss: LossConfig = LOSS,
     opt: OptimizerConfig = OPT,
     config: Any = CONFIG,
+    temperatures: tuple[float, float] = TEMPERATURES,
 ) -> tuple[llama.Params, dict[str, jax.Array]]:
     # one compiled reference for all that follows: only the estimator and the model's shape matter to it
     estimator = LossConfig(kl_estimator=loss.kl_estimator)
-    references = jit_reference(reference_params, batch, config, estimator, OPT, TEMPERATURES)
-    return jit_gradients(params, reference_params, batch, references, config, loss, opt, TEMPERATURES)
+    references = reference_logprobs(reference_params, batch, learner_spec(config, estimator, OPT, temperatures))
+    references = references._replace(params=reference_params)
+    return gradients(params, batch, references, hyper(loss, opt), learner_spec(config, loss, opt, temperatures))
 
 
 def difference(left: Any, right: Any) -> float:
@@ -261,10 +257,8 @@ def test_joint_gradient_is_solvers_plus_alpha_times_challengers(
     # the Challenger by itself, in the other place, at its own temperature and with alpha 1
     alone = make_batch(loss=loss, alpha=1.0).challenger
     assert alone is not None
-    swapped = TEMPERATURES[::-1]
-    references = jit_reference(reference_params, LearnBatch(alone, None), CONFIG, loss, OPT, swapped)
-    arguments = (params, reference_params, LearnBatch(alone, None), references, CONFIG, loss, OPT, swapped)
-    challenger, challenger_metrics = jit_gradients(*arguments)
+    arguments = params, reference_params, LearnBatch(alone, None), loss
+    challenger, challenger_metrics = compute(*arguments, temperatures=TEMPERATURES[::-1])
     assert difference(joint, jax.tree.map(lambda s, c: s + ALPHA * c, solver, challenger)) < 1e-5
     assert difference(joint, solver) > 0.05
     np.testing.assert_allclose(
@@ -298,13 +292,16 @@ def real(rows: Rows) -> np.ndarray:
 @pytest.mark.parametrize("size", [8, 3])
 def test_reference_logprobs_at_each_roles_temperature(reference_params: llama.Params, size: int) -> None:
     batch = make_batch()
-    references = jit_reference(reference_params, batch, CONFIG, LOSS, replace(OPT, micro_batch_size=size), TEMPERATURES)
-    for rows, reference, temperature in zip(batch, references, TEMPERATURES, strict=True):
+    spec = learner_spec(CONFIG, LOSS, replace(OPT, micro_batch_size=size), TEMPERATURES)
+    references = reference_logprobs(reference_params, batch, spec)
+    both = references.solver, references.challenger
+    for rows, reference, temperature in zip(batch, both, TEMPERATURES, strict=True):
         exact = exact_logprobs(reference_params, rows, temperature)
         np.testing.assert_allclose(reference.logprobs[real(rows)], exact[real(rows)], atol=5e-5)
         assert reference.hidden is None
-    full = jit_reference(reference_params, batch, CONFIG, replace(LOSS, kl_estimator="full"), OPT, TEMPERATURES)
-    assert full[0].hidden.shape == (8, 7, CONFIG.hidden_size)
+    spec = learner_spec(CONFIG, replace(LOSS, kl_estimator="full"), OPT, TEMPERATURES)
+    hidden = reference_logprobs(reference_params, batch, spec).solver.hidden
+    assert hidden is not None and hidden.shape == (8, 7, CONFIG.hidden_size)
 
 
 @pytest.mark.full
@@ -323,9 +320,8 @@ def test_learner_logprobs_at_each_roles_temperature(params: llama.Params, refere
         counted = real(rows) & (np.asarray(rows.weights) > 0)[:, None]
         d = (exact_logprobs(params, rows, temperature) - exact_logprobs(reference_params, rows, temperature))[counted]
         np.testing.assert_allclose(metrics[f"{role}/kl"], np.mean(np.exp(-d) - 1 + d), rtol=1e-3)
-    swapped = jit_reference(reference_params, behaved, CONFIG, LOSS, OPT, TEMPERATURES[::-1])
-    arguments = (params, reference_params, behaved, swapped, CONFIG, LOSS, OPT, TEMPERATURES[::-1])
-    assert jit_gradients(*arguments)[1]["sampling/solver/token_mult_prob_error"] > 1.1
+    _, swapped = compute(params, reference_params, behaved, temperatures=TEMPERATURES[::-1])
+    assert swapped["sampling/solver/token_mult_prob_error"] > 1.1
 
 
 @pytest.mark.full
@@ -375,7 +371,7 @@ def small_params(seed: int = 0) -> dict[str, Any]:
 
 
 def step(state: TrainState, grads: Any, opt: OptimizerConfig, loss: float = 0.0) -> tuple[TrainState, Any]:
-    return jit_apply(state, grads, jnp.float32(loss), opt)
+    return jit_apply(state, grads, jnp.float32(loss), spec=opt.spec, hyper=hyper(optimizer=opt))
 
 
 def moments(state: TrainState) -> Any:
@@ -390,7 +386,7 @@ def test_clipping_equals_a_hand_calculation(limit: float) -> None:
     params = {"w": jnp.asarray([1.0, 2.0]), "v": jnp.asarray([[3.0]])}
     grads = {"w": jnp.asarray([2.0, -1.0]), "v": jnp.asarray([[2.0]])}  # norm 3
     opt = OptimizerConfig(learning_rate=0.1, max_grad_norm=limit)
-    state, metrics = step(init_state(params, opt), grads, opt)
+    state, metrics = step(init_state(params, opt.spec), grads, opt)
     np.testing.assert_allclose(metrics["grad_norm"], 3, rtol=1e-6)  # as it was, before clipping
     factor = min(1.0, limit / 3)
     for name in params:
@@ -413,7 +409,7 @@ def test_five_steps_equal_torch_adamw(warmup: int, clip: float) -> None:
         weight_decay=0.1,
         max_grad_norm=clip,
     )
-    state = init_state(small_params(), opt)
+    state = init_state(small_params(), opt.spec)
     leaves, treedef = jax.tree.flatten(state.params)
     tensors = [torch.nn.Parameter(torch.tensor(np.asarray(leaf, np.float64))) for leaf in leaves]
     adamw = torch.optim.AdamW(tensors, lr=0.05, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
@@ -440,7 +436,7 @@ def test_five_steps_equal_torch_adamw(warmup: int, clip: float) -> None:
 def test_step_that_is_not_finite_changes_nothing_and_is_counted(value: float, loss: float) -> None:
     opt = OptimizerConfig(learning_rate=0.05, warmup_steps=4, weight_decay=0.1)
     good = [small_params(seed) for seed in (1, 2)]
-    before, _ = step(init_state(small_params(), opt), good[0], opt)
+    before, _ = step(init_state(small_params(), opt.spec), good[0], opt)
     bad = {**good[1], "a": good[1]["a"].at[1, 2].set(value)}
     after, metrics = step(before, bad, opt, loss)
     assert_identical(before.params, after.params)
@@ -460,9 +456,9 @@ def test_step_that_is_not_finite_changes_nothing_and_is_counted(value: float, lo
 
 def test_a_fresh_state_owns_its_parameters() -> None:
     params = small_params()
-    state = init_state(params, OPT)
-    donating = jax.jit(apply_gradients, static_argnums=3, donate_argnums=0)
-    new, _ = donating(state, small_params(1), jnp.float32(0), OPT)
+    state = init_state(params, OPT.spec)
+    donating = jax.jit(apply_gradients, static_argnames="spec", donate_argnames="state")
+    new, _ = donating(state, small_params(1), jnp.float32(0), spec=OPT.spec, hyper=hyper(optimizer=OPT))
     assert int(new.skipped) == 0
     assert_identical(params, small_params())  # still readable, unchanged
 
@@ -474,7 +470,7 @@ def test_every_parameter_moves(tied: bool) -> None:
     params, batch = tiny_params(config, seed=4), make_batch()
     opt = replace(OPT, learning_rate=1e-3)
     grads, metrics = compute(params, params, batch, opt=opt, config=config)
-    state, _ = step(init_state(params, opt), grads, opt, float(metrics["loss"]))
+    state, _ = step(init_state(params, opt.spec), grads, opt, float(metrics["loss"]))
     seen = np.zeros(config.vocab_size, bool)
     assert batch.challenger is not None
     for rows in (batch.solver, batch.challenger):
@@ -505,12 +501,9 @@ def test_updates_lower_the_loss_they_are_made_for(params: llama.Params, referenc
     rows = make_batch(loss=loss, alpha=1.0)
     solver, challenger = (r._replace(advantages=jnp.zeros_like(r.advantages)) for r in rows)
     batch, opt = LearnBatch(solver, challenger), replace(OPT, learning_rate=3e-3)
-    references = jit_reference(reference_params, batch, CONFIG, loss, opt, TEMPERATURES)
-    state, values = init_state(params, opt), []
+    state, values = init_state(params, opt.spec), []
     for _ in range(6):
-        grads, metrics = jit_gradients(
-            state.params, reference_params, batch, references, CONFIG, loss, opt, TEMPERATURES
-        )
+        grads, metrics = compute(state.params, reference_params, batch, loss, opt)
         values.append([float(metrics[f"{role}/loss"]) for role in ("solver", "challenger")])
         state, _ = step(state, grads, opt, float(metrics["loss"]))
     assert np.all(np.diff(np.array(values), axis=0) < 0)

@@ -44,7 +44,9 @@ def answers(
     if few_shot:
         shown = [{"role": role, "content": text} for pair in FEW_SHOT for role, text in zip(_ROLES, pair, strict=True)]
         prompts = [[*shown, {"role": "user", "content": text}] for text in prompts]
-    return lsp.generate(policy, prompts, temperature=0.0, max_completion_length=longest, batch_size=32)
+    return lsp.generate(
+        policy, prompts, lsp.SamplingConfig(temperature=0.0), max_completion_length=longest, batch_size=32
+    )
 
 
 _ROLES = "user", "assistant"

@@ -26,7 +26,10 @@ import jax
 import plotly.graph_objects as go
 
 import lsp_jax as lsp
-from lsp_jax.algorithm import stages
+from lsp_jax.algorithm import rollout, stages
+from lsp_jax.algorithm.learner_batch import learn_batch, rows_without_rewards
+from lsp_jax.core.stage import execute
+from lsp_jax.learn.update import reference_logprobs
 from lsp_jax.reward.base import episode_texts
 from lsp_jax.reward.scoring import score
 from lsp_jax.training.setup import prepare
@@ -53,19 +56,21 @@ policy = lsp.load_pretrained(MODEL)
 print(f"{sum(leaf.size for leaf in jax.tree.leaves(policy.params)) / 1e6:.1f} million parameters")
 ids = jax.numpy.asarray([policy.tokenizer.encode("Seven and five are twelve.")])
 print("logits", lsp.forward(policy.params, policy.config, ids).shape)
-lsp.generate(policy, ["What is 3 + 4?", "Name a colour."], temperature=0.0, max_completion_length=16)
+greedy = lsp.SamplingConfig(temperature=0.0)
+lsp.generate(policy, ["What is 3 + 4?", "Name a colour."], greedy, max_completion_length=16)
 
 # %% [markdown]
 # ## One iteration
 #
-# `prepare` checks a configuration and loads what it needs. `run.game` holds all that is static: every stage is one
-# compiled function of arrays and of it.
+# `prepare` checks a configuration and loads what it needs. `run.game` holds all that is static, and `run.hyper` the
+# numbers that only scale: every stage is a compiled function of arrays and of that part of `run.game` that it depends
+# on. With other numbers the programs are the same.
 
 # %%
 config = replace(lsp.presets.quickstart(), model=MODEL, output_dir=str(FOLDER / "run"), max_steps=3, save_steps=3)
 run = prepare(config, policy=policy)
 state = jax.jit(run.game.init_train_state)(policy.params)
-key = stages.iteration_key(run.seed_key, state)
+key = stages.iteration_key(run.seed_key, state.iteration, state.attempt)
 params = stages.rollout_params(state.params, run.game, run.reference)
 print("Challenger is asked:", run.policy.tokenizer.decode(run.game.prompts.challenger_ids))
 
@@ -73,14 +78,14 @@ print("Challenger is asked:", run.policy.tokenizer.decode(run.game.prompts.chall
 # The Challenger samples N queries, all from this prompt.
 
 # %%
-queries = stages.challenge(params, run.token_classes, key, run.game)
+queries = rollout.challenge(params, run.token_classes, key, run.game)
 shapes(queries)
 
 # %% [markdown]
 # Each is spliced into the Solver's template, ids into ids, and answered G times. The prompt is run once for all G.
 
 # %%
-episode = stages.solve(params, queries, key, run.game)
+episode = rollout.solve(params, queries, key, run.game)
 shapes(episode.answers)
 texts = episode_texts(episode, run.policy.tokenizer)
 for query, answers in zip(texts.queries[:3], texts.answers, strict=False):
@@ -98,8 +103,9 @@ for spec, output in zip(run.specs, outputs, strict=True):
 # Rewards become advantages: of each answer against the others of its query, of each query against the other queries.
 
 # %%
-references = stages.reference(run.reference, stages.rows_without_rewards(episode, run.game), run.game)
-learnable = stages.learn_batch(episode, outputs, run.specs, run.game)
+rows = rows_without_rewards(episode, game=run.game)
+references = reference_logprobs(run.reference, rows, spec=run.game.learner)
+learnable = learn_batch(episode, outputs, run.hyper, specs=run.specs, game=run.game)
 print("advantages of the Challenger", jax.device_get(learnable.batch.challenger.advantages).round(3))
 shapes(learnable.batch.solver)
 
@@ -107,7 +113,7 @@ shapes(learnable.batch.solver)
 # One joint gradient of both roles, one step of AdamW. The old state is consumed.
 
 # %%
-state, metrics = stages.learn(state, run.reference, learnable.batch, references, run.game)
+state, metrics = stages.learn(execute, state, learnable.batch, references, run.game, run.hyper)
 {name: round(float(value), 4) for name, value in metrics.items() if name.endswith(("loss", "grad_norm", "kl"))}
 
 # %% [markdown]

@@ -80,7 +80,7 @@ print((FOLDER / "earlier" / "README.md").read_text()[:700])
 
 # %%
 policy = lsp.load_pretrained(FOLDER / "whole" / "export")
-lsp.generate(policy, ["What is 3 + 4?"], temperature=0.0, max_completion_length=12)
+lsp.generate(policy, ["What is 3 + 4?"], lsp.SamplingConfig(temperature=0.0), max_completion_length=12)
 
 # %% [markdown]
 # ## Adapters

@@ -73,8 +73,8 @@ jax.debug.visualize_array_sharding(weight[0])  # of the first layer: rows over f
 
 # %%
 asked = ["What is 3 + 4?", "Name a colour.", "Say hello."]
-options = {"temperature": 0.8, "max_completion_length": 12, "seed": 3}
-alone, spread = lsp.generate(base, asked, **options), lsp.generate(policy, asked, **options)
+sampling = lsp.SamplingConfig(temperature=0.8)
+alone, spread = (lsp.generate(p, asked, sampling, max_completion_length=12, seed=3) for p in (base, policy))
 print(alone)
 print("the same on the mesh:", alone == spread)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lsp_jax.learn.advantages import Advantages
-from lsp_jax.learn.update import Metrics
+from lsp_jax.learn.optimizer import Metrics
 from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.reward.base import Scores, correlation, mean_std

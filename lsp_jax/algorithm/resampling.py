@@ -8,20 +8,20 @@ unless asked for.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lsp_jax.core.stage import stage
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import RewardOutput, RewardSpec, combine, solver_rewards
 
 RESAMPLE = 16  # folded into the iteration's key, one more each time: roles have their own places below
 
 
-@partial(jax.jit, static_argnames=("specs", "use_quality"))
+@stage(static=("specs", "use_quality"))
 def groups(
     episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], use_quality: bool
 ) -> jax.Array:
@@ -41,7 +41,7 @@ def sources(flat: np.ndarray, fresh_differ: np.ndarray) -> np.ndarray:
     return found
 
 
-@jax.jit
+@stage()
 def replaced(old: tuple[Episode, tuple[RewardOutput, ...]], fresh: Any, source: jax.Array) -> Any:
     """`old` with the queries for which `source` [N] is not -1 taken from `fresh`, with all that belongs to them."""
 

@@ -1,77 +1,77 @@
-"""Both roles' play as the host loop does it: short completions by one program, long ones chunk by chunk.
+"""Rollouts of both roles: short completions by one program, long ones chunk by chunk.
 
-The numbers are those of `algorithm/stages.py`'s `challenge` and `solve`, which compose under `jax.jit`.
+The same functions compose under `jax.jit`, where decoding is always one program.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
+from jax.core import Tracer
 
-from lsp_jax.algorithm import stages
-from lsp_jax.algorithm.spec import Game
-from lsp_jax.core.stage import first_checked
+from lsp_jax.algorithm.spec import GameSpec
+from lsp_jax.core.stage import EAGER, Backend, stage
 from lsp_jax.model import llama
-from lsp_jax.play import selfplay
-from lsp_jax.play.chunked_decode import Chunks
-from lsp_jax.play.decode import Completions
+from lsp_jax.play import chunked_decode, decode, selfplay
+from lsp_jax.play.decode import Completions, DecodeSpec
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.text.prompts import Ragged
 
 
-def challenge(params: llama.Params, token_classes: jax.Array, key: jax.Array, game: Game) -> Queries:
-    """N queries, as `stages.challenge`."""
-    if not game.play.chunks(game.play.max_query_length):
-        return first_checked(stages.challenge, params, token_classes, key, game)
-    prompts, keys = _challenger_rows(key, game)
-    return _read_queries(_queries(game).run(params, prompts[0], prompts[1], keys), token_classes, game)
+def challenge(
+    params: llama.Params, token_classes: jax.Array, key: jax.Array, game: GameSpec, on: Backend = EAGER
+) -> Queries:
+    """N queries; `token_classes` uint8 [V] tells text, blank and control tokens apart."""
+    prompts, keys = on.call(challenger_rows, key, game=game)
+    sampled = complete(params, prompts, keys, game.challenger, on)
+    return on.call(read_queries, sampled, token_classes, game=game)
 
 
-def solve(params: llama.Params, queries: Queries, key: jax.Array, game: Game) -> Episode:
-    """The episode: G answers to each query, as `stages.solve`."""
-    if not game.play.chunks(game.play.max_completion_length):
-        return first_checked(stages.solve, params, queries, key, game)
-    prompts, keys = _solver_rows(queries, key, game)
-    return Episode(queries, prompts, _grouped(_answers(game).run(params, prompts[0], prompts[1], keys), game))
+def solve(params: llama.Params, queries: Queries, key: jax.Array, game: GameSpec, on: Backend = EAGER) -> Episode:
+    """The episode: G answers to each query."""
+    prompts, keys = on.call(solver_rows, queries, key, game=game)
+    answers = complete(params, prompts, keys, game.solver, on)
+    return Episode(queries, prompts, on.call(grouped, answers, game=game))
 
 
-def precompile(params: llama.Params, queries: Queries, key: jax.Array, game: Game) -> None:
+def complete(
+    params: llama.Params, prompts: Ragged, keys: jax.Array, spec: DecodeSpec, on: Backend = EAGER
+) -> Completions:
+    """Completions [B, ...] of `prompts` (tokens [N, P], lengths [N]) for rows with `keys` [B]."""
+    if spec.chunked and not isinstance(keys, Tracer):
+        return chunked_decode.decode_in_chunks(params, prompts, keys, spec, on)
+    return on.call(rollout, params, prompts, keys, spec=spec)
+
+
+rollout = stage(static="spec")(decode.rollout)
+
+
+def precompile(params: llama.Params, queries: Queries, key: jax.Array, game: GameSpec) -> None:
     """Compiles what both roles' decoding can need, whatever lengths they play; `queries` are of the run's shapes."""
-    if queries.sampled is not None and game.play.chunks(game.play.max_query_length):
-        prompts, keys = _challenger_rows(key, game)
-        _queries(game).precompile(params, prompts[0], prompts[1], keys)
-    if game.play.chunks(game.play.max_completion_length):
-        prompts, keys = _solver_rows(queries, key, game)
-        _answers(game).precompile(params, prompts[0], prompts[1], keys)
+    if queries.sampled is not None and game.challenger.chunked:
+        chunked_decode.precompile(params, *challenger_rows(key, game), game.challenger)
+    if game.solver.chunked:
+        chunked_decode.precompile(params, *solver_rows(queries, key, game), game.solver)
 
 
-def _queries(game: Game) -> Chunks:
-    play = game.play
-    return Chunks(game.model, game.challenger_sampling, play.max_query_length, game.stop_ids, play.decode_chunk)
+@stage(static="game")
+def challenger_rows(key: jax.Array, game: GameSpec) -> tuple[Ragged, jax.Array]:
+    """The Challenger's prompt and the keys of its rows."""
+    return selfplay.challenger_rows(key, game.prompts, game.num_queries)
 
 
-def _answers(game: Game) -> Chunks:
-    play = game.play
-    return Chunks(game.model, game.solver_sampling, play.max_completion_length, game.stop_ids, play.decode_chunk)
-
-
-@partial(jax.jit, static_argnames="game")
-def _challenger_rows(key: jax.Array, game: Game) -> tuple[Ragged, jax.Array]:
-    return selfplay.challenger_rows(key, game.prompts, game.play)
-
-
-@partial(jax.jit, static_argnames="game")
-def _read_queries(sampled: Completions, token_classes: jax.Array, game: Game) -> Queries:
+@stage(static="game")
+def read_queries(sampled: Completions, token_classes: jax.Array, game: GameSpec) -> Queries:
+    """The queries that the Challenger's completions are."""
     return selfplay.read_queries(sampled, token_classes, game.prompts)
 
 
-@partial(jax.jit, static_argnames="game")
-def _solver_rows(queries: Queries, key: jax.Array, game: Game) -> tuple[Ragged, jax.Array]:
-    prompts = selfplay.splice_queries(queries, game.prompts)
-    return prompts, selfplay.solver_keys(key, prompts[0].shape[0], game.play)
+@stage(static="game")
+def solver_rows(queries: Queries, key: jax.Array, game: GameSpec) -> tuple[Ragged, jax.Array]:
+    """The Solver's prompts and the keys of its rows."""
+    return selfplay.solver_rows(queries, key, game.prompts, game.num_generations)
 
 
-@partial(jax.jit, static_argnames="game")
-def _grouped(flat: Completions, game: Game) -> Completions:
-    return selfplay.grouped(flat, game.play)
+@stage(static="game")
+def grouped(flat: Completions, game: GameSpec) -> Completions:
+    """[N * G, ...] -> [N, G, ...]."""
+    return selfplay.grouped(flat, game.num_generations)

@@ -1,77 +1,115 @@
-"""The static specification of a run, and what follows from it alone."""
+"""The static specification of a run, and the numbers that its programs are called with."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
-from lsp_jax.learn.losses import LossConfig
-from lsp_jax.learn.novelty import MemoryConfig
-from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
+import numpy as np
+
+from lsp_jax.config import TrainConfig
+from lsp_jax.learn.optimizer import TrainState, init_state
+from lsp_jax.learn.spec import Hyperparameters, LearnerSpec, RoleSpec
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.fused_attention import fused_kernel
 from lsp_jax.model.llama import Params
-from lsp_jax.model.lora import LoraConfig, attached, init_adapters
-from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.play.selfplay import PlayConfig
+from lsp_jax.model.lora import init_adapters
+from lsp_jax.play.decode import DecodeSpec
 from lsp_jax.text.prompts import PlayPrompts
 
 
 @dataclass(frozen=True)
-class Game:
-    """All that is fixed during a run; hashable, the static argument of every stage."""
+class GameSpec:
+    """All that decides the programs of a run; hashable. Each stage takes the part that it depends on."""
 
-    model: LlamaConfig
     prompts: PlayPrompts
-    play: PlayConfig
-    solver_sampling: SamplingConfig
-    challenger_sampling: SamplingConfig
-    stop_ids: tuple[int, ...]
-    loss: LossConfig
-    optimizer: OptimizerConfig
-    compute_dtype: str
-    """dtype of forward and backward passes; master parameters keep theirs."""
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    challenger: DecodeSpec
+    solver: DecodeSpec
+    learner: LearnerSpec
+    num_queries: int
+    """N."""
+    num_generations: int
+    """G."""
+    memory_size: int
+    """Queries of the Challenger that are remembered, if it learns."""
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        model: LlamaConfig,
+        prompts: PlayPrompts,
+        stop_ids: tuple[int, ...],
+        compute_dtype: str,
+    ) -> GameSpec:
+        """The specification of the run `config`, whose `compute_dtype` is decided: float32 or bfloat16."""
+        play, optimizer = config.play, config.optimizer
+        return cls(
+            prompts=prompts,
+            challenger=DecodeSpec(
+                model, config.challenger_sampling, play.max_query_length, stop_ids, play.decode_chunk
+            ),
+            solver=DecodeSpec(model, config.sampling, play.max_completion_length, stop_ids, play.decode_chunk),
+            learner=LearnerSpec(
+                model=model,
+                loss=config.loss.spec,
+                optimizer=optimizer.spec,
+                micro_batch_size=optimizer.micro_batch_size,
+                logprob_chunk=optimizer.logprob_chunk,
+                remat=optimizer.remat,
+                compute_dtype=compute_dtype,
+                lora=config.lora,
+                solver=RoleSpec(config.sampling.temperature, play.num_generations),
+                challenger=RoleSpec(config.challenger_sampling.temperature, play.num_queries),
+            ),
+            num_queries=play.num_queries,
+            num_generations=play.num_generations,
+            memory_size=config.memory.size,
+        )
+
+    @property
+    def model(self) -> LlamaConfig:
+        """Of both roles."""
+        return self.learner.model
 
     @property
     def trains_challenger(self) -> bool:
-        return self.loss.alpha_challenger > 0
+        """Whether the Challenger's queries are learned from."""
+        return self.learner.loss.trains_challenger
 
     @property
     def init_train_state(self) -> Callable[[Params], TrainState]:
         """From the loaded parameters to the state that a run starts with; to be jitted."""
-        size = (self.memory.size, self.model.hidden_size) if self.trains_challenger else None
-        start = partial(init_state, config=self.optimizer, memory=size)
-        return (lambda params: start(init_adapters(params, self.lora))) if self.lora.rank else start
+        size = (self.memory_size, self.model.hidden_size) if self.trains_challenger else None
+        start = partial(init_state, spec=self.learner.optimizer, memory=size)
+        lora = self.learner.lora
+        return (lambda params: start(init_adapters(params, lora))) if lora.rank else start
 
-    def attach_adapters(self, base: Params) -> Callable[[Params], Params]:
-        """From the parameters that are trained, all or adapters of `base`, to those of the model."""
-        return partial(attached, base, lora=self.lora) if self.lora.rank else lambda params: params
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether the update computes with the frozen reference: with adapters, and for the exact KL."""
-        return self.lora.rank > 0 or self.loss.kl_estimator == "full"
-
-    @property
-    def recompute_old_logprobs(self) -> bool:
-        """Whether the learner's log-probabilities of what was played are its own: below float32 decoding and the
-        teacher-forced pass round differently, and importance correction compares the two."""
-        return self.compute_dtype != "float32" or self.loss.importance_cap > 0
-
-    @property
-    def temperatures(self) -> tuple[float, float]:
-        """Of the Solver and of the Challenger: the policies in the loss are the tempered ones."""
-        return self.solver_sampling.temperature, self.challenger_sampling.temperature
+    def with_micro_batch_size(self, rows: int) -> GameSpec:
+        """With `rows` in a micro-batch."""
+        return dataclasses.replace(self, learner=dataclasses.replace(self.learner, micro_batch_size=rows))
 
 
-def prompt_sharing(game: Game) -> tuple[int, int]:
-    """How many consecutive rows of the Solver and of the Challenger are learned from with one pass over their prompt.
-
-    1 on platforms with a fused attention kernel: it takes whole rows, and saves more than the prompts cost.
-    """
-    if fused_kernel(game.compute_dtype, game.model.head_dim) is not None:
-        return 1, 1
-    return game.play.num_generations, game.play.num_queries
+def hyperparameters(config: TrainConfig) -> Hyperparameters:
+    """The traced scalars of the run `config`, numpy float32."""
+    loss, optimizer = config.loss, config.optimizer
+    clip_low, clip_high = loss.clip_range
+    value_low, value_high = loss.value_gate
+    scalars = Hyperparameters(
+        beta=loss.beta,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        importance_cap=loss.importance_cap,
+        alpha_challenger=loss.alpha_challenger,
+        invalid_query_penalty=loss.invalid_query_penalty,
+        value_low=value_low,
+        value_high=value_high,
+        novelty_penalty=config.memory.penalty,
+        near_duplicate=config.memory.near_duplicate,
+        learning_rate=optimizer.learning_rate,
+        warmup_steps=max(optimizer.warmup_steps, 1),
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+    )
+    return Hyperparameters(*map(np.float32, scalars))

@@ -23,7 +23,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from lsp_jax.checkpoint.checksums import Manifest, differing, manifest
 from lsp_jax.core import processes
 from lsp_jax.core.errors import InputError, RunError
-from lsp_jax.learn.update import TrainState
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import path_name, shardings
 

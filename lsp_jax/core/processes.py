@@ -79,7 +79,7 @@ class _Group:
     watch: heartbeat.Watch
     relay: heartbeat.Relay | None
     rounds: Counter[str] = field(default_factory=Counter)
-    programs: set[str] = field(default_factory=set)
+    programs: set[Any] = field(default_factory=set)
     failed: int | None = None
     """Exit status once this process has failed by itself."""
 
@@ -291,12 +291,16 @@ def check_same(what: str, values: Mapping[str, Any], remedy: str) -> None:
 
 
 def check_program(name: str, function: Any, *arguments: Any, **static: Any) -> None:
-    """Compares the lowered program of the jitted `function` with the other processes', the first time for each `name`.
+    """Compares the lowered program of the jitted `function` with the other processes', the first time for each `name`
+    and its static arguments.
 
     Processes that compile different programs wait for one another for ever. Raises InputError as `check_same`.
     """
-    if _group is None or name in _group.programs:
+    if _group is None:
         return
-    _group.programs.add(name)
+    program = name, *(leaf for leaf in jax.tree.leaves((arguments, static)) if not hasattr(leaf, "dtype"))
+    if program in _group.programs:
+        return
+    _group.programs.add(program)
     digest = hashlib.sha256(function.lower(*arguments, **static).as_text().encode()).hexdigest()
     check_same("program", {name: digest}, "use the same versions of all packages and the same flags everywhere")

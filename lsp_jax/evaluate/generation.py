@@ -19,7 +19,8 @@ from tqdm import tqdm
 from lsp_jax.core import runtime
 from lsp_jax.evaluate.result_cache import Store, digest
 from lsp_jax.model.sharding import mesh_of, replicate, row_shards, use_mesh
-from lsp_jax.play.chunked_decode import Chunks
+from lsp_jax.play.chunked_decode import decode_in_chunks
+from lsp_jax.play.decode import DecodeSpec
 from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts, prompt_ids
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.policy import Policy
@@ -126,10 +127,10 @@ def _complete(policy: Policy, requests: Sequence[Request], batch_size: int) -> l
             content = hashlib.sha256(np.asarray(request.ids, np.int64).tobytes()).digest()
             numbers[:, row] = int.from_bytes(content[:4], "little"), request.sample
         prompts, lengths_there, *parts = replicate((tokens, lengths, *numbers))
-        chunks = Chunks(
-            policy.config, first.sampling, first.columns, policy.tokenizer.stop_ids, min(CHUNK, first.columns)
-        )
-        out = chunks.run(policy.params, prompts, lengths_there, _row_keys(*parts, seed=first.seed))
+        longest, stop_ids = first.columns, policy.tokenizer.stop_ids
+        spec = DecodeSpec(policy.config, first.sampling, longest, stop_ids, min(CHUNK, longest))
+        keys = _row_keys(*parts, seed=first.seed)
+        out = decode_in_chunks(policy.params, (prompts, lengths_there), keys, spec)
         told = runtime.to_host((out.tokens, out.lengths, out.stopped))
     made = []
     for ids, length, stopped in list(zip(*told, strict=True))[: len(requests)]:

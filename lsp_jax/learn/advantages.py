@@ -23,6 +23,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lsp_jax.learn.spec import Hyperparameters, LossSpec
+
 STD_EPSILON = 1e-4  # TRL's: added to the standard deviation, not to the variance
 
 
@@ -43,50 +45,54 @@ class Advantages(NamedTuple):
     """bool [N]: in the Challenger's loss and mean: invalid, or with at least one valid answer."""
 
 
-def advantages(
-    task: jax.Array,
-    quality: jax.Array,
-    valid_query: jax.Array,
-    valid_answer: jax.Array,
-    invalid_query_penalty: float,
-    use_quality: bool,
-    scale_rewards: str = "none",
-    value_gate: tuple[float, float] | None = None,
-    query_penalty: jax.Array | None = None,
-) -> Advantages:
-    """Advantages from `task` and `quality` rewards [N, G] and their validity [N], [N, G] (bool).
+class GroupRewards(NamedTuple):
+    """Rewards of an iteration, and what of them may be read. Values under a False mask never are, NaN included."""
 
-    `use_quality` False is LSP-Zero; `scale_rewards` is none, group or batch. Values under a False mask are never read,
-    NaN included. Of the Challenger's reward `query_penalty` [N] is taken off, and a query whose V(q) is outside
-    `value_gate` gets what an invalid one does (neither is the paper's).
+    task: jax.Array
+    """float32 [N, G]: R."""
+    quality: jax.Array
+    """float32 [N, G]: R_Q."""
+    valid_query: jax.Array
+    """bool [N]."""
+    valid_answer: jax.Array
+    """bool [N, G]."""
+
+
+def advantages(
+    rewards: GroupRewards, spec: LossSpec, hyper: Hyperparameters, near_duplicate: jax.Array | None = None
+) -> Advantages:
+    """Advantages of both roles.
+
+    A query for which `near_duplicate` bool [N] is True loses `hyper.novelty_penalty` of the Challenger's reward, and
+    one whose V(q) is outside the gate gets what an invalid one does (neither is the paper's).
     """
+    task, quality, valid_query, valid_answer = rewards
     if task.ndim != 2 or task.shape != quality.shape or valid_query.shape != task.shape[:1]:
         raise ValueError(f"shapes {task.shape}, {quality.shape}, {valid_query.shape}: expected [N, G], [N, G], [N]")
     counts = valid_answer & valid_query[:, None]
     task = jnp.where(counts, task, 0.0)
-    quality = jnp.where(counts, quality, 0.0) if use_quality else jnp.zeros_like(task)
+    quality = jnp.where(counts, quality, 0.0) if spec.use_quality else jnp.zeros_like(task)
     solver_reward = task + quality
     answered = jnp.sum(counts, axis=1)
     per_query = jnp.maximum(answered, 1)
     centred = solver_reward - (jnp.sum(solver_reward, axis=1) / per_query)[:, None]
     solver = jnp.where(counts & (answered >= 2)[:, None], centred, 0.0)
-    if scale_rewards != "none":
-        axis = 1 if scale_rewards == "group" else None
+    if spec.scale_rewards != "none":
+        axis = 1 if spec.scale_rewards == "group" else None
         solver = solver / (_sample_std(solver_reward, counts, axis) + STD_EPSILON)
 
     value = jnp.sum(task, axis=1) / per_query
     quality_value = jnp.sum(quality, axis=1) / per_query
     query_counts = ~valid_query | (answered > 0)
-    paid = valid_query
-    if value_gate is not None:
-        paid = paid & (value >= value_gate[0]) & (value <= value_gate[1])
-    reward = jnp.where(paid, quality_value - value, invalid_query_penalty)
-    if query_penalty is not None:
-        reward = jnp.where(paid, reward - query_penalty, reward)
+    paid = valid_query & (value >= hyper.value_low) & (value <= hyper.value_high)
+    reward = quality_value - value
+    if near_duplicate is not None:
+        reward = reward - hyper.novelty_penalty * near_duplicate
+    reward = jnp.where(paid, reward, hyper.invalid_query_penalty)
     reward = jnp.where(query_counts, reward, 0.0)
     mean = jnp.sum(reward) / jnp.maximum(jnp.sum(query_counts), 1)
     challenger = jnp.where(query_counts, reward - mean, 0.0)
-    if scale_rewards != "none":
+    if spec.scale_rewards != "none":
         challenger = challenger / (_sample_std(reward, query_counts, None) + STD_EPSILON)
     return Advantages(solver, challenger, solver_reward, reward, counts, query_counts)
 

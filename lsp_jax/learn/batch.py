@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lsp_jax.model.llama import Params
 from lsp_jax.text.prompts import Ragged, pack
 
 NARROWEST = 32  # tokens: narrower programs save less than compiling them costs
@@ -65,37 +66,68 @@ class LearnBatch(NamedTuple):
     challenger: Rows | None
 
 
+class Reference(NamedTuple):
+    """The frozen reference's statistics of one role's rows."""
+
+    logprobs: jax.Array
+    """float32 [B, T]."""
+    hidden: jax.Array | None = None
+    """[B, T, D] for the `full` KL, else None."""
+    embeddings: jax.Array | None = None
+    """float32 [B, D] of the Challenger's rows (`learn/novelty.py`), else None."""
+
+
+class References(NamedTuple):
+    """What the update knows of the frozen reference."""
+
+    solver: Reference
+    challenger: Reference | None = None
+    """None when the Solver is trained alone."""
+    params: Params | None = None
+    """Its parameters, where the update computes with them (`LearnerSpec.needs_base`)."""
+
+
+class Sampled(NamedTuple):
+    """B completions as they were sampled, up to T tokens."""
+
+    tokens: jax.Array
+    """int32 [B, T]."""
+    lengths: jax.Array
+    """int32 [B]: tokens, the stop token included."""
+    logprobs: jax.Array
+    """float32 [B, T]: of each token under the distribution it was drawn from."""
+    log_mass: jax.Array
+    """float32 [B, T]: log of the mass that truncation kept."""
+
+
 def make_rows(
     prompts: Ragged,
-    completions: Ragged,
-    behaviour_logprobs: jax.Array,
-    log_mass: jax.Array,
+    sampled: Sampled,
     advantages: jax.Array,
     counts: jax.Array,
-    scale: float,
+    scale: jax.Array | float,
     loss_type: str,
-    longest: int,
 ) -> Rows:
     """Rows [B, ...] of one role; `prompts` may have one row for all.
 
     `counts` bool [B] marks the rows in the loss. The weight of each is `scale` over a denominator by `loss_type`:
     sequence: B, whatever is masked; token_mean: all completion tokens of the rows that count; constant_length: B times
-    `longest`, the maximum length of a completion.
+    T, the maximum length of a completion.
     """
-    tokens, _ = pack((prompts, completions))
-    lengths = completions[1]
+    tokens, _ = pack((prompts, sampled[:2]))
+    lengths = sampled.lengths
     rows = tokens.shape[0]
     denominator: jax.Array | int = rows
     if loss_type == "token_mean":
         denominator = jnp.maximum(jnp.sum(jnp.where(counts, lengths, 0)), 1)
     elif loss_type == "constant_length":
-        denominator = rows * longest
+        denominator = rows * sampled.tokens.shape[1]
     return Rows(
         tokens=tokens,
         prompt_lengths=jnp.broadcast_to(prompts[1], (rows,)),
         completion_lengths=lengths,
-        behaviour_logprobs=behaviour_logprobs,
-        log_mass=log_mass,
+        behaviour_logprobs=sampled.logprobs,
+        log_mass=sampled.log_mass,
         advantages=advantages,
         weights=jnp.where(counts, scale / denominator, 0.0),
     )

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from lsp_jax.core.errors import InputError, one_of
 from lsp_jax.learn.batch import Rows
 from lsp_jax.learn.logprobs import TokenStatistics
+from lsp_jax.learn.spec import Hyperparameters, LossSpec
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "full")
 LOSS_TYPES = ("sequence", "token_mean", "constant_length")
@@ -72,16 +73,30 @@ class LossConfig:
     sometimes.)"""
 
     @property
-    def value_gate(self) -> tuple[float, float] | None:
-        """Both bounds; None without."""
-        return (self.value_low, self.value_high) if (self.value_low, self.value_high) != (0, 0) else None
+    def value_gate(self) -> tuple[float, float]:
+        """Both bounds; infinite without a gate."""
+        gated = (self.value_low, self.value_high) != (0, 0)
+        return (self.value_low, self.value_high) if gated else (-math.inf, math.inf)
+
+    @property
+    def spec(self) -> LossSpec:
+        """What of it decides programs."""
+        return LossSpec(
+            kl_estimator=self.kl_estimator,
+            loss_type=self.loss_type,
+            scale_rewards=self.scale_rewards,
+            num_iterations=self.num_iterations,
+            importance_correction=self.importance_cap > 0,
+            use_quality=self.use_quality,
+            trains_challenger=self.alpha_challenger > 0,
+        )
 
     def check(self) -> None:
         """Raises InputError naming the field."""
         for field in ("value_low", "value_high"):
             if not math.isfinite(getattr(self, field)):
                 raise InputError(f"loss.{field}", getattr(self, field), "must be finite")
-        if self.value_gate and self.value_high <= self.value_low:
+        if (self.value_low, self.value_high) != (0, 0) and self.value_high <= self.value_low:
             remedy = f"must be above loss.value_low {self.value_low:g} (both 0: no gate)"
             raise InputError("loss.value_high", self.value_high, remedy)
         choices = (("kl_estimator", KL_ESTIMATORS), ("loss_type", LOSS_TYPES), ("scale_rewards", SCALES))
@@ -121,7 +136,7 @@ def kl_terms(logprobs: jax.Array, reference: jax.Array, estimator: str, full_kl:
 
 
 def policy_loss(
-    statistics: TokenStatistics, reference_logprobs: jax.Array, rows: Rows, config: LossConfig
+    statistics: TokenStatistics, reference_logprobs: jax.Array, rows: Rows, spec: LossSpec, hyper: Hyperparameters
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss (scalar, float32) of `rows`, and sums over their unmasked tokens for the metrics.
 
@@ -141,19 +156,20 @@ def policy_loss(
     log_mass = jnp.where(mask, rows.log_mass, 0.0)
     old = jax.lax.stop_gradient(logprobs) if rows.old_logprobs is None else jnp.where(mask, rows.old_logprobs, 0.0)
     log_ratio = logprobs - old
-    kl_BT = kl_terms(logprobs, reference, config.kl_estimator, full_kl)
+    kl_BT = kl_terms(logprobs, reference, spec.kl_estimator, full_kl)
     importance: jax.Array | None = None
-    if config.importance_cap:
-        importance = jnp.minimum(jnp.exp(old - log_mass - behaviour), config.importance_cap)
-    if config.kl_estimator == "k2":  # its expectation is over the policy's tokens, and these are the sampler's
+    if spec.importance_correction:
+        importance = jnp.minimum(jnp.exp(old - log_mass - behaviour), hyper.importance_cap)
+    if spec.kl_estimator == "k2":  # its expectation is over the policy's tokens, and these are the sampler's
         kl_BT = kl_BT if rows.old_logprobs is None else kl_BT * jax.lax.stop_gradient(jnp.exp(log_ratio))
         kl_BT = kl_BT if importance is None else kl_BT * importance
     kl = jnp.sum(kl_BT, axis=-1)
-    if config.loss_type == "sequence" and importance is None and rows.old_logprobs is None:
+    clip = None if rows.old_logprobs is None else (hyper.clip_low, hyper.clip_high)
+    if spec.loss_type == "sequence" and importance is None and clip is None:
         gain = jnp.exp(jnp.sum(log_ratio, axis=-1)) * advantages
     else:
-        gain = _token_gains(log_ratio, importance, mask, advantages, config, rows.old_logprobs is not None)
-    loss = -jnp.sum(rows.weights * (gain - config.beta * kl))
+        gain = _token_gains(log_ratio, importance, mask, advantages, clip)
+    loss = -jnp.sum(rows.weights * (gain - hyper.beta * kl))
 
     gap = jnp.where(mask, jnp.exp(jnp.abs(logprobs - log_mass - behaviour)), 0.0)
     sums = {
@@ -164,8 +180,8 @@ def policy_loss(
     }
     if importance is not None:
         sums["importance_weight"] = jnp.sum(jnp.where(mask, importance, 0.0))
-    if rows.old_logprobs is not None:
-        low, high = config.clip_range
+    if clip is not None:
+        low, high = clip
         ratio, better = jnp.exp(log_ratio), advantages[:, None]
         sums["clip_ratio/low"] = jnp.sum(mask & (ratio < low) & (better < 0))
         sums["clip_ratio/high"] = jnp.sum(mask & (ratio > high) & (better > 0))
@@ -178,12 +194,12 @@ def _token_gains(
     importance: jax.Array | None,
     mask: jax.Array,
     advantages: jax.Array,
-    config: LossConfig,
-    clipped: bool,
+    clip: tuple[jax.Array | float, jax.Array | float] | None,
 ) -> jax.Array:
-    """Each row's sum [B] over tokens of ratio * A, weighted by `importance` [B, T], clipped on request (GRPO, PPO)."""
+    """Each row's sum [B] over tokens of ratio * A, weighted by `importance` [B, T], and clipped within `clip` (GRPO,
+    PPO) unless that is None."""
     ratio = jnp.exp(log_ratio)
-    if not clipped:
+    if clip is None:
         return jnp.sum(jnp.where(mask, ratio if importance is None else ratio * importance, 0.0), axis=-1) * advantages
-    gains = jnp.minimum(ratio * advantages[:, None], jnp.clip(ratio, *config.clip_range) * advantages[:, None])
+    gains = jnp.minimum(ratio * advantages[:, None], jnp.clip(ratio, *clip) * advantages[:, None])
     return jnp.sum(jnp.where(mask, gains if importance is None else gains * importance, 0.0), axis=-1)

@@ -7,16 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.learn.batch import LearnBatch, Rows
-from lsp_jax.learn.update import Reference
+from lsp_jax.learn.batch import LearnBatch, Reference, References, Rows
 
 
-def _parts(
-    batch: LearnBatch, references: tuple[Reference, Reference | None], loss: Any
-) -> list[tuple[str, Any, Rows | None]]:
+def _parts(batch: LearnBatch, references: References, loss: Any) -> list[tuple[str, Any, Rows | None]]:
     """(name, numbers, the rows whose tokens they are of): what each follows from comes before it."""
     parts: list[tuple[str, Any, Rows | None]] = []
-    for role, rows, reference in zip(("Solver", "Challenger"), batch, references, strict=True):
+    for role, rows, reference in zip(("Solver", "Challenger"), batch, references[:2], strict=True):
         if rows is None or reference is None:
             continue
         sampled = rows.behaviour_logprobs + rows.log_mass
@@ -26,7 +23,7 @@ def _parts(
     return [*parts, ("loss", loss, None)]
 
 
-def first_not_finite(batch: LearnBatch, references: tuple[Reference, Reference | None], loss: jax.Array) -> jax.Array:
+def first_not_finite(batch: LearnBatch, references: References, loss: jax.Array) -> jax.Array:
     """int32: 0 where all is finite, else the place, from 1, of the first part that is not in `component_names`.
 
     The gradient is not looked at here, its norm says enough: one more reader of it or of the norm makes XLA for CPUs
@@ -42,5 +39,5 @@ def first_not_finite(batch: LearnBatch, references: tuple[Reference, Reference |
 
 def component_names(batch: LearnBatch) -> list[str]:
     """The names behind the indices of `first_not_finite`."""
-    same = Reference(batch.solver.behaviour_logprobs, None)  # only who is there is looked at
-    return [name for name, _, _ in _parts(batch, (same, same), 0.0)]
+    same = Reference(batch.solver.behaviour_logprobs)  # which roles there are is all that is read
+    return [name for name, _, _ in _parts(batch, References(same, same), 0.0)]

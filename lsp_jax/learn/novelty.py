@@ -109,7 +109,7 @@ def nearest(to_memory: jax.Array, among: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.max(to_memory, axis=1), jnp.max(earlier, axis=1))
 
 
-def cluster_entropy(among: jax.Array, threshold: float) -> jax.Array:
+def cluster_entropy(among: jax.Array, threshold: jax.Array | float) -> jax.Array:
     """Entropy of the sizes of an iteration's clusters of queries over that of N single ones: 1 when none is near
     another, 0 when all are. A cluster holds what is linked by similarities of at least `threshold`."""
     number = among.shape[0]

@@ -1,182 +1,65 @@
 """One joint gradient for both roles, accumulated over micro-batches inside jit, then clipped AdamW.
 
-1. `reference_statistics`: the frozen reference's log-probabilities of every completion (its hidden states for `full`).
+1. `reference_logprobs`: the frozen reference's log-probabilities of every completion (its hidden states for `full`).
 2. `gradients`: loss and gradient of both roles, micro-batch by micro-batch, weights carrying the denominators.
-3. `apply_gradients`: clip by global norm, AdamW with warm-up; a step that is not finite changes nothing and is counted.
+3. `update`: the gradient, and one step of `learn/optimizer.py`; the old state is donated.
 
-With several inner epochs, `fix_old` puts the log-probabilities of the parameters that played into the rows first, and
-2 and 3 are repeated.
+With several inner epochs, `with_old_logprobs` first fixes the denominators of the ratios, and `update` is repeated.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from lsp_jax.core.errors import InputError
-from lsp_jax.learn.batch import LearnBatch, Rows, micro_batches, width_bucket, widths
+from lsp_jax.core.stage import stage
+from lsp_jax.learn.batch import LearnBatch, Reference, References, Rows, micro_batches, width_bucket, widths
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
-from lsp_jax.learn.losses import LossConfig, policy_loss
-from lsp_jax.learn.novelty import Memory, empty, pooled
-from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.llama import Params, Remat, cast
+from lsp_jax.learn.losses import policy_loss
+from lsp_jax.learn.nonfinite import first_not_finite
+from lsp_jax.learn.novelty import pooled
+from lsp_jax.learn.optimizer import Metrics, TrainState, apply_gradients
+from lsp_jax.learn.spec import Hyperparameters, LearnerSpec, RoleSpec
+from lsp_jax.model.llama import Params, cast
 from lsp_jax.model.sharding import row_shards, shard_params, shard_rows
 
-Metrics = dict[str, jax.Array]
-DEFAULT_MICRO_BATCH_SIZE = 8  # rows a device where nothing says how many fit
+DEFAULT_MICRO_BATCH_SIZE = 8  # rows a device where its memory limit is unknown
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and the way its gradient is made. Names as in TRL."""
+@stage(static="spec")
+def reference_logprobs(params: Params, batch: LearnBatch, spec: LearnerSpec) -> References:
+    """The log-probabilities of every row under `params`, by micro-batches; hidden states too for the `full` KL.
 
-    learning_rate: float = 3e-6
-    """Step size after warm-up (LSP: 3e-6; 1e-6 for GRPO)."""
-    warmup_steps: int = 0
-    """Updates over which the step size rises linearly from 0; the first update uses 1 / warmup_steps of it."""
-    adam_beta1: float = 0.9
-    """Decay of the first moment."""
-    adam_beta2: float = 0.999
-    """Decay of the second moment."""
-    adam_epsilon: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay on every parameter."""
-    max_grad_norm: float = 1.0
-    """Largest global norm of the gradient; longer ones are scaled down to it."""
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the first moment. The second stays float32: in bfloat16 its small steps would be rounded away."""
-    micro_batch_size: int = 0
-    """Rows whose activations a device holds at one time; gradients of all micro-batches are added up. 0: as many as
-    fit, by an estimate; 8 where a device does not say what it can hold."""
-    logprob_chunk: int = 512
-    """Tokens whose logits a device holds at one time."""
-    remat: Remat = "full"
-    """Rematerialisation, what the backward pass recomputes: full: each layer; dots: all of a layer but its
-    products with weights; none."""
-
-    def check(self) -> None:
-        """Raises InputError naming the field."""
-        for field in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise InputError(f"optimizer.{field}", getattr(self, field), "must be > 0 and finite")
-        for field, least in (("micro_batch_size", 0), ("logprob_chunk", 1)):
-            if getattr(self, field) < least:
-                raise InputError(f"optimizer.{field}", getattr(self, field), f"must be at least {least}")
-        for field, allowed in (("moment_dtype", ("float32", "bfloat16")), ("remat", get_args(Remat))):
-            if getattr(self, field) not in allowed:
-                raise InputError(f"optimizer.{field}", getattr(self, field), f"must be one of {', '.join(allowed)}")
-        for field in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, field) < 1:
-                raise InputError(f"optimizer.{field}", getattr(self, field), "must be in [0, 1)")
-        for field in ("warmup_steps", "weight_decay"):
-            if not getattr(self, field) >= 0:
-                raise InputError(f"optimizer.{field}", getattr(self, field), "must be >= 0")
-
-
-class TrainState(NamedTuple):
-    """All that an update changes; donated to it."""
-
-    params: Params
-    """Master parameters."""
-    opt_state: Any
-    """Optax state: both moments and the count of updates made."""
-    iteration: jax.Array
-    """int32: iterations done, those with skipped updates included; the update leaves it to the iteration."""
-    attempt: jax.Array
-    """int32: rises when an iteration is played anew, so that it draws other noise."""
-    skipped: jax.Array
-    """int32: updates skipped because they were not finite."""
-    memory: Memory | None = None
-    """Embeddings of the Challenger's earlier queries; None where nothing is remembered."""
-
-
-class Reference(NamedTuple):
-    """The frozen reference's statistics of one role's rows."""
-
-    logprobs: jax.Array
-    """float32 [B, T]."""
-    hidden: jax.Array | None
-    """[B, T, D] for the `full` KL, else None."""
-    embeddings: jax.Array | None = None
-    """float32 [B, D] of the Challenger's rows (`learn/novelty.py`), else None."""
-
-
-def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW with a linear warm-up. Its count moves only with updates made."""
-    warmup = max(config.warmup_steps, 1)
-
-    def schedule(count: Any) -> jax.Array:
-        return config.learning_rate * jnp.minimum(1.0, (count + 1) / warmup)
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            schedule,
-            b1=config.adam_beta1,
-            b2=config.adam_beta2,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            mu_dtype=config.moment_dtype,
-        ),
-    )
-
-
-def init_state(params: Params, config: OptimizerConfig, memory: tuple[int, int] | None = None) -> TrainState:
-    """A fresh state that owns copies of `params` (it is donated; the reference keeps its own), spread over the mesh;
-    with room for a `memory` of so many queries, of the model's width."""
-    params = jax.tree.map(jnp.copy, params)
-    # the second moment is float32 whatever the parameters are
-    moments = optimizer(config).init(cast(params, "float32"))
-    iteration, attempt, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: the state is donated
-    remembered = None if memory is None else empty(*memory)
-    return shard_params(TrainState(params, moments, iteration, attempt, skipped, remembered))
-
-
-def reference_statistics(
-    params: Params,
-    batch: LearnBatch,
-    config: LlamaConfig,
-    loss: LossConfig,
-    opt: OptimizerConfig,
-    temperature: tuple[float, float],
-    sharing: tuple[int, int] = (1, 1),
-) -> tuple[Reference, Reference | None]:
-    """The reference's log-probabilities for every row, by micro-batches; hidden states too for the `full` KL.
-
-    `temperature` is that of the Solver and of the Challenger, `sharing` how many consecutive rows of theirs have one
-    prompt, which is then run once for as many of them as a micro-batch holds.
+    Rows that share a prompt run it once for as many of them as a micro-batch holds.
     """
-
-    def of_role(rows: Rows, temperature: float, group: int, embed: bool) -> Reference:
-        count, length = rows.behaviour_logprobs.shape
-        size, share = _micro_rows(rows, opt, group)
-
-        def one(part: Rows) -> Reference:
-            hidden = completion_hidden(params, config, part, share=share)
-            targets = completion_tokens(part)
-            stats = token_statistics(params, config, hidden, targets, temperature, opt.logprob_chunk)
-            found = Reference(stats.logprobs, hidden if loss.kl_estimator == "full" else None)
-            missing = length - targets.shape[1]
-            found = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), found)
-            return found._replace(embeddings=pooled(hidden, part.completion_lengths) if embed else None)
-
-        def narrow(part: Rows) -> Reference:
-            return _at_width(part, lambda columns: one(part.narrowed(columns)))
-
-        out = jax.lax.map(narrow, shard_rows(micro_batches(rows, size), axis=1))
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
-
-    solver = of_role(batch.solver, temperature[0], sharing[0], embed=False)
+    solver = _role_reference(params, batch.solver, spec, spec.solver, embed=False)
     if batch.challenger is None:
-        return solver, None
-    return solver, of_role(batch.challenger, temperature[1], sharing[1], embed=True)
+        return References(solver)
+    return References(solver, _role_reference(params, batch.challenger, spec, spec.challenger, embed=True))
+
+
+def _role_reference(params: Params, rows: Rows, spec: LearnerSpec, role: RoleSpec, embed: bool) -> Reference:
+    count, length = rows.behaviour_logprobs.shape
+    size, share = _micro_rows(rows, spec, role)
+
+    def one(part: Rows) -> Reference:
+        hidden = completion_hidden(params, spec.model, part, share=share)
+        targets = completion_tokens(part)
+        stats = token_statistics(params, spec.model, hidden, targets, role.temperature, spec.logprob_chunk)
+        found = Reference(stats.logprobs, hidden if spec.loss.kl_estimator == "full" else None)
+        missing = length - targets.shape[1]
+        found = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), found)
+        return found._replace(embeddings=pooled(hidden, part.completion_lengths) if embed else None)
+
+    def narrow(part: Rows) -> Reference:
+        return _at_width(part, lambda columns: one(part.narrowed(columns)))
+
+    out = jax.lax.map(narrow, shard_rows(micro_batches(rows, size), axis=1))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], out)
 
 
 def _at_width(rows: Rows, compute: Callable[[int], Any]) -> Any:
@@ -187,22 +70,31 @@ def _at_width(rows: Rows, compute: Callable[[int], Any]) -> Any:
     return jax.lax.switch(width_bucket(rows, columns), [lambda width=width: compute(width) for width in columns])
 
 
-def fix_old(
-    params: Params,
-    batch: LearnBatch,
-    config: LlamaConfig,
-    opt: OptimizerConfig,
-    temperature: tuple[float, float],
-    recompute: bool,
-    sharing: tuple[int, int] = (1, 1),
-) -> LearnBatch:
-    """The batch with `old_logprobs` of both roles; `params` are those that played, before any update.
+def _micro_rows(rows: Rows, spec: LearnerSpec, role: RoleSpec) -> tuple[int, int]:
+    """Rows of one micro-batch, as many on each device and `micro_batch_size` at most; and how many share a prompt.
 
-    They are the sampler's own, the truncation's share added back, or with `recompute` the learner's (one more forward
-    pass), for when the two round differently.
+    A device holds complete groups where they fit, else an equal part of one, and runs a prompt once for what it holds.
     """
-    if recompute:
-        solver, challenger = reference_statistics(params, batch, config, LossConfig(), opt, temperature, sharing)
+    group = spec.prompt_sharing(role)
+    each = min(spec.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, -(-rows.tokens.shape[0] // row_shards()))
+    each = each - each % group if each > group else max(n for n in range(1, each + 1) if group % n == 0)
+    return each * row_shards(), min(each, group)
+
+
+@stage(static="spec")
+def with_old_logprobs(
+    params: Params, reference_params: Params | None, batch: LearnBatch, spec: LearnerSpec
+) -> LearnBatch:
+    """The batch with old log-probabilities of both roles, the denominators of inner epochs' ratios; `params` are the
+    trained ones that played, before any update, `reference_params` what adapters belong to.
+
+    They are the sampler's own, the truncation's share added back, or the learner's by one more forward pass where the
+    two round differently (`recompute_old_logprobs`).
+    """
+    if spec.recompute_old_logprobs:
+        compute = spec.attach_adapters(reference_params or {})(cast(params, spec.compute_dtype))
+        plain = replace(spec, loss=replace(spec.loss, kl_estimator="k2"))  # without hidden states
+        solver, challenger, _ = reference_logprobs(compute, batch, plain)
         old = (solver.logprobs, None if challenger is None else challenger.logprobs)
     else:
         old = tuple(None if rows is None else rows.behaviour_logprobs + rows.log_mass for rows in batch)
@@ -210,41 +102,39 @@ def fix_old(
     return LearnBatch(batch.solver._replace(old_logprobs=old[0]), challenger_rows)
 
 
+class Objective(NamedTuple):
+    """The loss of one role's rows as a function of the trained parameters."""
+
+    spec: LearnerSpec
+    role: RoleSpec
+    hyper: Hyperparameters
+    reference_params: Params | None
+
+    def __call__(self, params: Params, rows: Rows, reference: Reference, share: int) -> tuple[jax.Array, Metrics]:
+        """Loss and metric sums of `rows`, each `share` consecutive of which continue one prompt."""
+        spec, model = self.spec, self.spec.model
+        params = spec.attach_adapters(self.reference_params or {})(params)
+        hidden = completion_hidden(params, model, rows, spec.remat, share)
+        against = None if reference.hidden is None else (self.reference_params or {}, reference.hidden)
+        targets, temperature = completion_tokens(rows), self.role.temperature
+        stats = token_statistics(params, model, hidden, targets, temperature, spec.logprob_chunk, against)
+        return policy_loss(stats, reference.logprobs, rows, spec.loss, self.hyper)
+
+
 def role_gradients(
-    params: Params,
-    reference_params: Params,
-    rows: Rows,
-    reference: Reference,
-    config: LlamaConfig,
-    loss: LossConfig,
-    opt: OptimizerConfig,
-    temperature: float,
-    total: Params | None = None,
-    group: int = 1,
-    whole: Callable[[Params], Params] = lambda params: params,
+    params: Params, rows: Rows, reference: Reference, objective: Objective, total: Params | None = None
 ) -> tuple[jax.Array, Metrics, Params]:
-    """Loss, metric sums and float32 gradient of one role's rows, added up over micro-batches and onto `total`.
-
-    Each `group` consecutive rows have one prompt. `whole` makes the model's parameters of those that are trained.
-    """
-    size, share = _micro_rows(rows, opt, group)
-
-    def micro_loss(params: Params, rows: Rows, ref: Reference) -> tuple[jax.Array, Metrics]:
-        params = whole(params)
-        hidden = completion_hidden(params, config, rows, opt.remat, share)
-        against = None if ref.hidden is None else (reference_params, ref.hidden)
-        stats = token_statistics(
-            params, config, hidden, completion_tokens(rows), temperature, opt.logprob_chunk, against
-        )
-        return policy_loss(stats, ref.logprobs, rows, loss)
+    """Loss, metric sums and float32 gradient of one role's rows, added up over micro-batches and onto `total`."""
+    size, share = _micro_rows(rows, objective.spec, objective.role)
 
     def gradient(params: Params, part: tuple[Rows, Reference]) -> Any:
         def compute(columns: int) -> Any:
             narrow = part[0].narrowed(columns), jax.tree.map(lambda x: x[:, :columns], part[1])
-            return jax.value_and_grad(micro_loss, has_aux=True)(params, *narrow)
+            return jax.value_and_grad(objective.__call__, has_aux=True)(params, *narrow, share)
 
         return _at_width(part[0], compute)
 
+    reference = reference._replace(embeddings=None)  # of whole rows, and not the loss's
     missing = -rows.tokens.shape[0] % size
     split_reference = jax.tree.map(
         lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]), reference
@@ -266,42 +156,22 @@ def role_gradients(
     return value, sums, grads
 
 
-def _micro_rows(rows: Rows, opt: OptimizerConfig, group: int) -> tuple[int, int]:
-    """Rows of one micro-batch, as many on each device and `micro_batch_size` at most; and how many share a prompt.
-
-    A device holds whole groups where they fit, else an equal part of one, and runs a prompt once for what it holds.
-    """
-    each = min(opt.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, -(-rows.tokens.shape[0] // row_shards()))
-    each = each - each % group if each > group else max(n for n in range(1, each + 1) if group % n == 0)
-    return each * row_shards(), min(each, group)
-
-
+@stage(static="spec")
 def gradients(
-    params: Params,
-    reference_params: Params,
-    batch: LearnBatch,
-    references: tuple[Reference, Reference | None],
-    config: LlamaConfig,
-    loss: LossConfig,
-    opt: OptimizerConfig,
-    temperature: tuple[float, float],
-    sharing: tuple[int, int] = (1, 1),
-    whole: Callable[[Params], Params] = lambda params: params,
+    params: Params, batch: LearnBatch, references: References, hyper: Hyperparameters, spec: LearnerSpec
 ) -> tuple[Params, Metrics]:
-    """The unclipped joint gradient of L = L_Sol + alpha_Ch * L_Ch, and metrics under `solver/` and `challenger/`.
+    """The unclipped joint gradient of L = L_Sol + alpha_Ch * L_Ch, float32, and metrics under `solver/` and
+    `challenger/`.
 
-    `params` may be a lower-precision copy of the master parameters: gradients are added up in float32. `sharing` is
-    how many consecutive rows of the Solver and of the Challenger have one prompt; the gradient is the same without it.
-    The gradient is that of `params`, of which `whole` makes the model's parameters.
+    It is that of the trained `params`, computed with a copy in the compute dtype and added up in float32.
     """
-    solver, challenger = references
-    value, sums, grads = role_gradients(
-        params, reference_params, batch.solver, solver, config, loss, opt, temperature[0], None, sharing[0], whole
-    )
+    params = cast(params, spec.compute_dtype)
+    objective = Objective(spec, spec.solver, hyper, references.params)
+    value, sums, grads = role_gradients(params, batch.solver, references.solver, objective)
     metrics = {"loss": value, **_means("solver", sums, value)}
-    if batch.challenger is not None and challenger is not None:
-        arguments = batch.challenger, challenger, config, loss, opt, temperature[1], grads, sharing[1], whole
-        value, sums, grads = role_gradients(params, reference_params, *arguments)
+    if batch.challenger is not None and references.challenger is not None:
+        objective = objective._replace(role=spec.challenger)
+        value, sums, grads = role_gradients(params, batch.challenger, references.challenger, objective, grads)
         metrics |= {"loss": metrics["loss"] + value, **_means("challenger", sums, value)}
     return grads, metrics
 
@@ -317,23 +187,15 @@ def _means(role: str, sums: Metrics, loss: jax.Array) -> Metrics:
     }
 
 
-def apply_gradients(
-    state: TrainState, grads: Params, loss: jax.Array, opt: OptimizerConfig, inputs_finite: jax.Array | bool = True
+@stage(static="spec", donate="state")
+def update(
+    state: TrainState, batch: LearnBatch, references: References, hyper: Hyperparameters, spec: LearnerSpec
 ) -> tuple[TrainState, Metrics]:
-    """One clipped AdamW step; when the loss or the gradient's norm is not finite, or what they were made from is not
-    `inputs_finite`, nothing moves but `skipped`."""
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss) & inputs_finite
-
-    updates, opt_state = optimizer(opt).update(grads, state.opt_state, state.params)
-    moved = optax.apply_updates(state.params, updates), opt_state
-
-    def kept(new: jax.Array, old: jax.Array) -> jax.Array:
-        # a choice element by element, not a branch, whose result would be a second copy of the whole state; moments of
-        # float32 gradients go back to the dtype they were made with
-        return jnp.where(finite, new.astype(old.dtype), old)
-
-    params, opt_state = jax.tree.map(kept, moved, (state.params, state.opt_state))
-    skipped = state.skipped + ~finite
-    new = shard_params(TrainState(params, opt_state, state.iteration, state.attempt, skipped, state.memory))
-    return new, {"grad_norm": norm, "skipped_updates": skipped.astype(jnp.float32)}
+    """One joint gradient step; the old state is donated. The iteration's counter is left to the caller."""
+    grads, metrics = gradients(state.params, batch, references, hyper, spec)
+    component = first_not_finite(batch, references, metrics["loss"])
+    state, more = apply_gradients(state, grads, metrics["loss"], spec.optimizer, hyper, component == 0)
+    metrics["not_finite/component"] = component.astype(jnp.float32)
+    errors = [value for name, value in metrics.items() if name.endswith("token_mult_prob_error")]
+    metrics["sampling/token_mult_prob_error"] = jnp.max(jnp.stack(errors))
+    return state, metrics | more

@@ -2,48 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import user_path
 from lsp_jax.model.config import LlamaConfig, RopeScaling
 from lsp_jax.model.weights import read_config
 
+_LLAMA_3 = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=None,
+    tie_word_embeddings=False,
+    max_position_embeddings=8192,
+    bos_token_id=128000,
+    eos_token_id=(128001, 128008, 128009),
+)
+"""Llama 3 8B, of which the other Llama 3s differ in a few fields."""
 
-def _llama3(
-    width: int,
-    inner: int,
-    layers: int,
-    heads: int,
-    *,
-    head_dim: int = 128,
-    stretch: float = 0.0,
-    tied: bool = False,
-    context: int = 131072,
-) -> LlamaConfig:
-    """A Llama 3: one vocabulary, 8 kv heads; `stretch` is RoPE's factor from 3.1 on."""
-    return LlamaConfig(
-        vocab_size=128256,
+
+def _llama31(width: int, inner: int, layers: int, heads: int, factor: float = 8.0) -> LlamaConfig:
+    """A Llama 3.1 or later; `factor` is that of its RoPE scaling."""
+    return replace(
+        _LLAMA_3,
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=head_dim,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling=RopeScaling("llama3", stretch) if stretch else None,
-        tie_word_embeddings=tied,
-        max_position_embeddings=context,
-        bos_token_id=128000,
-        eos_token_id=(128001, 128008, 128009),
+        rope_scaling=RopeScaling("llama3", factor),
+        max_position_embeddings=131072,
     )
 
 
 SHAPES: dict[str, LlamaConfig] = {
-    "llama-3.2-1b": _llama3(2048, 8192, 16, 32, head_dim=64, stretch=32.0, tied=True),
-    "llama-3.2-3b": _llama3(3072, 8192, 28, 24, stretch=32.0, tied=True),
-    "llama-3.1-8b": _llama3(4096, 14336, 32, 32, stretch=8.0),
-    "llama-3-8b": _llama3(4096, 14336, 32, 32, context=8192),
-    "llama-3.1-70b": _llama3(8192, 28672, 80, 64, stretch=8.0),
+    "llama-3.2-1b": replace(_llama31(2048, 8192, 16, 32, 32.0), head_dim=64, tie_word_embeddings=True),
+    "llama-3.2-3b": replace(_llama31(3072, 8192, 28, 24, 32.0), tie_word_embeddings=True),
+    "llama-3.1-8b": _llama31(4096, 14336, 32, 32),
+    "llama-3-8b": _LLAMA_3,
+    "llama-3.1-70b": _llama31(8192, 28672, 80, 64),
     "smollm2-135m": LlamaConfig(
         vocab_size=49152,
         hidden_size=576,

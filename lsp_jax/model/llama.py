@@ -40,7 +40,7 @@ def init_params(config: LlamaConfig, key: jax.Array) -> Params:
 
 def params_shape(config: LlamaConfig) -> Params:
     """The parameters' shapes as `jax.ShapeDtypeStruct` leaves, without making any array."""
-    return jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 # --- pure functions ----------------------------------------------------------------------------------------------
@@ -224,8 +224,8 @@ def decode_step(
     x = _embed(params, tokens)[:, None]
     every = []
     for layer_params, shared, held in zip(layers, prompts, zip(cache.keys, cache.values, strict=True), strict=True):
-        pairs = [(prefix.keys, prefix.values) for prefix in shared]
-        x, held = _decode_layer(layer_params, config, x, angles, pairs, held, masks, column)
+        pairs = [*((prefix.keys, prefix.values) for prefix in shared), held]
+        x, held = _decode_layer(layer_params, config, x, angles, pairs, masks, column)
         every.append(held)
     keys, values = zip(*every, strict=True)
     return _norm(params, config, x)[:, 0], DecodeCache(keys, values)
@@ -239,12 +239,13 @@ def _decode_layer(
     config: LlamaConfig,
     x: jax.Array,
     angles: Rotation,
-    shared: list[tuple[jax.Array, jax.Array]],
-    held: tuple[jax.Array, jax.Array],
+    pairs: list[tuple[jax.Array, jax.Array]],
     masks: list[jax.Array],
     column: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """One layer of `decode_step`: keys and values of the prefixes and of the cache, the cache's mask last."""
+    """One layer of `decode_step`: keys and values of the prefixes, the cache's last, and their masks; returns the
+    hidden states and the cache's with this token's."""
+    *shared, held = pairs
     layer = layer_of(config, layer_params)
     queries, key, value = layer.project(x, angles)
     held, own = written(held, *as_held(key, value), column)

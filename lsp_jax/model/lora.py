@@ -92,11 +92,16 @@ def adapters_shape(params: Params, lora: LoraConfig) -> Params:
 
 def attached(base: Params, adapters: Params, lora: LoraConfig) -> Params:
     """The adapted model's parameters: the arrays of `base` themselves, the adapters beside them with B scaled."""
+    return united(base, scaled(adapters, lora))
 
-    def scaled(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+
+def scaled(adapters: Params, lora: LoraConfig) -> Params:
+    """The adapters with B times alpha / rank."""
+
+    def scale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return leaf * lora.scale if path[-1].key == "lora_B" else leaf
 
-    return united(base, jax.tree_util.tree_map_with_path(scaled, adapters))
+    return jax.tree_util.tree_map_with_path(scale, adapters)
 
 
 def united(one: Params, other: Params) -> Params:

@@ -75,8 +75,11 @@ class Work:
         self.unknown_loops += other.unknown_loops
 
 
-def count(program: Program, chips: int) -> Work:
-    """The work of one run of `program`, partitioned over `chips`, loops at their longest."""
+def count(program: Program, chips: int, turns: int = 0) -> Work:
+    """The work of one run of `program`, partitioned over `chips`, loops at their longest; a loop of its entry whose end
+    it reads from the device counts `turns` times."""
+    if turns:
+        program = program.bounded(turns)
     done: dict[str, Work] = {}
 
     def work_of(name: str) -> Work:

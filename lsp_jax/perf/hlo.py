@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 BYTES: dict[str, float] = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}
@@ -96,12 +96,20 @@ class Program:
 
     computations: dict[str, Computation]
     entry: Computation
+    turns: int = 0
+    """Of each loop of the entry without a bound that the compiler noted; 0: none is known."""
+
+    def bounded(self, turns: int) -> Program:
+        """With the turns of the entry's loops whose end is no constant."""
+        return replace(self, turns=turns)
 
     def trips(self, loop: Instruction) -> int | None:
         """How often a `while` runs: what the compiler noted, or the bound in its condition; None: unknown."""
         noted = re.search(r'"known_trip_count": ?\{"n": ?"(\d+)"', loop.attributes)
         if noted:
             return int(noted[1])
+        if self.turns and loop.name in self.entry.instructions:
+            return self.turns
         name = loop.called("condition")
         bounds = self._whole_numbers(self.computations[name]) if name in self.computations else []
         return max(bounds, default=None)

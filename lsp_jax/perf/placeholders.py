@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsp_jax.algorithm.spec import Game
+from lsp_jax.algorithm.spec import GameSpec
 from lsp_jax.config import TrainConfig
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.reward.judge import Judge
@@ -36,27 +36,17 @@ def ids(text: str, more: int = 0) -> tuple[int, ...]:
     return (1,) * (-(-len(text) // 4) + more)
 
 
-def game(config: TrainConfig, model: LlamaConfig) -> Game:
+def game(config: TrainConfig, model: LlamaConfig) -> GameSpec:
     """The static part of every stage, as `training/setup.py` makes it where the tokenizer is."""
     prefix = ids(config.prompts.query_prefix)
-    return Game(
-        model=model,
-        prompts=PlayPrompts(
-            challenger_ids=ids(config.prompts.challenger, _OPENING + _TURN) + prefix,
-            query_prefix_ids=prefix,
-            solver=TokenTemplate(ids("", _OPENING), ids("", _TURN)),
-            tags=(),
-        ),
-        play=config.play,
-        solver_sampling=config.sampling,
-        challenger_sampling=config.challenger_sampling,
-        stop_ids=model.eos_token_id or (2,),
-        loss=config.loss,
-        optimizer=config.optimizer,
-        compute_dtype="bfloat16" if config.compute_dtype == "auto" else config.compute_dtype,
-        memory=config.memory,
-        lora=config.lora,
+    prompts = PlayPrompts(
+        challenger_ids=ids(config.prompts.challenger, _OPENING + _TURN) + prefix,
+        query_prefix_ids=prefix,
+        solver=TokenTemplate(ids("", _OPENING), ids("", _TURN)),
+        tags=(),
     )
+    compute_dtype = "bfloat16" if config.compute_dtype == "auto" else config.compute_dtype
+    return GameSpec.of(config, model, prompts, model.eos_token_id or (2,), compute_dtype)
 
 
 def judge(config: TrainConfig, model: LlamaConfig) -> Judge:
@@ -81,6 +71,5 @@ def preference_template() -> PreferenceTemplate:
     return PreferenceTemplate(ids("", _OPENING), ids("", _TURN), ids("", 1), trims=False)
 
 
-def no_tags() -> dict[str, TagTables]:
-    """Tables of what judge and reward model must not read: chat templates of Llama 3 spell no tag in ordinary text."""
-    return {"tags": TagTables((), np.zeros(0, np.int32))}
+NO_TAGS = TagTables((), np.zeros(0, np.int32))
+"""Tables of what judge and reward model must not read: chat templates of Llama 3 spell no tag in ordinary text."""

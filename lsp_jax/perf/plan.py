@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -25,13 +25,11 @@ from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.known_models import shape_of
 from lsp_jax.model.sharding import AXES, check_model, make_mesh
 from lsp_jax.perf import placeholders
-from lsp_jax.perf.aot import Phase, Say, compile_run, device_bytes
+from lsp_jax.perf.aot import Phase, Say
 from lsp_jax.perf.chips import GIB, Chip, Topology
 from lsp_jax.perf.memory import with_micro_batch_size
+from lsp_jax.perf.planned_run import compile_run
 from lsp_jax.play.prompt_data import widest
-
-RESIDENT = ("state", "reference", "reward model", "rubric")
-"""Arrays resident during the whole run; the state is master parameters and both moments."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +93,7 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
     game = with_micro_batch_size(
         placeholders.game(config, model), config, reward_model, mesh, topology.chip.memory, width
     )
-    compiled = compile_run(config, game, reward_model, topology, mesh, say)
-    alive, play = compiled.alive, config.play
-    resident = {name: device_bytes(alive[name]) for name in RESIDENT if name in alive and name not in compiled.parked}
+    compiled, play = compile_run(config, game, reward_model, topology, mesh, say), config.play
     sampled = 0 if config.data.source else play.num_queries * play.max_query_length
     answers = play.num_queries * play.num_generations * play.max_completion_length
     return Plan(
@@ -107,11 +103,11 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
         chip=topology.chip,
         mesh=dict(mesh.shape),
         sizes=dataclasses.asdict(play)
-        | {"micro_batch_size": game.optimizer.micro_batch_size, "generated_tokens": sampled + answers},
-        resident=resident,
-        phases=tuple(compiled.phases),
-        checkpoint=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(alive["state"])),
-        verdict=_verdict(compiled.phases, resident, topology.chip),
+        | {"micro_batch_size": game.learner.micro_batch_size, "generated_tokens": sampled + answers},
+        resident=compiled.resident,
+        phases=compiled.phases,
+        checkpoint=compiled.checkpoint,
+        verdict=_verdict(compiled.phases, compiled.resident, topology.chip),
         versions={name: version(name) for name in ("jax", "jaxlib", "flax", topology.compiler)},
     )
 
@@ -143,7 +139,7 @@ def bound(phase: Phase, chip: Chip) -> tuple[str, float]:
     return longest, times[longest]
 
 
-def _verdict(phases: list[Phase], resident: dict[str, int], chip: Chip) -> str:
+def _verdict(phases: Sequence[Phase], resident: dict[str, int], chip: Chip) -> str:
     """Whether it fits, and what to change where it does not."""
     worst = max(phases, key=lambda phase: (bool(phase.failure), phase.peak))
     if worst.failure:
@@ -169,7 +165,7 @@ def _advice(worst: Phase, resident: dict[str, int]) -> str:
         return "Lower --reward.preference-rows"
     if worst.name == "quality reward":
         return "Lower --reward.judge-rows"
-    if worst.name in ("weight_sync", "challenge", "solve"):
+    if worst.name.split(":")[0] in ("weight_sync", "challenge", "solve"):
         return "The copy that plays is whole on each fsdp group: raise --mesh.tensor, or lower --play.num-queries"
     return "Spread it over more chips"
 
@@ -187,16 +183,19 @@ def table(plan: Plan) -> str:
         "| stage | arguments | temporaries | outputs | held | peak GiB | TFLOP | GB moved | GB network | bound | s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
-    for phase in plan.phases:
+    shown = [phase for phase in plan.phases if phase.failure or _counts(phase, plan)]
+    for phase in shown:
         limit, seconds = bound(phase, chip)
         sizes = (phase.arguments, phase.temporaries, phase.outputs - phase.aliased, phase.held, phase.peak)
         gib = " | ".join(f"{size / GIB:.2f}" for size in sizes)
         work = phase.work
         moved = " | ".join(f"{value:.3g}" for value in (work.flops / 1e12, work.bytes / 1e9, work.network / 1e9))
         end = "refused" if phase.failure else f"{seconds:.3g}"
-        once = "" if phase.times else " (once)"
-        lines.append(f"| {phase.name}{once} | {gib} | {moved} | {limit} | {end} |")
+        times = "" if phase.times == 1 else f" ({phase.times} times)" if phase.times else " (not in every iteration)"
+        lines.append(f"| {phase.name}{times} | {gib} | {moved} | {limit} | {end} |")
     resident = ", ".join(f"{name} {size / GIB:.2f}" for name, size in plan.resident.items())
+    if small := len(plan.phases) - len(shown):
+        lines.append(f"| {small} small programs | | | | | | | | | | |")
     rate = plan.sizes["generated_tokens"] / plan.seconds if plan.seconds else 0.0
     lines += [
         "",
@@ -207,6 +206,12 @@ def table(plan: Plan) -> str:
         plan.verdict,
     ]
     return "\n".join(lines)
+
+
+def _counts(phase: Phase, plan: Plan) -> bool:
+    """Whether a program takes a thousandth of an iteration or of a chip's memory."""
+    own = phase.temporaries + phase.outputs - phase.aliased
+    return bound(phase, plan.chip)[1] * phase.times >= plan.seconds / 1000 or own >= plan.chip.memory / 1000
 
 
 def check_output(path: str | Path) -> None:

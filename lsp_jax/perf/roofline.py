@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.algorithm.spec import Game
+from lsp_jax.algorithm.spec import GameSpec
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.perf.chips import CHIPS
 
@@ -63,15 +63,15 @@ def weights(config: LlamaConfig) -> int:
     return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
 
 
-def least_seconds(game: Game, metrics: Mapping[str, float], best: Rates, devices: int) -> dict[str, float]:
+def least_seconds(game: GameSpec, metrics: Mapping[str, float], best: Rates, devices: int) -> dict[str, float]:
     """By phase, what the lengths in `metrics` take at least on so many devices."""
-    play, count = game.play, weights(game.model)
-    rows = {"solver": play.num_queries * play.num_generations, "challenger": play.num_queries}
+    count = weights(game.model)
+    rows = {"solver": game.num_queries * game.num_generations, "challenger": game.num_queries}
     prompts = {
-        "solver": play.num_queries * metrics["solver/prompts/mean_length"],
+        "solver": game.num_queries * metrics["solver/prompts/mean_length"],
         "challenger": float(len(game.prompts.challenger_ids)),
     }
-    size = jnp.dtype(game.compute_dtype).itemsize
+    size = jnp.dtype(game.learner.compute_dtype).itemsize
     found, learned = {}, 0.0
     for role, phase in (("challenger", "challenge"), ("solver", "solve")):
         if f"{role}/completions/mean_length" not in metrics:
@@ -81,11 +81,11 @@ def least_seconds(game: Game, metrics: Mapping[str, float], best: Rates, devices
         found[phase] = max(2 * count * tokens / best.flops, columns * count * size / best.bandwidth) / devices
         learned += tokens if role == "solver" or game.trains_challenger else 0.0
     found["reference"] = 2 * count * learned / best.flops / devices
-    found["update"] = 3 * game.loss.num_iterations * found["reference"]
+    found["update"] = 3 * game.learner.loss.num_iterations * found["reference"]
     return found
 
 
-def shares(game: Game, metrics: Mapping[str, float], devices: Sequence[Any]) -> dict[str, float]:
+def shares(game: GameSpec, metrics: Mapping[str, float], devices: Sequence[Any]) -> dict[str, float]:
     """`limit/<phase>`: the least time over the time taken, 1 at the limit."""
     least = least_seconds(game, metrics, rates(devices[0].device_kind), len(devices))
     return {f"limit/{phase}": seconds / metrics[f"time/{phase}"] for phase, seconds in least.items()}

@@ -2,7 +2,8 @@
 
 1. `begin` draws the first token of each row from its prompt's last hidden state.
 2. `advance` feeds tokens back until a column is reached, or every row has stopped.
-3. `rollout` is both in one, up to the last column; it composes under `jax.jit` and never asks the host.
+3. `continue_prompts` is both in one, up to the last column; `rollout` prefills the prompts too. Both compose under
+   `jax.jit` and read nothing from the device.
 
 `play/chunked_decode.py` runs `advance` from the host instead.
 """
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -20,6 +22,7 @@ from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.kv_cache import DecodeCache, KVCache, empty_decode_cache
 from lsp_jax.model.sharding import shard_rows
 from lsp_jax.play.sampler import Draw, SamplingConfig, row_uniforms, sample
+from lsp_jax.text.prompts import Ragged
 
 
 class Completions(NamedTuple):
@@ -37,8 +40,27 @@ class Completions(NamedTuple):
     """bool [...]: ended by a stop token; False means cut off at T."""
 
 
-class Rows(NamedTuple):
-    """Rows between two columns."""
+@dataclass(frozen=True)
+class DecodeSpec:
+    """All that decoding depends on beside its arrays; hashable, a static argument."""
+
+    model: LlamaConfig
+    sampling: SamplingConfig
+    max_new_tokens: int
+    """T: longest completion in tokens, the stop token included."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a completion; none: every completion has T tokens."""
+    chunk: int = 0
+    """Columns that are decoded between two reads of the host (`play/chunked_decode.py`); 0: all."""
+
+    @property
+    def chunked(self) -> bool:
+        """Whether completions are decoded chunk by chunk."""
+        return 0 < self.chunk < self.max_new_tokens
+
+
+class DecodeState(NamedTuple):
+    """DecodeState between two columns."""
 
     column: jax.Array
     """int32: of the token drawn last, the same for all rows."""
@@ -76,77 +98,68 @@ def _record(done: Completions, draw: Draw, column: jax.Array, stop_ids: tuple[in
 
 
 def begin(
-    params: llama.Params,
-    config: LlamaConfig,
-    last_hidden: jax.Array,
-    keys: jax.Array,
-    sampling: SamplingConfig,
-    columns: int,
-    stop_ids: tuple[int, ...],
-    cache_columns: int,
-) -> Rows:
-    """The first token of each row with `keys` [B], B / N consecutive ones for each of `last_hidden` [N, D]."""
+    params: llama.Params, last_hidden: jax.Array, keys: jax.Array, spec: DecodeSpec, cache_columns: int
+) -> DecodeState:
+    """The first token of each row with `keys` [B], B / N consecutive ones for each of `last_hidden` [N, D]; with a
+    cache of `cache_columns`."""
     rows, start = keys.shape[0], jnp.zeros((), jnp.int32)
     empty = Completions(
-        tokens=jnp.zeros((rows, columns), jnp.int32),
+        tokens=jnp.zeros((rows, spec.max_new_tokens), jnp.int32),
         lengths=jnp.zeros(rows, jnp.int32),
-        logprobs=jnp.zeros((rows, columns), jnp.float32),
-        log_mass=jnp.zeros((rows, columns), jnp.float32),
+        logprobs=jnp.zeros((rows, spec.max_new_tokens), jnp.float32),
+        log_mass=jnp.zeros((rows, spec.max_new_tokens), jnp.float32),
         stopped=jnp.zeros(rows, bool),
     )
     keys = shard_rows(keys)
-    logits = jnp.repeat(llama.logits(params, config, last_hidden), rows // last_hidden.shape[0], axis=0)
+    logits = jnp.repeat(llama.logits(params, spec.model, last_hidden), rows // last_hidden.shape[0], axis=0)
     # a draw looks at the whole vocabulary of its row
-    first = sample(shard_rows(logits), row_uniforms(keys, start), sampling)
-    cache = empty_decode_cache(config, rows, cache_columns, last_hidden.dtype)
-    return Rows(start, first.token, keys, _record(shard_rows(empty), first, start, stop_ids), cache)
+    first = sample(shard_rows(logits), row_uniforms(keys, start), spec.sampling)
+    cache = empty_decode_cache(spec.model, rows, cache_columns, last_hidden.dtype)
+    return DecodeState(start, first.token, keys, _record(shard_rows(empty), first, start, spec.stop_ids), cache)
 
 
 def advance(
     params: llama.Params,
     layers: Layers,
-    config: LlamaConfig,
     prefixes: Sequence[KVCache],
-    rows: Rows,
+    rows: DecodeState,
     until: jax.Array | int,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
-) -> Rows:
+    spec: DecodeSpec,
+) -> DecodeState:
     """Draws tokens up to column `until - 1`, or until every row has stopped; `layers` are `llama.unstack_layers`'."""
     shared = tuple(
         tuple(KVCache(prefix.keys[layer], prefix.values[layer], prefix.lengths) for prefix in prefixes)
-        for layer in range(config.num_hidden_layers)
+        for layer in range(spec.model.num_hidden_layers)
     )
 
-    def going(rows: Rows) -> jax.Array:
+    def going(rows: DecodeState) -> jax.Array:
         return (rows.column + 1 < until) & ~jnp.all(rows.done.stopped)
 
-    def step(rows: Rows) -> Rows:
-        hidden, cache = llama.decode_step(params, layers, config, rows.token, shared, rows.cache, rows.column)
+    def step(rows: DecodeState) -> DecodeState:
+        hidden, cache = llama.decode_step(params, layers, spec.model, rows.token, shared, rows.cache, rows.column)
         column = rows.column + 1
-        logits = shard_rows(llama.logits(params, config, hidden))
-        draw = sample(logits, row_uniforms(rows.keys, column), sampling)
-        return Rows(column, draw.token, rows.keys, _record(rows.done, draw, column, stop_ids), cache)
+        logits = shard_rows(llama.logits(params, spec.model, hidden))
+        draw = sample(logits, row_uniforms(rows.keys, column), spec.sampling)
+        return DecodeState(column, draw.token, rows.keys, _record(rows.done, draw, column, spec.stop_ids), cache)
 
     return jax.lax.while_loop(going, step, rows)
 
 
-def rollout(
-    params: llama.Params,
-    config: LlamaConfig,
-    prefixes: Sequence[KVCache],
-    last_hidden: jax.Array,
-    keys: jax.Array,
-    sampling: SamplingConfig,
-    columns: int,
-    stop_ids: tuple[int, ...],
+def continue_prompts(
+    params: llama.Params, prefixes: Sequence[KVCache], last_hidden: jax.Array, keys: jax.Array, spec: DecodeSpec
 ) -> Completions:
-    """Up to `columns` tokens for each of B rows that continue N prefilled prompts (B / N rows a prompt).
+    """Completions of B rows that continue N prefilled prompts (B / N rows a prompt); arrays [B, ...].
 
     A prompt is the `prefixes` in their order, each with rows of its own number as in `llama.extend`; most have one.
-    `last_hidden` [N, D] belongs to each prompt's last real token, `keys` [B] are the rows' own. An empty `stop_ids`
-    forces the full length. Returns arrays [B, ...].
+    `last_hidden` [N, D] belongs to each prompt's last real token, `keys` [B] are the rows' own.
     """
-    layers = llama.unstack_layers(params["model"]["layers"], config.num_hidden_layers)
-    rows = begin(params, config, last_hidden, keys, sampling, columns, stop_ids, max(columns - 1, 1))
-    return advance(params, layers, config, prefixes, rows, columns, sampling, stop_ids).done
+    layers = llama.unstack_layers(params["model"]["layers"], spec.model.num_hidden_layers)
+    rows = begin(params, last_hidden, keys, spec, max(spec.max_new_tokens - 1, 1))
+    return advance(params, layers, prefixes, rows, spec.max_new_tokens, spec).done
+
+
+def rollout(params: llama.Params, prompts: Ragged, keys: jax.Array, spec: DecodeSpec) -> Completions:
+    """Completions [B, ...] of right-padded `prompts` (tokens [N, P], lengths [N]), each prefilled once for its B / N
+    rows with `keys` [B]."""
+    hidden, cache = llama.extend(params, spec.model, *prompts)
+    return continue_prompts(params, (cache,), llama.last_hidden(hidden, prompts[1]), keys, spec)

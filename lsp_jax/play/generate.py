@@ -15,40 +15,28 @@ import numpy as np
 from lsp_jax.core import runtime
 from lsp_jax.core.errors import InputError
 from lsp_jax.model import llama
-from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.sharding import mesh_of, replicate, use_mesh
-from lsp_jax.play.decode import Completions, rollout
+from lsp_jax.play.decode import Completions, DecodeSpec, rollout
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.policy import Policy
+from lsp_jax.text.prompts import Ragged
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+SAMPLED = SamplingConfig()
 
 Prompt = str | list[dict[str, str]] | list[int]
 
 
-@partial(jax.jit, static_argnames=("config", "repeats", "sampling", "columns", "stop_ids"))
+@partial(jax.jit, static_argnames=("spec", "repeats"))
 def complete(
-    params: llama.Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    key: jax.Array,
-    first_row: jax.Array,
-    *,
-    config: LlamaConfig,
-    repeats: int,
-    sampling: SamplingConfig,
-    columns: int,
-    stop_ids: tuple[int, ...],
+    params: llama.Params, prompts: Ragged, key: jax.Array, first_row: jax.Array, spec: DecodeSpec, repeats: int = 1
 ) -> Completions:
-    """`repeats` completions of each right-padded prompt `tokens` [N, P] with `lengths` [N]; arrays [N * repeats, ...].
+    """`repeats` completions of each right-padded prompt (tokens [N, P], lengths [N]); arrays [N * repeats, ...].
 
     Row r draws with `fold_in(key, first_row + r)`, so batches of one list continue one another's noise.
     """
-    hidden, cache = llama.extend(params, config, tokens, lengths)
-    last = llama.last_hidden(hidden, lengths)
-    keys = row_keys(key, tokens.shape[0] * repeats, first_row)
-    return rollout(params, config, (cache,), last, keys, sampling, columns, stop_ids)
+    return rollout(params, prompts, row_keys(key, prompts[0].shape[0] * repeats, first_row), spec)
 
 
 def bucket(size: int, buckets: Sequence[int], field: str) -> int:
@@ -71,45 +59,34 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int, rows: int) -> tupl
 def generate(
     policy: Policy,
     prompts: Sequence[Prompt],
+    sampling: SamplingConfig = SAMPLED,
     *,
-    seed: int = 0,
     max_completion_length: int = 64,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    seed: int = 0,
     stop_at_eos: bool = True,
     batch_size: int = 64,
 ) -> list[str]:
     """One completion of each prompt as text, without the stop token and other control tokens.
 
     A prompt is a string (one user message, in the chat template), a list of messages (`role`, `content`), or a list of
-    token ids (used as they are). `temperature` 0 is greedy. `stop_at_eos=False` forces `max_completion_length` tokens.
-    The draws depend on `seed` and each prompt's place in the list, not on `batch_size`.
+    token ids (used as they are). `SamplingConfig(temperature=0)` is greedy. `stop_at_eos=False` forces
+    `max_completion_length` tokens. The draws depend on `seed` and each prompt's place in the list, not on `batch_size`.
     Raises InputError for an empty prompt, ids outside the vocabulary, and a prompt longer than the model's context.
     """
-    sampling = SamplingConfig(temperature, top_k, top_p, min_p)
     check_options(prompts, sampling, max_completion_length)
     if batch_size < 1:
         raise InputError("batch_size", batch_size, "must be at least 1 row")
     ids = [prompt_ids(policy, prompt, max_completion_length) for prompt in prompts]
     stop_ids = policy.tokenizer.stop_ids if stop_at_eos else ()
+    spec = DecodeSpec(policy.config, sampling, max_completion_length, stop_ids)
     texts: list[str] = []
     for start in range(0, len(ids), batch_size):
         part = ids[start : start + batch_size]
         rows = next((b for b in ROW_BUCKETS if len(part) <= b <= batch_size), batch_size)
         width = bucket(max(map(len, part)), PROMPT_BUCKETS, "prompt length")
-        tokens, lengths = pad_prompts(part, width, rows)
+        arrays = pad_prompts(part, width, rows), jax.random.key(seed), np.int32(start)
         with use_mesh(mesh_of(policy.params)):
-            out = complete(
-                policy.params,
-                *replicate((tokens, lengths, jax.random.key(seed), np.int32(start))),
-                config=policy.config,
-                repeats=1,
-                sampling=sampling,
-                columns=max_completion_length,
-                stop_ids=stop_ids,
-            )
+            out = complete(policy.params, *replicate(arrays), spec)
         done = runtime.to_host((out.tokens, out.lengths - out.stopped))
         rows_ids = [row[:length].tolist() for row, length in zip(*done, strict=True)][: len(part)]
         texts += [policy.tokenizer.decode(row, skip_special_tokens=True) for row in rows_ids]

@@ -1,11 +1,12 @@
 """Self-play: one policy writes queries as Challenger and answers them as Solver; the result is an `Episode`.
 
-1. `challenge`: N queries, all from one prompt that is prefilled once.
-2. `splice_queries`: query ids into the Solver's chat template, as ids, with each query's validity.
-3. `solve`: G answers a query, each query's prompt prefilled once.
+1. `challenger_rows`: the Challenger's one prompt, and the keys of its N queries.
+2. `read_queries`: what it wrote as queries, with each one's validity.
+3. `solver_rows`: query ids spliced into the Solver's chat template, as ids, and the keys of the answers.
+4. `grouped`: the N * G answers by query.
 
-All of it is pure and stays on device; the trainer jits each stage, or the whole iteration as one.
-LSP, Algorithm 1, steps 1 and 2.
+Between them the policy decodes (`algorithm/rollout.py`). All of it is pure and stays on device. LSP, Algorithm 1, steps
+1 and 2.
 """
 
 from __future__ import annotations
@@ -17,10 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.model import llama
-from lsp_jax.model.config import LlamaConfig
-from lsp_jax.play.decode import Completions, rollout
-from lsp_jax.play.sampler import SamplingConfig, row_keys
+from lsp_jax.play.decode import Completions
+from lsp_jax.play.sampler import row_keys
 from lsp_jax.text.prompts import PlayPrompts, Ragged, contains_sequence, ids_row, pack, splice
 from lsp_jax.text.tokenizer import SPECIAL, TEXT
 
@@ -68,10 +67,6 @@ class PlayConfig:
                 "play.decode_chunk", self.decode_chunk, "must be a number of columns, or 0: all at one time"
             )
 
-    def chunks(self, length: int) -> bool:
-        """Whether completions of up to `length` tokens are decoded chunk by chunk."""
-        return 0 < self.decode_chunk < length
-
 
 class Queries(NamedTuple):
     """The Challenger's queries, or a data set's in their place."""
@@ -101,27 +96,9 @@ class Episode(NamedTuple):
         return self.answers.lengths - self.answers.stopped
 
 
-def challenge(
-    params: llama.Params,
-    token_classes: jax.Array,
-    key: jax.Array,
-    config: LlamaConfig,
-    prompts: PlayPrompts,
-    play: PlayConfig,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
-) -> Queries:
-    """N queries from the Challenger's prompt. `token_classes` uint8 [V] is `Tokenizer.token_classes()`."""
-    (tokens, lengths), keys = challenger_rows(key, prompts, play)
-    hidden, cache = llama.extend(params, config, tokens, lengths)
-    last = llama.last_hidden(hidden, lengths)
-    sampled = rollout(params, config, (cache,), last, keys, sampling, play.max_query_length, stop_ids)
-    return read_queries(sampled, token_classes, prompts)
-
-
-def challenger_rows(key: jax.Array, prompts: PlayPrompts, play: PlayConfig) -> tuple[Ragged, jax.Array]:
+def challenger_rows(key: jax.Array, prompts: PlayPrompts, num_queries: int) -> tuple[Ragged, jax.Array]:
     """The Challenger's prompt, one row, and the keys [N] of the queries."""
-    return ids_row(prompts.challenger_ids), row_keys(jax.random.fold_in(key, CHALLENGER), play.num_queries)
+    return ids_row(prompts.challenger_ids), row_keys(jax.random.fold_in(key, CHALLENGER), num_queries)
 
 
 def read_queries(sampled: Completions, token_classes: jax.Array, prompts: PlayPrompts) -> Queries:
@@ -147,34 +124,14 @@ def _leaks(written: Ragged, token_classes: jax.Array, tags: tuple[tuple[int, ...
     return leaks
 
 
-def splice_queries(queries: Queries, prompts: PlayPrompts) -> Ragged:
-    """The Solver's prompts: tokens [N, P] and lengths [N]."""
-    return splice(prompts.solver, queries.text)
+def solver_rows(
+    queries: Queries, key: jax.Array, prompts: PlayPrompts, num_generations: int
+) -> tuple[Ragged, jax.Array]:
+    """The Solver's prompts (tokens [N, P], lengths [N]) and the keys [N * G] of the answers."""
+    spliced = splice(prompts.solver, queries.text)
+    return spliced, row_keys(jax.random.fold_in(key, SOLVER), spliced[0].shape[0] * num_generations)
 
 
-def solve(
-    params: llama.Params,
-    prompts: Ragged,
-    key: jax.Array,
-    config: LlamaConfig,
-    play: PlayConfig,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
-) -> Completions:
-    """G answers to each of the N prompts: arrays [N, G, ...]."""
-    tokens, lengths = prompts
-    hidden, cache = llama.extend(params, config, tokens, lengths)
-    keys = solver_keys(key, tokens.shape[0], play)
-    last = llama.last_hidden(hidden, lengths)
-    flat = rollout(params, config, (cache,), last, keys, sampling, play.max_completion_length, stop_ids)
-    return grouped(flat, play)
-
-
-def solver_keys(key: jax.Array, queries: int, play: PlayConfig) -> jax.Array:
-    """The keys [N * G] of the answers."""
-    return row_keys(jax.random.fold_in(key, SOLVER), queries * play.num_generations)
-
-
-def grouped(flat: Completions, play: PlayConfig) -> Completions:
+def grouped(flat: Completions, num_generations: int) -> Completions:
     """[N * G, ...] -> [N, G, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, play.num_generations, *x.shape[1:]), flat)
+    return jax.tree.map(lambda x: x.reshape(-1, num_generations, *x.shape[1:]), flat)

@@ -86,19 +86,7 @@ def load_rewards(
         weight, rows = config.preference_weight, config.preference_rows
         components.append(preference_reward(model, policy.tokenizer, token_classes, "task", weight, rows))
     if config.quality_weight:
-        components.append(
-            quality_reward(
-                reference,
-                policy.config,
-                policy.tokenizer,
-                token_classes,
-                config.quality_weight,
-                config.judge_rows,
-                mode=config.quality_mode,
-                rubric=config.rubric,
-                max_length=config.quality_max_length,
-            )
-        )
+        components.append(quality_reward(reference, policy, token_classes, config))
     return tuple(components)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,56 +22,48 @@ from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.kv_cache import KVCache
 from lsp_jax.play.selfplay import Episode
+from lsp_jax.policy import Policy
 from lsp_jax.reward.base import DeviceReward, EpisodeReward, RewardOutput
+from lsp_jax.reward.config import RewardConfig
 from lsp_jax.reward.judge import Judge, judge_episode, judge_params
-from lsp_jax.reward.text_judge import text_scores
+from lsp_jax.reward.text_judge import judge_spec, text_scores
 from lsp_jax.text.judge_prompts import (
     CRITERIA,
     LogitsTemplate,
-    Mode,
     check_mode,
     judge_template,
     load_criteria,
     text_judge_template,
 )
-from lsp_jax.text.tokenizer import Tokenizer
 
 
 def quality_reward(
-    reference: llama.Params,
-    config: LlamaConfig,
-    tokenizer: Tokenizer,
-    token_classes: jax.Array,
-    weight: float = 1.0,
-    rows: int = 16,
-    name: str = "quality",
-    *,
-    mode: Mode = "logits",
-    rubric: str | Path = "",
-    max_length: int = 64,
+    reference: llama.Params, policy: Policy, token_classes: jax.Array, config: RewardConfig, name: str = "quality"
 ) -> DeviceReward | EpisodeReward:
-    """The component, with the rubric prefilled under the frozen `reference` parameters.
+    """The component, with the rubric prefilled under the frozen `reference` parameters of the model `policy`.
 
-    `token_classes` uint8 [V] is `Tokenizer.token_classes()` over the model's vocabulary; about `rows` answers are
-    judged at one time (whole groups: at least G). `rubric` is a file of seven criteria (`load_criteria`), empty for
-    the package's own; `max_length` the longest turn of the judge in `text` mode, its stop token included.
+    `token_classes` uint8 [V] is `Tokenizer.token_classes()` over the model's vocabulary. Of `config` are read
+    `quality_weight`, `quality_mode`, `quality_max_length`, `rubric`, and `judge_rows`: about so many answers are judged
+    at a time (complete groups: at least G).
 
     Raises InputError for an unknown mode, a bad rubric file, a length below 1, and a judge's prompt that leaves no
     room for query and answer in the model's context.
     """
+    mode, max_length, tokenizer = config.quality_mode, config.quality_max_length, policy.tokenizer
     check_mode(mode)
     if max_length < 1:
         raise InputError("max_length", max_length, "must be at least 1 token")
-    criteria, context = load_criteria(rubric), config.max_position_embeddings
+    criteria, context = load_criteria(config.rubric), policy.config.max_position_embeddings
     template = judge_template(tokenizer, criteria) if mode == "logits" else text_judge_template(tokenizer, criteria)
     length = template.fixed_length + (max_length if mode == "text" else 0)
     if length >= context:
-        raise InputError("rubric", str(rubric), f"the judge's {length} tokens leave no room in a context of {context}")
-    judge = Judge(config, template, tokenizer.encode(" ")[0], rows)
-    params = judge_params(reference, judge, tokenizer, token_classes)
+        remedy = f"the judge's {length} tokens leave no room in a context of {context}"
+        raise InputError("rubric", str(config.rubric), remedy)
+    judge = Judge(policy.config, template, tokenizer.encode(" ")[0], config.judge_rows)
+    params, weight = judge_params(reference, judge, tokenizer, token_classes), config.quality_weight
     if mode == "logits":
         return DeviceReward(name, "quality", weight, partial(logits_scores, judge=judge), params)
-    score = partial(text_scores, params, tokenizer, judge, max_length, tokenizer.stop_ids)
+    score = partial(text_scores, params, tokenizer, judge, judge_spec(judge, max_length, tokenizer.stop_ids))
     return EpisodeReward(name, "quality", weight, score)
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
-import jax
-
 from lsp_jax.core import processes
+from lsp_jax.core.stage import stage
 from lsp_jax.model.sharding import load_to_device
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import (
@@ -62,12 +60,10 @@ def score_episode(reward: DeviceReward | EpisodeReward, episode: Episode) -> Rew
     """One component's output, on device."""
     if isinstance(reward, EpisodeReward):
         return reward.score(episode)
-    params = load_to_device(reward.params)
-    processes.check_program(f"score {reward.name}", score_component, reward.score, params, episode)
-    return score_component(reward.score, params, episode)
+    return score_component(load_to_device(reward.params), episode, score=reward.score)
 
 
-@partial(jax.jit, static_argnames="score")
-def score_component(score: Callable[[Any, Episode], RewardOutput], params: Any, episode: Episode) -> RewardOutput:
+@stage(static="score")
+def score_component(params: Any, episode: Episode, *, score: Callable[[Any, Episode], RewardOutput]) -> RewardOutput:
     """One compiled component's output."""
     return score(params, episode)

@@ -12,15 +12,15 @@ is masked. LSP, Section 3 (quality self-reward).
 from __future__ import annotations
 
 import re
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from lsp_jax.core import processes, runtime
+from lsp_jax.core import runtime
+from lsp_jax.core.stage import stage
 from lsp_jax.model.sharding import replicate, shard_params
-from lsp_jax.play.decode import Completions, rollout
+from lsp_jax.play.decode import Completions, DecodeSpec, continue_prompts
 from lsp_jax.play.sampler import SamplingConfig, row_keys
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import RewardOutput
@@ -28,7 +28,6 @@ from lsp_jax.reward.judge import Judge, judge_episode
 from lsp_jax.text.judge_prompts import CRITERIA
 from lsp_jax.text.tokenizer import Tokenizer
 
-_GREEDY = SamplingConfig(temperature=0.0)
 _SPACE, _TOTAL = r"\s*", f"([0-{CRITERIA}])"
 _ITEMS = "([01](?:" + _SPACE + r"\+" + _SPACE + f"[01]){{{CRITERIA - 1}}})"
 _TURN = re.compile(_SPACE.join(("", _ITEMS, "=", _TOTAL, "<score>", _TOTAL, "</score>", "")), re.ASCII)
@@ -48,13 +47,9 @@ def parse_score(turn: str) -> int | None:
     return score if score == int(total) == int(tagged) else None
 
 
-def text_scores(
-    params: Any, tokenizer: Tokenizer, judge: Judge, max_length: int, stop_ids: tuple[int, ...], episode: Episode
-) -> RewardOutput:
+def text_scores(params: Any, tokenizer: Tokenizer, judge: Judge, spec: DecodeSpec, episode: Episode) -> RewardOutput:
     """R_Q of every answer, `values` [N, G] on device; what cannot be parsed is masked. One read from the device."""
-    static = {"judge": judge, "max_length": max_length, "stop_ids": stop_ids}
-    processes.check_program("write_judgements", write_judgements, params, episode, **static)
-    written = write_judgements(params, episode, **static)
+    written = write_judgements(params, episode, judge=judge, spec=spec)
     turns = judge_turns(written, tokenizer)
     scores = [[None if turn is None else parse_score(turn) for turn in group] for group in turns]
     values = np.array([[score or 0 for score in group] for group in scores], np.float32)
@@ -62,16 +57,19 @@ def text_scores(
     return RewardOutput(*replicate((values, valid, np.ones(len(scores), bool))))
 
 
-@partial(jax.jit, static_argnames=("judge", "max_length", "stop_ids"))
-def write_judgements(
-    params: Any, episode: Episode, *, judge: Judge, max_length: int, stop_ids: tuple[int, ...]
-) -> Completions:
+def judge_spec(judge: Judge, max_length: int, stop_ids: tuple[int, ...]) -> DecodeSpec:
+    """How the judge writes: greedily, up to `max_length` tokens."""
+    return DecodeSpec(judge.config, SamplingConfig(temperature=0.0), max_length, stop_ids)
+
+
+@stage(static=("judge", "spec"))
+def write_judgements(params: Any, episode: Episode, *, judge: Judge, spec: DecodeSpec) -> Completions:
     """The judge's turns, greedy: arrays [N, G, ...]. Pure. On a mesh the reference is laid out for decoding first."""
     params = params | {"reference": shard_params(params["reference"], "decode")}
 
     def write(prefixes: Any, last: jax.Array) -> Completions:
         keys = row_keys(jax.random.key(0), last.shape[0])  # greedy: never drawn from
-        return rollout(params["reference"], judge.config, prefixes, last, keys, _GREEDY, max_length, stop_ids)
+        return continue_prompts(params["reference"], prefixes, last, keys, spec)
 
     return judge_episode(params, episode, judge, write)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from lsp_jax.algorithm.spec import Game
+from lsp_jax.algorithm.spec import GameSpec
 from lsp_jax.checkpoint.provenance import MANIFEST
 from lsp_jax.checkpoint.run_dir import (
     ALARMS_FILE,
@@ -51,14 +51,14 @@ def announce(run: Run, done: int) -> None:
     print(
         f"{method}: {printable(source)}, {play.num_queries} queries x {play.num_generations} answers, "
         f"rewards {', '.join(reward.name for reward in run.rewards)}, "
-        f"{jax.default_backend()} ({run.game.compute_dtype}), {config.max_steps} iterations -> {run.directory}"
+        f"{jax.default_backend()} ({run.game.learner.compute_dtype}), {config.max_steps} iterations -> {run.directory}"
     )
     if run.mesh is not None:
         sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
         print(f"mesh: {sizes} ({run.mesh.size} devices, {jax.process_count()} processes)")
     if not config.optimizer.micro_batch_size:
-        print(f"update: {run.game.optimizer.micro_batch_size} rows a device at one time")
-    if run.game.lora.rank:
+        print(f"update: {run.game.learner.micro_batch_size} rows a device at one time")
+    if run.game.learner.lora.rank:
         print(_adapters(run))
     print(policy_in_the_loss(run.game))
     if run.data is not None:
@@ -77,7 +77,7 @@ def announce(run: Run, done: int) -> None:
 
 def _adapters(run: Run) -> str:
     """How much is trained, of how much. The base is what the reference holds."""
-    lora = run.game.lora
+    lora = run.game.learner.lora
     trees = adapters_shape(run.reference, lora), run.reference
     trained, base = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in trees)
     where = ", ".join(lora.targets)
@@ -100,11 +100,11 @@ def finish(run: Run) -> None:
         print(f"  {name:20} {meaning}")
 
 
-def policy_in_the_loss(game: Game) -> str:
+def policy_in_the_loss(game: GameSpec) -> str:
     """One line: from which distribution each role samples, and which one the loss takes for its policy."""
-    roles = [("Solver", game.solver_sampling)]
+    roles = [("Solver", game.solver.sampling)]
     if game.trains_challenger:
-        roles.append(("Challenger", game.challenger_sampling))
+        roles.append(("Challenger", game.challenger.sampling))
     return "; ".join(f"{role}: {_policy_of(sampling)}" for role, sampling in roles)
 
 

@@ -16,7 +16,7 @@ from lsp_jax.checkpoint.run_dir import ALARMS_FILE
 from lsp_jax.config import TrainConfig
 from lsp_jax.core import console, processes, runtime
 from lsp_jax.core.errors import Collapsed, InputError, RunError
-from lsp_jax.learn.update import TrainState
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.monitor.health import Event
 from lsp_jax.reporting.writer import MetricsWriter
 

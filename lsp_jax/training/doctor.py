@@ -227,7 +227,7 @@ def _disk(run: Run) -> Finding:
     """Room for the checkpoints: a new one is written before the oldest goes, and the export at the end."""
     state = jax.eval_shape(run.game.init_train_state, run.policy.params)
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    whole = run.reference if run.game.lora.rank else state.params  # adapters are merged
+    whole = run.reference if run.game.learner.lora.rank else state.params  # adapters are merged
     export = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole))
     folder = run.directory / CHECKPOINTS
     existing = existing_part(run.directory)

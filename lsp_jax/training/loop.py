@@ -21,7 +21,7 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.core import console, processes, runtime
 from lsp_jax.core.errors import Collapsed, Stopped
 from lsp_jax.core.runtime import keep_programs
-from lsp_jax.learn.update import TrainState
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.model.llama import Params
 from lsp_jax.model.lora import merged
 from lsp_jax.model.sharding import use_mesh
@@ -146,7 +146,7 @@ def _run(run: Run, callbacks: Sequence[Callback], stopping: Stopping, watchdog: 
 
 def policy_params(run: Run, state: TrainState) -> Params:
     """The trained model's parameters, adapters merged."""
-    lora = run.game.lora
+    lora = run.game.learner.lora
     return merged(run.reference, state.params, lora) if lora.rank else state.params
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ import numpy as np
 
 from lsp_jax.algorithm import rollout, stages
 from lsp_jax.core import console, runtime
-from lsp_jax.core.stage import first_checked
-from lsp_jax.learn.update import TrainState
+from lsp_jax.core.stage import stage
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import load_to_device
 from lsp_jax.play.prompt_data import data_queries
@@ -71,7 +70,7 @@ class Probe:
         """Each prompt's mean reward, float64; NaN where no answer could be scored."""
         run, data = self._run, self._run.probe
         assert data is not None
-        game, size = run.game, run.game.play.num_queries
+        game, size = run.game, run.game.num_queries
         specs = tuple(map(raw, run.specs))
         found: list[np.ndarray] = []
         for start in range(0, len(data.rows), size):
@@ -80,7 +79,7 @@ class Probe:
             key = jax.random.fold_in(jax.random.fold_in(run.seed_key, PROBE), start)
             episode = rollout.solve(params, data_queries(data, picked), key, game)
             outputs = score(run.rewards, run.policy.tokenizer, episode, [data.rows[index] for index in picked])
-            found.append(runtime.to_host(first_checked(query_values, episode, outputs, specs, game.loss.use_quality)))
+            found.append(runtime.to_host(query_values(episode, outputs, specs, game.learner.loss.use_quality)))
         return np.concatenate(found).astype(np.float64)[: len(data.rows)]
 
 
@@ -90,7 +89,7 @@ def raw(spec: RewardSpec) -> RewardSpec:
     return spec._replace(standardize=False, clip=None) if spec.standardize else spec
 
 
-@partial(jax.jit, static_argnames=("specs", "use_quality"))
+@stage(static=("specs", "use_quality"))
 def query_values(
     episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], use_quality: bool
 ) -> jax.Array:

@@ -19,7 +19,7 @@ from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import user_path
 from lsp_jax.core.processes import ProcessConfig
 from lsp_jax.core.runtime import keep_programs
-from lsp_jax.learn.update import TrainState
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.model.sharding import MeshConfig, replicate, use_mesh
 from lsp_jax.policy import Policy
 from lsp_jax.reporting.writer import plain

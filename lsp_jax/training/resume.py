@@ -14,7 +14,7 @@ from lsp_jax.checkpoint.run_dir import CHECKSUMS_FILE
 from lsp_jax.config import TrainConfig
 from lsp_jax.core import console, processes
 from lsp_jax.core.errors import InputError
-from lsp_jax.learn.update import TrainState
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.training.run import Run
 
 

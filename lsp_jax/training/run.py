@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from lsp_jax.algorithm.spec import Game
+from lsp_jax.algorithm.spec import GameSpec
 from lsp_jax.config import TrainConfig
+from lsp_jax.learn.spec import Hyperparameters
 from lsp_jax.model.llama import Params
 from lsp_jax.play.prompt_data import PromptData
 from lsp_jax.policy import Policy
@@ -26,7 +27,10 @@ class Run:
     """The policy as loaded: what training starts from."""
     reference: Params
     """The frozen reference in the compute dtype, the loaded arrays themselves when that is theirs. May be parked."""
-    game: Game
+    game: GameSpec
+    """All that decides the programs."""
+    hyper: Hyperparameters
+    """The traced scalars, on the devices."""
     data: PromptData | None
     """Queries of a data set; None in self-play."""
     probe: PromptData | None

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lsp_jax.algorithm.spec import Game
+from lsp_jax.algorithm.spec import GameSpec, hyperparameters
 from lsp_jax.checkpoint.export import load_run_params, open_run
 from lsp_jax.checkpoint.run_dir import check_output, resolve_run_constants
 from lsp_jax.config import TrainConfig, flat
@@ -74,19 +74,19 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
         scorer = opened_rewards.reward_model
         game = with_micro_batch_size(game, config, scorer and scorer.config, mesh, memory, data.width if data else 0)
         # with adapters the base is frozen: master copies of it would move nothing
-        dtype = game.compute_dtype if config.lora.rank else config.param_dtype
+        dtype = game.learner.compute_dtype if config.lora.rank else config.param_dtype
         policy = replace(opened, params=load(mesh, dtype))
         with use_mesh(mesh):
             classes = token_classes(policy)
-            reference = cast(policy.params, game.compute_dtype)
+            reference = cast(policy.params, game.learner.compute_dtype)
             components = load_rewards(config.reward, opened_rewards, policy, reference, classes, mesh)
             if config.park_frozen:
                 reference, components = _offloaded(reference, components, stays=config.lora.rank > 0)
-            seed_key = replicate(jax.random.key(config.seed))
+            seed_key, hyper = replicate((jax.random.key(config.seed), hyperparameters(config)))
     except BaseException:
         workers.close()
         raise
-    made = policy, reference, game, data, probe, components, opened_rewards.specs, scorer, workers, mesh, classes
+    made = policy, reference, game, hyper, data, probe, components, opened_rewards.specs, scorer, workers, mesh, classes
     return Run(config, *made, seed_key, directory)
 
 
@@ -135,7 +135,7 @@ def load_probe(config: TrainConfig, policy: Policy) -> PromptData | None:
 
 def make_game(
     config: TrainConfig, policy: Policy, data: PromptData | None = None, probe: PromptData | None = None
-) -> Game:
+) -> GameSpec:
     """The static part of every stage; checks that prompts and completions fit the model's context."""
     compute = config.compute_dtype
     if compute == "auto":
@@ -160,19 +160,7 @@ def make_game(
                 length,
                 f"tokens of prompt and completion exceed the model's context of {context}: shorten one of them",
             )
-    return Game(
-        model=policy.config,
-        prompts=prompts,
-        play=play,
-        solver_sampling=config.sampling,
-        challenger_sampling=config.challenger_sampling,
-        stop_ids=policy.tokenizer.stop_ids,
-        loss=config.loss,
-        optimizer=config.optimizer,
-        compute_dtype=compute,
-        memory=config.memory,
-        lora=config.lora,
-    )
+    return GameSpec.of(config, policy.config, prompts, policy.tokenizer.stop_ids, compute)
 
 
 def token_classes(policy: Policy) -> jax.Array:

@@ -8,7 +8,7 @@ scores, the device runs the reference.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,16 +21,16 @@ from lsp_jax.algorithm.learner_batch import ScoredBatch
 from lsp_jax.algorithm.resampling import RESAMPLE, groups, replaced, sources
 from lsp_jax.config import TrainConfig
 from lsp_jax.core import processes, runtime
-from lsp_jax.core.stage import first_checked, named
-from lsp_jax.learn.update import TrainState
+from lsp_jax.core.stage import Backend, named
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.model import llama
 from lsp_jax.model.sharding import load_to_device, replicate
 from lsp_jax.perf import roofline
 from lsp_jax.play.prompt_data import data_queries
-from lsp_jax.play.selfplay import Episode
+from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.reporting.transcripts import records, token_texts
 from lsp_jax.reward import scoring
-from lsp_jax.reward.base import EpisodeTexts, RewardOutput, episode_texts
+from lsp_jax.reward.base import EpisodeTexts, RewardOutput, RewardSpec, episode_texts
 from lsp_jax.training.run import Run
 
 
@@ -78,114 +78,115 @@ def train_step(
     sync_point: Callable[[str], None] = processes.barrier,
     paused: bool = False,
 ) -> StepResult:
-    """One iteration's stages in order; `cursor`: prompts of the data set taken so far.
+    """One iteration (`stages.iteration`), timed; `cursor`: prompts of the data set taken so far.
 
     `sync_point` is called with a name by all processes together at some places between phases, the last one before the
     update, which consumes `state`: what it raises leaves `state` as it was. `paused`: the Challenger learns nothing.
     """
-    game = run.game
-    sync_point("iteration")  # a process that is late is named here, not waited for in a collective
-    key = stages.iteration_key(run.seed_key, state)
-    with phases("weight_sync"):
-        params = jax.block_until_ready(stages.rollout_params(state.params, game, run.reference))
-    rollout_param_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
-    episode, rows = _play(run, params, key, cursor, phases)
-    sync_point("reward")
-    prompts_consumed, outputs, texts, seen = game.play.num_queries, None, None, {}
-    if game.play.max_resamples:
-        episode, outputs, prompts_consumed, seen = _resampled(run, params, key, cursor, phases, episode, rows)
-    del params
-    if outputs is None:
-        with phases("reward"):
-            scored = scoring.score_compiled(run.rewards, episode)
-            texts = scoring.texts_to_score(run.rewards, run.policy.tokenizer, episode, rows)
-            jax.block_until_ready(scored)  # a parked reward model has gone before the reference comes
-    begun = time.perf_counter()
-    played = first_checked(stages.rows_without_rewards, episode, game)
-    reference = load_to_device(run.reference)
-    references = first_checked(stages.reference, reference, played, game)
-    del played
-    if outputs is None:
-        if texts is not None:  # on this machine's processors, beside the reference on the device
-            with phases("reward"):
-                scored |= scoring.score_texts(run.rewards, texts)
-        outputs = tuple(scored[reward.name] for reward in run.rewards)
-    with named("phase reference"):
-        references = jax.block_until_ready(references)
-    phases.took("reference", begun)
-    if not game.needs_base:
-        reference = {}  # its log-probabilities are all that the update needs
-    with phases("reward"):
-        memory, nearest_similarity_N, novelty = stages.novelty_metrics(state, episode, references, game)
-        arguments = episode, outputs, run.specs, game, replicate(np.float32(not paused)), nearest_similarity_N
-        learnable = jax.block_until_ready(first_checked(stages.learn_batch, *arguments))
-    sync_point("update")
-    with phases("update"):
-        state = state._replace(memory=memory)
-        state, metrics = jax.block_until_ready(stages.learn(state, reference, learnable.batch, references, game))
-    whole = texts if processes.number() == 1 else None
-    metrics = learnable.metrics | novelty | metrics | seen
-    return StepResult(state, episode, learnable, metrics, whole, rollout_param_bytes, prompts_consumed)
+    backend = Backend(phase=phases, ready=jax.block_until_ready, sync=sync_point, load=load_to_device)
+    source = RunSource(run, cursor)
+    inputs = run.seed_key, run.hyper, replicate(np.float32(not paused))
+    result = stages.iteration(backend, source, state, run.reference, inputs, run.game)
+    texts = source.texts if processes.number() == 1 else None
+    metrics = result.metrics | source.metrics
+    return StepResult(
+        result.state, result.episode, result.learnable, metrics, texts, source.rollout_param_bytes, source.consumed
+    )
 
 
-def _play(
-    run: Run, params: llama.Params, key: jax.Array, cursor: int, phases: Phases
-) -> tuple[Episode, list[Mapping[str, Any]]]:
-    """One play, and the rows of the data set behind its queries."""
-    game, rows = run.game, []
-    with phases("challenge"):
+class RunSource:
+    """An iteration's queries, from the Challenger or the run's data set, and its rewards: compiled ones at once, those
+    on this machine's processors while the devices run the reference."""
+
+    def __init__(self, run: Run, cursor: int) -> None:
+        """`cursor`: prompts of the data set taken so far."""
+        self._run, self._cursor = run, cursor
+        self._rows: list[Mapping[str, Any]] = []
+        self.specs: tuple[RewardSpec, ...] = run.specs
+        self.consumed: int = 0
+        """Prompts of the data set that were taken."""
+        self.texts: EpisodeTexts | None = None
+        """The episode in words, where a reward read it."""
+        self.metrics: dict[str, jax.Array] = {}
+        self.rollout_param_bytes: int = 0
+        """Bytes, on one device, of the parameters that played."""
+
+    def queries(self, on: Backend, params: llama.Params, key: jax.Array) -> Queries:
+        """N queries; of a data set the next ones, whose rows are kept for the rewards."""
+        run, number = self._run, self._run.game.num_queries
+        self.rollout_param_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+        position = self._cursor + self.consumed
+        self.consumed += number
         if run.data is None:
-            queries = jax.block_until_ready(rollout.challenge(params, run.token_classes, key, game))
-        else:
-            picked = run.data.batch(cursor, game.play.num_queries, run.config.seed)
-            queries, rows = data_queries(run.data, picked), [run.data.rows[index] for index in picked]
-    with phases("solve"):
-        return jax.block_until_ready(rollout.solve(params, queries, key, game)), rows
+            return rollout.challenge(params, run.token_classes, key, run.game, on)
+        picked = run.data.batch(position, number, run.config.seed)
+        self._rows = [run.data.rows[index] for index in picked]
+        return data_queries(run.data, picked)
 
+    def score(
+        self, on: Backend, params: llama.Params, key: jax.Array, episode: Episode
+    ) -> tuple[Episode, Callable[[], tuple[RewardOutput, ...]]]:
+        """As `Source.score`; with `play.max_resamples` the episode is complete with its scores when this returns."""
+        run = self._run
+        if run.config.play.max_resamples:
+            episode, outputs = self._resampled(on, params, key, episode)
+            return episode, lambda: outputs
+        with on.phase("reward"):
+            scored = scoring.score_compiled(run.rewards, episode)
+            self.texts = texts = scoring.texts_to_score(run.rewards, run.policy.tokenizer, episode, self._rows)
+            on.ready(scored)  # an offloaded reward model has gone before the reference comes
 
-def _resampled(
-    run: Run,
-    params: llama.Params,
-    key: jax.Array,
-    cursor: int,
-    phases: Phases,
-    episode: Episode,
-    rows: Sequence[Mapping[str, Any]],
-) -> tuple[Episode, tuple[RewardOutput, ...], int, dict[str, jax.Array]]:
-    """The play with queries that teach nothing replaced (`algorithm/resampling.py`), its scores, the prompts taken of
-    the data set, and metrics: the fraction of queries that were replaced, and the tokens of all plays."""
-    play, static = run.game.play, (run.specs, run.game.loss.use_quality)
-    with phases("reward"):
-        outputs = scoring.score(run.rewards, run.policy.tokenizer, episode, rows)
-    changed = np.zeros(play.num_queries, bool)
-    prompts_consumed, tokens = play.num_queries, tokens_of(episode)
-    for number in range(play.max_resamples):
-        flat, _ = runtime.to_host(first_checked(groups, episode, outputs, *static))
-        if not flat.any():
-            break
-        more, fresh_rows = _play(
-            run, params, jax.random.fold_in(key, RESAMPLE + number), cursor + prompts_consumed, phases
-        )
-        prompts_consumed, tokens = prompts_consumed + play.num_queries, tokens + tokens_of(more)
-        with phases("reward"):
-            fresh = scoring.score(run.rewards, run.policy.tokenizer, more, fresh_rows)
-            _, differ = runtime.to_host(first_checked(groups, more, fresh, *static))
-            source = sources(flat, differ)
-            episode, outputs = first_checked(replaced, (episode, outputs), (more, fresh), replicate(source))
-        changed |= source >= 0
-    seen = {"resampled_fraction": replicate(np.float32(changed.mean())), "completions/tokens": tokens}
-    return episode, outputs, prompts_consumed, seen
+        def finish() -> tuple[RewardOutput, ...]:
+            outputs = dict(scored)
+            if texts is not None:
+                with on.phase("reward"):
+                    outputs |= scoring.score_texts(run.rewards, texts)
+            return tuple(outputs[reward.name] for reward in run.rewards)
+
+        return episode, finish
+
+    def _resampled(
+        self, on: Backend, params: llama.Params, key: jax.Array, episode: Episode
+    ) -> tuple[Episode, tuple[RewardOutput, ...]]:
+        """The play with queries that teach nothing replaced (`algorithm/resampling.py`) and its scores; the metrics are
+        the fraction of queries that were replaced, and the tokens of all plays."""
+        run = self._run
+        static = {"specs": run.specs, "use_quality": run.game.learner.loss.use_quality}
+        with on.phase("reward"):
+            outputs = scoring.score(run.rewards, run.policy.tokenizer, episode, self._rows)
+        changed, tokens = np.zeros(run.game.num_queries, bool), tokens_of(episode)
+        for number in range(run.config.play.max_resamples):
+            flat, _ = runtime.to_host(on.call(groups, episode, outputs, **static))
+            if not flat.any():
+                break
+            fresh_key = jax.random.fold_in(key, RESAMPLE + number)
+            with on.phase("challenge"):
+                queries = on.ready(self.queries(on, params, fresh_key))
+            with on.phase("solve"):
+                more = on.ready(rollout.solve(params, queries, fresh_key, run.game, on))
+            tokens = tokens + tokens_of(more)
+            with on.phase("reward"):
+                fresh = scoring.score(run.rewards, run.policy.tokenizer, more, self._rows)
+                _, differ = runtime.to_host(on.call(groups, more, fresh, **static))
+                source = sources(flat, differ)
+                episode, outputs = on.call(replaced, (episode, outputs), (more, fresh), replicate(source))
+            changed |= source >= 0
+        self.metrics = {
+            "resampled_fraction": replicate(np.float32(changed.mean())),
+            "completions/tokens": tokens,
+        }
+        return episode, outputs
 
 
 def precompile(run: Run, state: TrainState) -> None:
     """Compiles all that decoding may need in this run; what else an iteration runs is of one shape, and compiles in
     the first one."""
     params = stages.rollout_params(state.params, run.game, run.reference)
-    key = stages.iteration_key(run.seed_key, state)
+    key = stages.iteration_key(run.seed_key, state.iteration, state.attempt)
     if run.data is None:
         queries = rollout.challenge(params, run.token_classes, key, run.game)
     else:
-        queries = data_queries(run.data, run.data.batch(0, run.game.play.num_queries, run.config.seed))
+        queries = data_queries(run.data, run.data.batch(0, run.game.num_queries, run.config.seed))
     rollout.precompile(params, queries, key, run.game)
 
 

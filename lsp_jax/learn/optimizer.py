@@ -1,0 +1,153 @@
+"""The train state and its step: clipping by the global norm, then AdamW with a linear warm-up.
+
+A step that is not finite changes nothing and is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lsp_jax.core.errors import InputError
+from lsp_jax.learn.novelty import Memory, empty
+from lsp_jax.learn.spec import Hyperparameters, OptimizerSpec
+from lsp_jax.model.llama import Params, Remat, cast
+from lsp_jax.model.sharding import shard_params
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the way its gradient is made. Names as in TRL."""
+
+    learning_rate: float = 3e-6
+    """Step size after warm-up (LSP: 3e-6; 1e-6 for GRPO)."""
+    warmup_steps: int = 0
+    """Updates over which the step size rises linearly from 0; the first update uses 1 / warmup_steps of it."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on every parameter."""
+    max_grad_norm: float = 1.0
+    """Largest global norm of the gradient; longer ones are scaled down to it."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of the first moment. The second stays float32: in bfloat16 its small steps would be rounded away."""
+    micro_batch_size: int = 0
+    """Rows whose activations a device holds at one time; gradients of all micro-batches are added up. 0: as many as
+    fit, by an estimate; 8 where a device does not say what it can hold."""
+    logprob_chunk: int = 512
+    """Tokens whose logits a device holds at one time."""
+    remat: Remat = "full"
+    """Rematerialisation, what the backward pass recomputes: full: each layer; dots: all of a layer but its
+    products with weights; none."""
+
+    def check(self) -> None:
+        """Raises InputError naming the field."""
+        for field in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise InputError(f"optimizer.{field}", getattr(self, field), "must be > 0 and finite")
+        for field, least in (("micro_batch_size", 0), ("logprob_chunk", 1)):
+            if getattr(self, field) < least:
+                raise InputError(f"optimizer.{field}", getattr(self, field), f"must be at least {least}")
+        for field, allowed in (("moment_dtype", ("float32", "bfloat16")), ("remat", get_args(Remat))):
+            if getattr(self, field) not in allowed:
+                raise InputError(f"optimizer.{field}", getattr(self, field), f"must be one of {', '.join(allowed)}")
+        for field in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise InputError(f"optimizer.{field}", getattr(self, field), "must be in [0, 1)")
+        for field in ("warmup_steps", "weight_decay"):
+            if not getattr(self, field) >= 0:
+                raise InputError(f"optimizer.{field}", getattr(self, field), "must be >= 0")
+
+    @property
+    def spec(self) -> OptimizerSpec:
+        """What of it decides programs."""
+        return OptimizerSpec(self.adam_beta1, self.adam_beta2, self.adam_epsilon, self.moment_dtype)
+
+
+class TrainState(NamedTuple):
+    """All that an update changes; donated to it."""
+
+    params: Params
+    """Master parameters."""
+    opt_state: Any
+    """Optax state: both moments and the count of updates made."""
+    iteration: jax.Array
+    """int32: iterations done, those with skipped updates included; the update leaves it to the iteration."""
+    attempt: jax.Array
+    """int32: rises when an iteration is played anew, so that it draws other noise."""
+    skipped: jax.Array
+    """int32: updates skipped because they were not finite."""
+    memory: Memory | None = None
+    """Embeddings of the Challenger's earlier queries; None where nothing is remembered."""
+
+
+def optimizer(spec: OptimizerSpec, hyper: Hyperparameters) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW with a linear warm-up. Its count moves only with updates made."""
+
+    def schedule(count: Any) -> jax.Array:
+        return hyper.learning_rate * jnp.minimum(1.0, (count + 1) / hyper.warmup_steps)
+
+    return optax.chain(
+        optax.clip_by_global_norm(hyper.max_grad_norm),  # pyright: ignore[reportArgumentType]
+        optax.adamw(
+            schedule,
+            b1=spec.adam_beta1,
+            b2=spec.adam_beta2,
+            eps=spec.adam_epsilon,
+            weight_decay=hyper.weight_decay,  # pyright: ignore[reportArgumentType]
+            mu_dtype=spec.moment_dtype,
+        ),
+    )
+
+
+_UNREAD = Hyperparameters(*[0.0] * len(Hyperparameters._fields))
+"""Making the moments reads no number."""
+
+
+def init_state(params: Params, spec: OptimizerSpec, memory: tuple[int, int] | None = None) -> TrainState:
+    """A fresh state that owns copies of `params` (it is donated; the reference keeps its own), spread over the mesh;
+    with room for a `memory` of so many queries, of the model's width."""
+    params = jax.tree.map(jnp.copy, params)
+    # the second moment is float32 whatever the parameters are
+    moments = optimizer(spec, _UNREAD).init(cast(params, "float32"))
+    iteration, attempt, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: the state is donated
+    remembered = None if memory is None else empty(*memory)
+    return shard_params(TrainState(params, moments, iteration, attempt, skipped, remembered))
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: Params,
+    loss: jax.Array,
+    spec: OptimizerSpec,
+    hyper: Hyperparameters,
+    inputs_finite: jax.Array | bool = True,
+) -> tuple[TrainState, Metrics]:
+    """One clipped AdamW step; when the loss or the gradient's norm is not finite, or what they were made from is not
+    `inputs_finite`, nothing moves but `skipped`."""
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss) & inputs_finite
+
+    updates, opt_state = optimizer(spec, hyper).update(grads, state.opt_state, state.params)
+    moved = optax.apply_updates(state.params, updates), opt_state
+
+    def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+        # a choice element by element, not a branch, whose result would be a second copy of the whole state; moments of
+        # float32 gradients go back to the dtype they were made with
+        return jnp.where(finite, new.astype(old.dtype), old)
+
+    params, opt_state = jax.tree.map(kept, moved, (state.params, state.opt_state))
+    skipped = state.skipped + ~finite
+    new = shard_params(TrainState(params, opt_state, state.iteration, state.attempt, skipped, state.memory))
+    return new, {"grad_norm": norm, "skipped_updates": skipped.astype(jnp.float32)}

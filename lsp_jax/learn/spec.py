@@ -1,0 +1,132 @@
+"""What decides the learner's programs, and the numbers that only scale.
+
+`LearnerSpec` is static: another one compiles other programs. `Hyperparameters` are traced scalars: changing one
+compiles nothing, and a sweep over them shares all its programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from lsp_jax.model.config import LlamaConfig
+from lsp_jax.model.fused_attention import fused_kernel
+from lsp_jax.model.llama import Params, Remat
+from lsp_jax.model.lora import LoraConfig, attached
+
+Scalar = Any
+"""float32 []: an array of JAX or numpy, a tracer, or a Python number."""
+
+
+class Hyperparameters(NamedTuple):
+    """Scalars float32 [] of the objective and the optimiser; a pytree, traced by every stage that reads it."""
+
+    beta: Scalar
+    """Weight of the KL to the reference."""
+    clip_low: Scalar
+    """Lowest probability ratio that still counts, 1 - epsilon; read with inner epochs."""
+    clip_high: Scalar
+    """Highest such ratio."""
+    importance_cap: Scalar
+    """Largest weight of truncated importance correction; read where the spec corrects."""
+    alpha_challenger: Scalar
+    """Weight of the Challenger's loss."""
+    invalid_query_penalty: Scalar
+    """Challenger reward of an invalid query."""
+    value_low: Scalar
+    """Lowest V(q) for which the Challenger is paid; -inf: no gate."""
+    value_high: Scalar
+    """Highest such V(q); inf: no gate."""
+    novelty_penalty: Scalar
+    """Taken off the Challenger's reward of a near-duplicate query."""
+    near_duplicate: Scalar
+    """Cosine similarity from which a query is a near-duplicate of an earlier one."""
+    learning_rate: Scalar
+    """AdamW step size after warm-up."""
+    warmup_steps: Scalar
+    """Updates over which the step size rises, at least 1."""
+    weight_decay: Scalar
+    """Decoupled weight decay."""
+    max_grad_norm: Scalar
+    """Global norm to which longer gradients are scaled down."""
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What of `LossConfig` (`learn/losses.py`) decides programs."""
+
+    kl_estimator: str = "k2"
+    loss_type: str = "sequence"
+    scale_rewards: str = "none"
+    num_iterations: int = 1
+    """Updates made on one iteration's play."""
+    importance_correction: bool = False
+    """Whether each token's gain is weighted by truncated importance correction."""
+    use_quality: bool = True
+    """Whether quality rewards enter the advantages (LSP) or are only measured (LSP-Zero)."""
+    trains_challenger: bool = True
+    """Whether the Challenger's rows are in the loss."""
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What of `OptimizerConfig` (`learn/optimizer.py`) decides programs."""
+
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    moment_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """What the learner must know of how one role sampled."""
+
+    temperature: float = 1.0
+    """Sampling temperature: the policy in the loss is the tempered one."""
+    prompt_group: int = 1
+    """Consecutive rows of the batch that continue one prompt."""
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """All that decides the programs of the reference pass and the update; hashable, a static argument."""
+
+    model: LlamaConfig
+    loss: LossSpec = field(default_factory=LossSpec)
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    micro_batch_size: int = 0
+    """Rows whose activations a device holds at a time; 0: `DEFAULT_MICRO_BATCH_SIZE`."""
+    logprob_chunk: int = 512
+    """Tokens whose logits a device holds at a time."""
+    remat: Remat = "full"
+    """What the backward pass recomputes."""
+    compute_dtype: str = "float32"
+    """dtype of forward and backward passes; master parameters keep theirs."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    solver: RoleSpec = field(default_factory=RoleSpec)
+    challenger: RoleSpec = field(default_factory=RoleSpec)
+
+    def attach_adapters(self, base: Params) -> Callable[[Params], Params]:
+        """From the parameters that are trained, all or adapters of `base`, to those of the model."""
+        return partial(attached, base, lora=self.lora) if self.lora.rank else lambda params: params
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the update reads the frozen reference's parameters: with adapters, and for the exact KL."""
+        return self.lora.rank > 0 or self.loss.kl_estimator == "full"
+
+    @property
+    def recompute_old_logprobs(self) -> bool:
+        """Whether old log-probabilities are recomputed by the learner: below float32 decoding and the teacher-forced
+        pass round differently, and importance correction compares the two."""
+        return self.compute_dtype != "float32" or self.loss.importance_correction
+
+    def prompt_sharing(self, role: RoleSpec) -> int:
+        """Consecutive rows of `role` that one pass over their prompt serves.
+
+        1 on platforms with a fused attention kernel: it takes complete rows, and saves more than the prompts cost.
+        """
+        return 1 if fused_kernel(self.compute_dtype, self.model.head_dim) is not None else role.prompt_group
