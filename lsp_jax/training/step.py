@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,8 @@ class Phases:
     def __init__(self, begins: Callable[[str], None] = lambda _: None) -> None:
         """`begins` is told the name of each phase that begins."""
         self.seconds: dict[str, float] = {}
+        self.start: float = time.perf_counter()
+        """When the iteration began, on the clock of `time.perf_counter`."""
         self._begins = begins
 
     @contextmanager
@@ -53,6 +56,23 @@ class Phases:
     def took(self, name: str, start: float) -> None:
         """From `start` until now; what is waited for later may have run beside another phase."""
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the host decides of one iteration; nothing of it is static, so no value of it compiles anything."""
+
+    iteration: int
+    """1 for the first."""
+    data_cursor: int = 0
+    """Prompts of the data set taken so far."""
+    challenger_weight: float = 1.0
+    """Factor of the Challenger's loss, traced as a float32 scalar; 0 while the Challenger is paused."""
+    sync_point: Callable[[str], None] = processes.barrier
+    """Called with a name by all processes together at some places between phases, the last one before the update,
+    which consumes the state: what it raises leaves the state as it was."""
+    timer: Phases = field(default_factory=Phases)
+    """Takes the seconds of each phase."""
 
 
 class StepResult(NamedTuple):
@@ -70,20 +90,9 @@ class StepResult(NamedTuple):
     """Prompts of the data set that were taken."""
 
 
-def train_step(
-    run: Run,
-    state: TrainState,
-    phases: Phases,
-    cursor: int = 0,
-    sync_point: Callable[[str], None] = processes.barrier,
-    paused: bool = False,
-) -> StepResult:
-    """One iteration's stages in order; `cursor`: prompts of the data set taken so far.
-
-    `sync_point` is called with a name by all processes together at some places between phases, the last one before the
-    update, which consumes `state`: what it raises leaves `state` as it was. `paused`: the Challenger learns nothing.
-    """
-    game = run.game
+def train_step(run: Run, state: TrainState, ctx: StepContext) -> StepResult:
+    """One iteration's stages in order; the update consumes `state`."""
+    game, phases, cursor, sync_point = run.game, ctx.timer, ctx.data_cursor, ctx.sync_point
     sync_point("iteration")  # a process that is late is named here, not waited for in a collective
     key = stages.iteration_key(run.seed_key, state)
     with phases("weight_sync"):
@@ -117,7 +126,8 @@ def train_step(
         reference = {}  # its log-probabilities are all that the update needs
     with phases("reward"):
         memory, nearest_similarity_N, novelty = stages.novelty_metrics(state, episode, references, game)
-        arguments = episode, outputs, run.specs, game, replicate(np.float32(not paused)), nearest_similarity_N
+        weight = replicate(np.float32(ctx.challenger_weight))
+        arguments = episode, outputs, run.specs, game, weight, nearest_similarity_N
         learnable = jax.block_until_ready(first_checked(stages.learn_batch, *arguments))
     sync_point("update")
     with phases("update"):
