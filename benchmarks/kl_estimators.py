@@ -33,7 +33,7 @@ from lsp_jax.learn.spec import Hyperparameters
 from lsp_jax.learn.update import Objective, reference_logprobs, role_gradients
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode, PlayConfig
-from lsp_jax.training.setup import prepare
+from lsp_jax.training.setup import setup
 
 TRUNCATIONS = {
     "top-p 0.95": SamplingConfig(top_p=0.95),
@@ -43,21 +43,21 @@ TRUNCATIONS = {
 }
 
 
-def game_of(trained: str, folder: str) -> tuple[Any, GameSpec]:
-    """The run that plays, and its static part: temperature 1, nothing cut off."""
+def game_of(trained: str, folder: str) -> tuple[Any, Any]:
+    """The run that plays, and the policy's parameters: temperature 1, nothing cut off."""
     preset = lsp.presets.quickstart()
     play = PlayConfig(num_queries=8, num_generations=8, max_query_length=12, max_completion_length=16)
     config = replace(preset, model=trained, output_dir=folder, play=play, sampling=SamplingConfig())
     config = replace(config, optimizer=replace(preset.optimizer, micro_batch_size=64))
-    run = prepare(replace(config, reward=replace(config.reward, quality_weight=0.0)))
+    run, params = setup(replace(config, reward=replace(config.reward, quality_weight=0.0)))
     run.workers.close()
-    return run, run.game
+    return run, params
 
 
-def played(run: Any, game: GameSpec, number: int) -> Episode:
+def played(run: Any, params: Any, game: GameSpec, number: int) -> Episode:
     key = jax.random.fold_in(jax.random.key(0), number)
-    queries = rollout.challenge(run.policy.params, run.token_classes, key, game)
-    return rollout.solve(run.policy.params, queries, key, game)
+    queries = rollout.challenge(params, run.token_classes, key, game)
+    return rollout.solve(params, queries, key, game)
 
 
 @partial(jax.jit, static_argnames=("game", "estimator"))
@@ -73,16 +73,16 @@ def term(
     return value / jnp.sum(rows.weights[:, None] * rows.mask), grads
 
 
-def estimators(run: Any, game: GameSpec, base: Any, episodes: int) -> dict[str, dict[str, Any]]:
+def estimators(run: Any, params: Any, base: Any, episodes: int) -> dict[str, dict[str, Any]]:
     """By estimator."""
-    plays = [played(run, game, number) for number in range(episodes)]
+    plays = [played(run, params, run.game, number) for number in range(episodes)]
     values: dict[str, list[float]] = {}
     means: dict[str, Any] = {}
     single: dict[str, list[tuple[float, float]]] = {}
     for name in ("full", *(name for name in KL_ESTIMATORS if name != "full")):
         values[name], single[name], total = [], [], None
         for number, episode in enumerate(plays):
-            value, grads = term(run.policy.params, base, episode, run.hyper, game, name)
+            value, grads = term(params, base, episode, run.hyper, run.game, name)
             values[name].append(float(value))
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
             if name != "full":
@@ -107,11 +107,12 @@ def cosine(left: Any, right: Any) -> float:
     return float(optax.tree.vdot(left, right) / (optax.tree.norm(left) * optax.tree.norm(right)))
 
 
-def truncation(run: Any, game: GameSpec) -> dict[str, dict[str, Any]]:
+def truncation(run: Any, params: Any) -> dict[str, dict[str, Any]]:
     """What is cut off a token, in nats of the learner's log-probability."""
     found = {}
     for name, sampling in TRUNCATIONS.items():
-        answers = played(run, replace(game, solver=replace(game.solver, sampling=sampling)), 0).answers
+        game = replace(run.game, solver=replace(run.game.solver, sampling=sampling))
+        answers = played(run, params, game, 0).answers
         mask = np.arange(answers.tokens.shape[-1]) < np.asarray(answers.lengths)[..., None]
         lost = -np.asarray(answers.log_mass)[mask]
         found[name] = {"mean": float(lost.mean()), "largest": float(lost.max()), "tokens": int(mask.sum())}
@@ -137,9 +138,9 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=6)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run, game = game_of(options.trained, f"{folder}/run")
-        found = estimators(run, game, lsp.load_pretrained(options.base).params, options.episodes)
-        cut = truncation(run, game)
+        run, params = game_of(options.trained, f"{folder}/run")
+        found = estimators(run, params, lsp.load_pretrained(options.base).params, options.episodes)
+        cut = truncation(run, params)
     data = {"episodes": options.episodes, "estimators": found, "truncation": cut}
     measure.write("kl_estimators", data, table(found, cut))
 

@@ -31,7 +31,7 @@ from lsp_jax.reward.text_judge import write_judgements  # noqa: E402
 from lsp_jax.text.judge_prompts import text_judge_template  # noqa: E402
 from lsp_jax.training import setup  # noqa: E402
 from lsp_jax.training.run import Run  # noqa: E402
-from lsp_jax.training.step import Phases, train_step  # noqa: E402
+from lsp_jax.training.step import StepContext, train_step  # noqa: E402
 from test_trainer import game_config  # noqa: E402
 
 MESHES = {
@@ -49,11 +49,11 @@ def vector(tree: Any) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-def iteration(run: Run) -> dict[str, Any]:
+def iteration(run: Run, params: Any) -> dict[str, Any]:
     """The stages by themselves, so that the gradient before clipping can be seen."""
-    key = stages.iteration_key(run.seed_key, state := start(run))
-    params = stages.rollout_params(state.params, run.game, run.reference)
-    episode = stages.solve(params, stages.challenge(params, run.token_classes, key, run.game), key, run.game)
+    key = stages.iteration_key(run.seed_key, state := start(run, params))
+    playing = stages.rollout_params(state.params, run.game, run.reference)
+    episode = stages.solve(playing, stages.challenge(playing, run.token_classes, key, run.game), key, run.game)
     outputs = tuple(
         scoring.score_component(reward.score, load_to_device(reward.params), episode) for reward in run.rewards
     )
@@ -64,7 +64,7 @@ def iteration(run: Run) -> dict[str, Any]:
     program = stages.joint_gradient.lower(*arguments, run.game).compile()
     gradient, metrics = program(*arguments)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
-    played = train_step(run, state, Phases())  # plays chunk by chunk, the stages above in one piece
+    played = train_step(run, state, StepContext(1))  # plays chunk by chunk, the stages above in one piece
     return {
         "queries": np.asarray(episode.queries.text[0]),
         "answers": np.asarray(episode.answers.tokens),
@@ -75,21 +75,21 @@ def iteration(run: Run) -> dict[str, Any]:
         "loss": float(metrics["loss"]),
         "played_loss": float(played.metrics["loss"]),
         "parked": {leaf.sharding.memory_kind for leaf in jax.tree.leaves(run.reference)} == {HOST_MEMORY},
-        "judged": judged(run, episode) if run.mesh is None or dict(run.mesh.shape) == JUDGED else None,
+        "judged": judged(run, params, episode) if run.mesh is None or dict(run.mesh.shape) == JUDGED else None,
         "updated": vector(played.state.params),
         "state_specs": specs(played.state),
         "wanted_specs": [str(spec) for spec in jax.tree.leaves(partitions(played.state), is_leaf=is_spec)],
-        "decode_specs": specs(params),
+        "decode_specs": specs(playing),
         "answers_spec": specs(episode.answers.tokens)[0],
         "temporaries": program.memory_analysis().temp_size_in_bytes,
     }
 
 
-def judged(run: Run, episode: Episode) -> np.ndarray:
+def judged(run: Run, params: Any, episode: Episode) -> np.ndarray:
     """What the policy writes as the judge in `text` mode."""
     tokenizer = run.policy.tokenizer
     judge = Judge(run.game.model, text_judge_template(tokenizer), tokenizer.encode(" ")[0], 4)
-    params = judge_params(run.policy.params, judge, tokenizer, run.token_classes)
+    params = judge_params(params, judge, tokenizer, run.token_classes)
     return np.asarray(write_judgements(params, episode, judge=judge, max_length=6, stop_ids=(2,)).tokens)
 
 
@@ -97,8 +97,8 @@ def is_spec(value: Any) -> bool:
     return isinstance(value, jax.sharding.PartitionSpec)
 
 
-def start(run: Run) -> Any:
-    return jax.jit(run.game.init_train_state)(run.policy.params)
+def start(run: Run, params: Any) -> Any:
+    return jax.jit(run.game.init_train_state)(params)
 
 
 def specs(tree: Any) -> list[str]:
@@ -106,7 +106,7 @@ def specs(tree: Any) -> list[str]:
     return [str(getattr(leaf.sharding, "spec", None)) for leaf in jax.tree.leaves(tree)]
 
 
-def activations(run: Run) -> dict[str, str]:
+def activations(run: Run, params: Any) -> dict[str, str]:
     """What lies where in a prefill and a teacher-forced pass of 8 rows."""
     tokens, lengths = jax.numpy.ones((8, 16), int), jax.numpy.full(8, 16)
 
@@ -114,7 +114,7 @@ def activations(run: Run) -> dict[str, str]:
         hidden, cache = llama.extend(params, run.game.model, tokens, lengths)
         return hidden, cache.keys, llama.forward(params, run.game.model, tokens)
 
-    hidden, keys, logits = jax.jit(passes)(run.policy.params)
+    hidden, keys, logits = jax.jit(passes)(params)
     return dict(zip(("hidden", "keys", "logits"), specs((hidden, keys, logits)), strict=True))
 
 
@@ -142,16 +142,16 @@ def main() -> None:
         make, setup.make_mesh = setup.make_mesh, lambda *_: None
         # micro-batches are rows a device: as many in all as on the mesh of 8
         at_once = replace(config, optimizer=replace(config.optimizer, micro_batch_size=16))
-        alone = iteration(setup.prepare(at_once))
+        alone = iteration(*setup.setup(at_once))
         setup.make_mesh = make
         found: dict[str, Any] = {"alone": {"temporaries": alone["temporaries"]}}
         norm = np.linalg.norm(alone["gradient"])
         for name in names:
             sizes = MESHES[name]
-            run = setup.prepare(replace(config, mesh=sizes, park_frozen=name == PARKED))
+            run, params = setup.setup(replace(config, mesh=sizes, park_frozen=name == PARKED))
             assert dict(run.mesh.shape) == dict(make_mesh(sizes).shape)
             with use_mesh(run.mesh):
-                got, lying = iteration(run), activations(run)
+                got, lying = iteration(run, params), activations(run, params)
             found[name] = {
                 "same_queries": bool((got["queries"] == alone["queries"]).all()),
                 "same_answers": bool((got["answers"] == alone["answers"]).all()),

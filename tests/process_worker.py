@@ -40,7 +40,7 @@ from lsp_jax.model.sharding import MeshConfig, use_mesh  # noqa: E402
 from lsp_jax.play.selfplay import PlayConfig  # noqa: E402
 from lsp_jax.reward.user_callable import callable_reward  # noqa: E402
 from lsp_jax.training.resume import start_state  # noqa: E402
-from lsp_jax.training.setup import prepare  # noqa: E402
+from lsp_jax.training.setup import setup  # noqa: E402
 from test_process_runs import digests  # noqa: E402
 from test_trainer import game_config, host_reward, low_share  # noqa: E402
 
@@ -170,11 +170,12 @@ def resume() -> dict[str, Any]:
     data, fsdp, steps = map(int, sys.argv[7:10])
     config = settings(*sys.argv[5:7], steps, mesh=MeshConfig(data, fsdp), resume="must")
     processes.start(config.processes)
-    run = prepare(config, [host_reward()])
+    run, params = setup(config, [host_reward()])
     checkpoints = Checkpoints(run.directory / "checkpoints")
     with use_mesh(run.mesh):
-        state, saved = start_state(run, checkpoints, identity(run.config, run.policy, run.reward_model))
-        assert saved is not None and saved["iteration"] == 2
+        provenance = identity(run.config, run.policy, params, run.reward_model)
+        state, host = start_state(run, params, checkpoints, provenance)
+        assert host.iteration == 2
         restored = digests(runtime.to_host(state))
     layout = [str(getattr(leaf.sharding, "spec", None)) for leaf in jax.tree.leaves(state)]
     checkpoints.close()

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
 
 from everyday import everyday
 from lsp_jax.core import runtime
-from lsp_jax.core.stage import execute
+from lsp_jax.core.stage import Backend, execute
 from lsp_jax.model import llama
 from lsp_jax.model.sharding import AXES
 from lsp_jax.play import chunked_decode as chunking
@@ -105,7 +105,7 @@ def test_what_the_chunks_work_on(params: llama.Params, monkeypatch: pytest.Monke
         return rows, alive
 
     spec, reads = DecodeSpec(CONFIG, SAMPLING, COLUMNS, STOPS, chunk=4), runtime.reads()
-    done = decode_in_chunks(params, prompts(4), row_keys(jax.random.key(5), 16), spec, call=watched)
+    done = decode_in_chunks(params, prompts(4), row_keys(jax.random.key(5), 16), spec, Backend(call=watched))
     lengths = np.asarray(done.lengths)
     assert len(seen) == -(-lengths.max() // 4)
     assert runtime.reads() - reads == min(len(seen), COLUMNS // 4 - 1)

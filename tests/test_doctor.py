@@ -16,6 +16,7 @@ from lsp_jax import cli
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.core.errors import InputError
 from lsp_jax.learn.losses import LossConfig
+from lsp_jax.model.llama import Params
 from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput
 from lsp_jax.text.prompts import PromptConfig
@@ -24,10 +25,12 @@ from lsp_jax.training import doctor
 from lsp_jax.training.announce import findings
 from lsp_jax.training.doctor import Finding, examine, examine_rewards, kl_pull, pair
 from lsp_jax.training.run import Run
-from lsp_jax.training.setup import prepare
+from lsp_jax.training.setup import setup
 from test_tokenizer import SENTENCEPIECE_FILES, sentencepiece_dir
 from test_trainer import game_config, game_dir, host_reward, tree_hash
 from tiny import EOS, tiny_dir
+
+Opened = tuple[Run, Params]
 
 
 class Usage(NamedTuple):
@@ -38,20 +41,20 @@ class Usage(NamedTuple):
 
 @pytest.fixture
 def open_run() -> Any:
-    """`prepare`, with the workers closed at the end."""
-    runs: list[Run] = []
+    """`setup`, with the workers closed at the end."""
+    runs: list[Opened] = []
 
-    def make(config: TrainConfig) -> Run:
-        runs.append(prepare(config, [host_reward()]))
+    def make(config: TrainConfig) -> Opened:
+        runs.append(setup(config, [host_reward()]))
         return runs[-1]
 
     yield make
-    for run in runs:
+    for run, _ in runs:
         run.workers.close()
 
 
-def found(run: Run, check: str) -> Finding:
-    (finding,) = [finding for finding in examine(run) if finding.check == check]
+def found(opened: Opened, check: str) -> Finding:
+    (finding,) = [finding for finding in examine(*opened) if finding.check == check]
     return finding
 
 
@@ -63,10 +66,9 @@ def changed(model: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> 
 
 
 def test_a_sound_run_has_only_good_findings_and_nothing_is_written(
-    game_model: Path, tmp_path: Path, open_run: Callable[..., Run]
+    game_model: Path, tmp_path: Path, open_run: Callable[..., Opened]
 ):
-    run = open_run(game_config(game_model, tmp_path / "run"))
-    made = examine(run)
+    made = examine(*open_run(game_config(game_model, tmp_path / "run")))
     assert {finding.level for finding in made} == {"ok"} and not any(finding.remedy for finding in made)
     assert [finding.check for finding in made] == [
         *("vocabulary", "stop ids", "Challenger's prompt", "Solver's prompt", "judge's prompt"),
@@ -78,7 +80,7 @@ def test_a_sound_run_has_only_good_findings_and_nothing_is_written(
 # --- tokens and prompts ----------------------------------------------------------------------------------------------
 
 
-def test_a_turn_that_ends_with_no_stop_id(tmp_path: Path, open_run: Callable[..., Run]):
+def test_a_turn_that_ends_with_no_stop_id(tmp_path: Path, open_run: Callable[..., Opened]):
     """ChatML's end of turn is another token than the one end of sequence that the files name."""
     model = game_dir(tmp_path / "model")
     changed(model, "generation_config.json", lambda data: data.update(eos_token_id=0))
@@ -88,7 +90,7 @@ def test_a_turn_that_ends_with_no_stop_id(tmp_path: Path, open_run: Callable[...
     assert f"add {EOS} to eos_token_id in generation_config.json" in finding.remedy
 
 
-def test_a_template_without_an_end_of_turn(tmp_path: Path, open_run: Callable[..., Run]):
+def test_a_template_without_an_end_of_turn(tmp_path: Path, open_run: Callable[..., Opened]):
     model = game_dir(tmp_path / "model")
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     changed(model, "tokenizer_config.json", lambda data: data.update(chat_template=template + "assistant: "))
@@ -96,7 +98,7 @@ def test_a_template_without_an_end_of_turn(tmp_path: Path, open_run: Callable[..
     assert finding.level == "warning" and "no such token" in finding.said
 
 
-def test_a_template_for_one_turn_trains_a_solver(tmp_path: Path, open_run: Callable[..., Run]):
+def test_a_template_for_one_turn_trains_a_solver(tmp_path: Path, open_run: Callable[..., Opened]):
     """It refuses an assistant's message; nothing in GRPO on data needs one."""
     model, data = game_dir(tmp_path / "model"), tmp_path / "data.jsonl"
     data.write_text('{"prompt": "Say 3."}\n')
@@ -104,11 +106,11 @@ def test_a_template_for_one_turn_trains_a_solver(tmp_path: Path, open_run: Calla
     changed(model, "tokenizer_config.json", lambda held: held.update(chat_template=single))
     reward, loss = RewardConfig(quality_weight=0.0), LossConfig(alpha_challenger=0.0)
     config = game_config(model, tmp_path / "run", reward=reward, loss=loss, data=DataConfig(source=str(data)))
-    made = examine(open_run(replace(config, prompts=PromptConfig())))
+    made = examine(*open_run(replace(config, prompts=PromptConfig())))
     assert {finding.level for finding in made} == {"ok"}
 
 
-def test_a_stop_id_outside_the_model(tmp_path: Path, open_run: Callable[..., Run]):
+def test_a_stop_id_outside_the_model(tmp_path: Path, open_run: Callable[..., Opened]):
     model = game_dir(tmp_path / "model")
     changed(model, "generation_config.json", lambda held: held.update(eos_token_id=[EOS, 100_000]))
     finding = found(open_run(game_config(model, tmp_path / "run")), "stop ids")
@@ -125,21 +127,21 @@ def test_a_space_that_sentencepiece_adds_is_no_finding(tmp_path: Path):
     assert finding.level == "ok" and "cut otherwise" in finding.said
 
 
-def test_a_template_that_puts_two_beginnings(tmp_path: Path, open_run: Callable[..., Run]):
+def test_a_template_that_puts_two_beginnings(tmp_path: Path, open_run: Callable[..., Opened]):
     model = game_dir(tmp_path / "model")
 
     def twice(data: dict[str, Any]) -> None:
         data["chat_template"] = "<|im_start|><|im_start|>" + data["chat_template"].replace("<|im_start|>", "", 1)
 
     changed(model, "tokenizer_config.json", twice)
-    run = open_run(game_config(model, tmp_path / "run"))
-    finding = found(run, "Solver's prompt")
+    opened = open_run(game_config(model, tmp_path / "run"))
+    finding = found(opened, "Solver's prompt")
     assert finding.level == "error" and "begins with '<|im_start|><|im_start|>'" in finding.said
     with pytest.raises(InputError, match="chat_template"):
-        findings(examine(run))
+        findings(examine(*opened))
 
 
-def test_a_template_that_changes_what_the_challenger_is_asked(tmp_path: Path, open_run: Callable[..., Run]):
+def test_a_template_that_changes_what_the_challenger_is_asked(tmp_path: Path, open_run: Callable[..., Opened]):
     """One that cuts long messages: what it is asked in the end is not what is configured."""
     model = game_dir(tmp_path / "model")
 
@@ -153,12 +155,12 @@ def test_a_template_that_changes_what_the_challenger_is_asked(tmp_path: Path, op
     assert finding.level == "warning" and asked in finding.said
 
 
-def test_ids_that_are_not_the_templates(game_model: Path, tmp_path: Path, open_run: Callable[..., Run]):
+def test_ids_that_are_not_the_templates(game_model: Path, tmp_path: Path, open_run: Callable[..., Opened]):
     """A game whose Solver's prompt lacks a token: what any fault in cutting the template would look like."""
-    run = open_run(game_config(game_model, tmp_path / "run"))
+    run, params = open_run(game_config(game_model, tmp_path / "run"))
     solver = run.game.prompts.solver
     prompts = replace(run.game.prompts, solver=solver._replace(suffix_ids=solver.suffix_ids[1:]))
-    finding = found(replace(run, game=replace(run.game, prompts=prompts)), "Solver's prompt")
+    finding = found((replace(run, game=replace(run.game, prompts=prompts)), params), "Solver's prompt")
     assert finding.level == "error" and "the template has '<|im_end|>" in finding.said
 
 
@@ -169,7 +171,7 @@ def test_ids_that_are_not_the_templates(game_model: Path, tmp_path: Path, open_r
     ("estimator", "least", "most"), [("k1", -0.01, 0.01), ("k2", 0.99, 1.01), ("k3", 0.1, 3.0), ("full", 0.99, 1.01)]
 )
 def test_which_estimators_pull_to_the_reference(
-    estimator: str, least: float, most: float, game_model: Path, tmp_path: Path, open_run: Callable[..., Run]
+    estimator: str, least: float, most: float, game_model: Path, tmp_path: Path, open_run: Callable[..., Opened]
 ):
     """k2's and the exact KL's expected gradients are the KL's own, k1's is zero (PAPER: the printed form)."""
     assert least < kl_pull(estimator) < most
@@ -201,16 +203,16 @@ def test_kl_pull_against_numpy():
 def test_room_on_the_disk(
     free: int, save_errors: Any, level: str, game_model: Path, tmp_path: Path, monkeypatch: Any, open_run: Any
 ):
-    run = open_run(game_config(game_model, tmp_path / "run", save_errors=save_errors))
+    opened = open_run(game_config(game_model, tmp_path / "run", save_errors=save_errors))
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage(free))
-    finding = found(run, "disk")
+    finding = found(opened, "disk")
     assert finding.level == level and bool(finding.remedy) == (level != "ok")
 
 
 def test_a_model_too_large_for_the_machine(game_model: Path, tmp_path: Path, monkeypatch: Any, open_run: Any):
-    run = open_run(game_config(game_model, tmp_path / "run"))
+    run, params = open_run(game_config(game_model, tmp_path / "run"))
     monkeypatch.setattr(doctor, "host_memory", lambda: 1 << 20)
-    finding = found(run, "memory")
+    finding = found((run, params), "memory")
     assert finding.level == "warning" and "--optimizer.micro-batch-size" in finding.remedy
 
 
@@ -218,7 +220,7 @@ def test_a_model_too_large_for_the_machine(game_model: Path, tmp_path: Path, mon
 
 
 def test_the_pair_is_what_it_says(open_run: Any, game_model: Path, tmp_path: Path):
-    run = open_run(game_config(game_model, tmp_path / "run"))
+    run, _ = open_run(game_config(game_model, tmp_path / "run"))
     episode, tokenizer = pair(run.policy.tokenizer, 2), run.policy.tokenizer
     lengths = np.asarray(episode.answer_lengths)
     texts = [tokenizer.decode(np.asarray(episode.answers.tokens[1, n, : lengths[1, n]]).tolist()) for n in range(2)]
@@ -244,7 +246,7 @@ def test_rewards_that_cannot_tell_right_from_wrong(
         tiled = jnp.tile(jnp.asarray(values), shape)
         return RewardOutput(tiled, jnp.full_like(tiled, valid, bool), jnp.ones(shape[0], bool))
 
-    run = open_run(game_config(game_model, tmp_path / "run"))
+    run, _ = open_run(game_config(game_model, tmp_path / "run"))
     (finding,) = examine_rewards(replace(run, rewards=(DeviceReward("mine", "task", 1.0, score),)))
     assert finding.check == "reward mine" and finding.level == level
 

@@ -6,18 +6,21 @@ import json
 import typing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import pytest
 
 import lsp_jax as lsp
+from lsp_jax.checkpoint.host_state import HostState
 from lsp_jax.checkpoint.manager import Checkpoints, SaveError
 from lsp_jax.config import TrainConfig
 from lsp_jax.core.errors import COLLAPSED_STATUS, Collapsed, InputError
-from lsp_jax.monitor.health import RULES, Action, Event, Health, HealthConfig, format_event, lexical_metrics
+from lsp_jax.monitor.health import RULES, Action, Health, HealthConfig, HealthState, format_event, lexical_metrics
+from lsp_jax.monitor.hooks import Event, StepRecord
+from lsp_jax.monitor.numerics import Alarms
 from lsp_jax.reporting.metrics import describe
-from lsp_jax.training.checkpointing import Progress, Saving
+from lsp_jax.training.checkpointing import Saving
 from lsp_jax.training.replay import replay
 from test_resume import assert_same_run, config_of, without_clocks
 from test_trainer import host_reward, read_lines, same_bits
@@ -53,6 +56,11 @@ def watched(health: Health, *metrics: dict[str, float]) -> list[Event]:
     return [event for number, numbers in enumerate(metrics, 1) for event in health.update(number, numbers)]
 
 
+def stored(state: HealthState) -> HealthState:
+    """As a checkpoint brings it back."""
+    return HealthState.from_record(json.loads(json.dumps(state.to_record())))
+
+
 def test_every_metric_of_a_rule_is_written():
     assert all(describe(rule.metric) for rule in RULES) and set(SOUND) == set(BAD) == {rule.metric for rule in RULES}
 
@@ -61,12 +69,12 @@ def test_every_metric_of_a_rule_is_written():
 def test_each_rule_fires_and_is_over(metric: str):
     name = next(rule.name for rule in RULES if rule.metric == metric)
     health = Health(HealthConfig(window=3))
-    assert watched(health, *[SOUND] * 5) == [] and health.good
+    assert watched(health, *[SOUND] * 5) == [] and health.state.good
     (event,) = watched(health, *[SOUND | {metric: BAD[metric]}] * 5)
-    assert (event.alarm, event.action) == (name, "warn") and metric in event.said and not health.good
+    assert (event.alarm, event.action) == (name, "warn") and metric in event.said and not health.state.good
     assert f"(health.{name} warn)" in format_event(event)
     (over,) = watched(health, *[SOUND] * 5)
-    assert (over.alarm, over.action) == (name, "over") and health.good
+    assert (over.alarm, over.action) == (name, "over") and health.state.good
 
 
 def test_what_a_run_begins_with_is_no_collapse():
@@ -93,19 +101,19 @@ def test_a_probe_that_comes_or_goes_at_a_resume():
     without = {name: value for name, value in SOUND.items() if name != "probe/declined"}
     first = Health(HealthConfig(window=2))
     watched(first, *[without] * 5)
-    again = Health(HealthConfig(window=2, decline="pause"), first.record())
+    again = Health(HealthConfig(window=2, decline="pause"), first.state)
     (event,) = [event for number in (6, 7) for event in again.update(number, SOUND | {"probe/declined": 1.0})]
     assert (event.iteration, event.action) == (7, "pause") and "first" not in event.said
-    last = Health(HealthConfig(window=2, decline="pause"), again.record())
+    last = Health(HealthConfig(window=2, decline="pause"), again.state)
     assert last.update(8, without) == [] and last.paused
     (over,) = last.update(9, without)
-    assert over.action == "over" and not last.paused and last.good
+    assert over.action == "over" and not last.paused and last.state.good
 
 
 def test_a_longer_window_at_a_resume_leaves_the_first_one_as_it_was():
     first = Health(HealthConfig(window=2))
     watched(first, *[SOUND] * 4)
-    again, long = Health(HealthConfig(window=6), first.record()), SOUND | {"solver/completions/clipped_ratio": 1.0}
+    again, long = Health(HealthConfig(window=6), first.state), SOUND | {"solver/completions/clipped_ratio": 1.0}
     events = [event for number in range(5, 12) for event in again.update(number, long)]
     assert [(event.alarm, event.action) for event in events] == [("length", "warn")]
 
@@ -121,9 +129,9 @@ def test_actions(action: Any):
     events = watched(health, *[SOUND] * 2, *collapsed)
     times = {"off": 0, "rollback": 3, "stop": 3}.get(action, 1)  # as long as it is on, or once
     assert [event.action for event in events] == [action] * times
-    assert health.paused == (action == "pause") and health.good == (action == "off")
+    assert health.paused == (action == "pause") and health.state.good == (action == "off")
     watched(health, *[SOUND] * 3)
-    assert not health.paused and health.good
+    assert not health.paused and health.state.good
 
 
 def test_a_restored_one_decides_alike():
@@ -136,7 +144,7 @@ def test_a_restored_one_decides_alike():
     for cut in range(len(numbers)):
         first = Health(config)
         watched(first, *numbers[:cut])
-        again = Health(config, json.loads(json.dumps(first.record())))
+        again = Health(config, stored(first.state))
         rest = []
         for each in numbers[cut:]:
             again.update(0, each)
@@ -151,9 +159,9 @@ def test_what_ends_a_run_does_so_again_when_it_is_resumed(action: Any):
     first = Health(HealthConfig(window=2, repetition=action))
     bad = SOUND | {"queries/unique_fraction": 0.1}
     watched(first, *[SOUND] * 2, *[bad] * 4)
-    again = Health(HealthConfig(window=2, repetition=action), first.record())
+    again = Health(HealthConfig(window=2, repetition=action), first.state)
     assert [event.action for event in again.update(7, bad)] == [action]
-    assert Health(HealthConfig(window=2), first.record()).update(7, bad) == []
+    assert Health(HealthConfig(window=2), first.state).update(7, bad) == []
 
 
 def test_what_is_not_finite_is_neither_an_alarm_nor_its_end():
@@ -174,7 +182,7 @@ def test_a_wider_window_does_not_make_a_new_beginning():
     health = Health(HealthConfig(window=2, entropy="warn"))
     for number in range(1, 5):
         health.update(number, SOUND)
-    wider = Health(HealthConfig(window=4), json.loads(json.dumps(health.record())))
+    wider = Health(HealthConfig(window=4), stored(health.state))
     events = [event for number in range(5, 12) for event in wider.update(number, SOUND | {"solver/entropy": 0.0})]
     assert [event.alarm for event in events] == ["entropy"]
 
@@ -190,11 +198,15 @@ class OnDisk(Checkpoints):
     def steps(self) -> list[int]:
         return sorted(self.there)
 
-    def save(self, iteration: int, state: Any, host_state: dict[str, Any], arrays: Any) -> None:
-        if iteration == self._fails:
+    def save(self, state: Any, host: HostState, arrays: Any) -> None:
+        if host.iteration == self._fails:
             raise SaveError("full")
-        steps = [*self.there, iteration]
-        self.there = [step for step, stays in zip(steps, self.preserved(steps), strict=True) if stays]
+        self.there = sorted(self.preserved([*self.there, host.iteration]))
+
+
+def at(number: int) -> StepRecord:
+    """The iteration as far as saving it reads it."""
+    return StepRecord(number, 0, {}, [], cast(Any, {"x": jnp.zeros(1)}), cast(Any, None))
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
@@ -210,11 +222,13 @@ def test_there_is_a_checkpoint_to_go_back_to(every: int, limit: int, capfd: pyte
         health=HealthConfig(repetition="rollback"),
     )
     disk = OnDisk(limit, fails=4 * every)
-    saving = Saving(disk, None, {}, config, None)
+    health = Health(config.health)
+    saving = Saving(config, disk, None, Alarms(1), health, HostState())
     for number in range(1, 100):
         good = number % 5 != 0
         if number % every == 0 or number == 50:
-            saving.save(number, {"x": jnp.zeros(1)}, Progress(good=good))  # pyright: ignore[reportArgumentType]
+            health.state = HealthState(declined=float(not good))
+            saving.save(at(number))
         target = saving.good_before(number)
         assert target is None or (target in disk.there and target % 5 and target % every == 0)
         assert len(disk.there) <= limit + 2
@@ -232,10 +246,10 @@ def test_a_run_that_was_stopped_goes_back_where_the_whole_one_does(window: int, 
 
     def targets(stop: int) -> list[int | None]:
         disk = OnDisk(limit, every=every)
-        saving, found = Saving(disk, None, {}, config, None), []
+        saving, found = Saving(config, disk, None, Alarms(1), Health(health), HostState()), []
         for number in range(1, 7 * every):
             if number % every == 0 or number == stop:
-                saving.save(number, {"x": jnp.zeros(1)}, Progress(good=True))  # pyright: ignore[reportArgumentType]
+                saving.save(at(number))
             found.append(saving.good_before(number))
         return found
 

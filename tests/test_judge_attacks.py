@@ -107,7 +107,7 @@ def pairs() -> list[tuple[str, str]]:
 )
 def test_only_the_judges_own_words_are_read(tmp_path: Path, words: list[str], expected: int | None) -> None:
     policy = speaking_policy(tmp_path, words)
-    reward, chosen = text_reward(policy, rows=32), pairs()
+    reward, chosen = text_reward(policy, judge_rows=32), pairs()
     for start in range(0, len(chosen), 80):
         out = reward.score(played(policy, chosen[start : start + 80]))
         values, valid = np.asarray(out.values), np.asarray(out.valid_answer)

@@ -18,13 +18,15 @@ import lsp_jax as lsp
 from lsp_jax.core import runtime
 from lsp_jax.model.llama import Params
 from lsp_jax.model.weights import save_params
+from lsp_jax.play.decode import DecodeSpec
 from lsp_jax.play.generate import complete
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import EpisodeReward
+from lsp_jax.reward.config import RewardConfig
 from lsp_jax.reward.judge import Judge, judge_params
 from lsp_jax.reward.quality import quality_reward
-from lsp_jax.reward.text_judge import judge_turns, parse_score, write_judgements
+from lsp_jax.reward.text_judge import judge_spec, judge_turns, parse_score, write_judgements
 from lsp_jax.text.judge_prompts import TEXT_VERDICT, load_criteria, rubric_text, text_judge_template
 from lsp_jax.training.setup import token_classes
 from test_quality import encoded, episode, ragged
@@ -104,10 +106,9 @@ def test_every_calculation_scores_its_sum_and_no_other_total() -> None:
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-def text_reward(policy: lsp.Policy, **options: Any) -> EpisodeReward:
-    reward = quality_reward(
-        policy.params, policy.config, policy.tokenizer, token_classes(policy), mode="text", **options
-    )
+def text_reward(policy: lsp.Policy, name: str = "quality", **options: Any) -> EpisodeReward:
+    config = RewardConfig(quality_mode="text", **options)
+    reward = quality_reward(policy.params, policy, token_classes(policy), config, name)
     assert isinstance(reward, EpisodeReward)
     return reward
 
@@ -137,30 +138,22 @@ def test_turns_equal_greedy_generation_over_the_chat_template(tmp_path: Path) ->
     texts = [(query, answer) for query, group in zip(queries, answers, strict=True) for answer in group]
     prompts = conversations(policy, texts)
     tokens, lengths = ragged(prompts, max(map(len, prompts)))
-    expected = complete(
-        policy.params,
-        tokens,
-        lengths,
-        jax.random.key(1),
-        jnp.int32(0),
-        config=policy.config,
-        repeats=1,
-        sampling=SamplingConfig(temperature=0),
-        columns=12,
-        stop_ids=policy.tokenizer.stop_ids,
-    )
+    greedy = SamplingConfig(temperature=0)
+    spec = DecodeSpec(policy.config, greedy, 12, policy.tokenizer.stop_ids)
+    expected = complete(policy.params, (tokens, lengths), jax.random.key(1), jnp.int32(0), spec)
     judge = Judge(policy.config, text_judge_template(policy.tokenizer), policy.tokenizer.encode(" ")[0], rows=4)
     params = judge_params(policy.params, judge, policy.tokenizer, token_classes(policy))
-    written = write_judgements(params, play, judge=judge, max_length=12, stop_ids=policy.tokenizer.stop_ids)
+    spec = judge_spec(judge, 12, policy.tokenizer.stop_ids)
+    written = write_judgements(params, play, judge=judge, spec=spec)
     assert written.tokens.shape == (3, 2, 12)
     for name in ("tokens", "lengths", "stopped"):
         value = np.asarray(getattr(written, name))
         np.testing.assert_array_equal(value.reshape(6, *value.shape[2:]), getattr(expected, name))
     assert 0 < int(expected.stopped.sum()) < 6 and len(set(expected.lengths.tolist())) > 2
     turns = [turn for group in judge_turns(written, policy.tokenizer) for turn in group]
-    greedy = lsp.generate(policy, prompts, temperature=0, max_completion_length=12)
+    plain = lsp.generate(policy, prompts, greedy, max_completion_length=12)
     assert [turn is None for turn in turns] == [not stopped for stopped in expected.stopped.tolist()]
-    assert all(turn is None or turn == text for turn, text in zip(turns, greedy, strict=True))
+    assert all(turn is None or turn == text for turn, text in zip(turns, plain, strict=True))
 
 
 # --- a judge whose words are known -----------------------------------------------------------------------------------
@@ -209,7 +202,7 @@ WORDS = ["1+0+1+1+0+1+1=5\n", "<score>5</score>"]
 @pytest.mark.full
 def test_scores_come_to_the_device_with_one_read(tmp_path: Path) -> None:
     policy = speaking_policy(tmp_path, WORDS)
-    reward = text_reward(policy, name="judge", weight=2.0)
+    reward = text_reward(policy, name="judge", quality_weight=2.0)
     assert (reward.name, reward.kind, reward.weight) == ("judge", "quality", 2.0)
     play = played(policy, [("Add 1", "2"), ("What", "Yes")])
     before = runtime.reads()
@@ -226,7 +219,7 @@ def test_scores_come_to_the_device_with_one_read(tmp_path: Path) -> None:
         (["1+0+1+1+0+1+1=5\n", "<score>7</score>"], {}),  # contradicts itself
         pytest.param(["1+0+1+1+0+1+1=5\n", "no tag"], {}, marks=pytest.mark.full),
         pytest.param(["1+0+1+1+0+1+1=5\n", "<score>5</score>", "<score>5</score> "], {}, marks=pytest.mark.full),
-        pytest.param(WORDS, {"max_length": 2}, marks=pytest.mark.full),  # whole, but the stop token was cut off
+        pytest.param(WORDS, {"quality_max_length": 2}, marks=pytest.mark.full),  # whole, but the stop token was cut off
     ],
 )
 def test_what_the_judge_does_not_write_well_is_masked(tmp_path: Path, words: list[str], options: dict) -> None:
@@ -248,9 +241,11 @@ def test_demo_model_writes_what_it_would_in_its_own_chat(demo_dir: Path) -> None
     play = episode([encode(texts[0][0])], [[encode(answer) for _, answer in texts]], policy.tokenizer.stop_ids[0], 12)
     judge = Judge(policy.config, text_judge_template(policy.tokenizer), encode(" ")[0], rows=2)
     params = judge_params(policy.params, judge, policy.tokenizer, token_classes(policy))
-    written = write_judgements(params, play, judge=judge, max_length=12, stop_ids=policy.tokenizer.stop_ids)
+    spec = judge_spec(judge, 12, policy.tokenizer.stop_ids)
+    written = write_judgements(params, play, judge=judge, spec=spec)
     tokens, lengths = runtime.to_host((written.tokens[0], written.lengths[0] - written.stopped[0]))
     turns = [policy.tokenizer.decode(ids[:length].tolist()) for ids, length in zip(tokens, lengths, strict=True)]
-    assert turns == lsp.generate(policy, conversations(policy, texts), temperature=0, max_completion_length=12)
-    out = text_reward(policy, max_length=12).score(play)
+    greedy = SamplingConfig(temperature=0)
+    assert turns == lsp.generate(policy, conversations(policy, texts), greedy, max_completion_length=12)
+    out = text_reward(policy, quality_max_length=12).score(play)
     assert out.values.shape == (1, 2) and bool(((out.values >= 0) & (out.values <= 7)).all())

@@ -28,8 +28,8 @@ from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.perf.memory import update_bytes
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.training.resume import start_state
-from lsp_jax.training.setup import prepare
-from lsp_jax.training.step import Phases, train_step
+from lsp_jax.training.setup import setup
+from lsp_jax.training.step import StepContext, train_step
 from test_inner_epochs import REFERENCE, fresh, game_of, play
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits
 from tiny import tiny_config, tiny_params
@@ -140,16 +140,16 @@ def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 @pytest.mark.full
 def test_the_frozen_base_plays_judges_and_stays_as_it_is(model: Path, tmp_path: Path) -> None:
     """One set of arrays is policy, reference and judge; updates leave every bit of it."""
-    run = prepare(lora_config(model, tmp_path / "run"), [host_reward()])
+    run, params = setup(lora_config(model, tmp_path / "run"), [host_reward()])
     judged = next(reward for reward in run.rewards if reward.name == "quality").params["reference"]
-    leaves = [jax.tree.leaves(tree) for tree in (run.reference, run.policy.params, judged)]
+    leaves = [jax.tree.leaves(tree) for tree in (run.reference, params, judged)]
     assert all(one is other is third for one, other, third in zip(*leaves, strict=True))
     before = parameters_digest(run.reference)
-    state, _ = start_state(run, None, {})  # type: ignore[arg-type]
+    state, _ = start_state(run, params, None, {})  # type: ignore[arg-type]
     held = sum(leaf.size for leaf in jax.tree.leaves((state.params, state.opt_state)))
     assert held < 0.5 * sum(leaf.size for leaf in jax.tree.leaves(run.reference)), "moments of adapters alone"
     for _ in range(2):
-        played = train_step(run, state, Phases())
+        played = train_step(run, state, StepContext(1))
         state = played.state
     assert parameters_digest(run.reference) == before
     assert float(played.metrics["solver/kl"]) > 1e-4
@@ -173,7 +173,7 @@ def test_a_run_learns_and_its_checkpoints_hold_adapters_alone(trained: tuple[Pat
 def test_a_second_stage_begins_with_the_merged_policy(trained: tuple[Path, Any], tmp_path: Path) -> None:
     directory, _ = trained
     config = lora_config(Path(), tmp_path / "second", init_from=str(directory), max_steps=1)
-    run = prepare(config, [host_reward()])
+    run, _ = setup(config, [host_reward()])
     assert same_bits(run.reference, load_run_params(directory, STEPS))
     lsp.train(config, rewards=[host_reward()])
     assert same_bits(
@@ -269,7 +269,7 @@ def test_settings_that_cannot_be_used_are_named(model: Path, tmp_path: Path) -> 
     for field, settings in bad.items():
         for lora in settings:
             with pytest.raises(InputError) as error:
-                prepare(lora_config(model, tmp_path / "run", lora=lora), [host_reward()])
+                setup(lora_config(model, tmp_path / "run", lora=lora), [host_reward()])
             assert error.value.field == field
     assert not (tmp_path / "run").exists()
 

@@ -112,14 +112,14 @@ def test_settings_that_cannot_be_used(config: MemoryConfig, field: str):
 def test_a_run_remembers_its_queries(game_model: Path, tmp_path: Path):
     """The embeddings in the state are those of the queries that were played, made here from a whole forward pass."""
     import lsp_jax as lsp
-    from lsp_jax.training.setup import prepare
+    from lsp_jax.training.setup import setup
     from test_resume import config_of
     from test_trainer import host_reward, read_lines
 
     config = config_of(game_model, tmp_path / "run", max_steps=2)
     state = lsp.train(config, rewards=[host_reward()])
     assert state.memory is not None and int(state.memory[COUNT]) == 8
-    run = prepare(config_of(game_model, tmp_path / "other"), [host_reward()])
+    run, _ = setup(config_of(game_model, tmp_path / "other"), [host_reward()])
     run.workers.close()
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert all(0 <= line["queries/near_duplicate_fraction"] <= 1 for line in metrics)

@@ -14,13 +14,13 @@ import pytest
 
 import lsp_jax as lsp
 from lsp_jax.algorithm import stages
+from lsp_jax.checkpoint.host_state import HostState
 from lsp_jax.core.errors import FAILED_STATUS
 from lsp_jax.learn.batch import Reference
 from lsp_jax.learn.nonfinite import component_names, first_not_finite
 from lsp_jax.monitor.numerics import Alarms, NumbersError, parameter_not_finite
 from lsp_jax.policy import Policy
 from lsp_jax.reward.user_callable import callable_reward
-from lsp_jax.training.checkpointing import Progress
 from test_resume import config_of, train
 from test_trainer import host_reward, low_share, read_lines
 
@@ -154,7 +154,7 @@ def test_the_count_in_a_row_goes_on_after_a_restart(monkeypatch: pytest.MonkeyPa
     first = Alarms(max_skipped=3)
     for number in (1, 2):
         first.check(number, numbers, {"w": jnp.ones(2)}, cast(Any, None))
-    saved = Progress.of({"cursor": 0, "skipped": first.skipped})
+    saved = HostState.from_record(HostState(skipped=first.skipped).to_record())
     with pytest.raises(NumbersError, match="for 3 iterations in a row"):
         Alarms(3, saved.skipped).check(3, numbers, {"w": jnp.ones(2)}, cast(Any, None))
 

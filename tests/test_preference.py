@@ -98,7 +98,7 @@ def encoded(tokenizer: Tokenizer, **options: Any) -> Episode:
 
 def scored(reward: Any, play: Episode) -> RewardOutput:
     if isinstance(reward, DeviceReward):
-        return scoring.score_component(reward.score, reward.params, play)
+        return scoring.score_component(reward.params, play, score=reward.score)
     return reward.score(play)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from lsp_jax.checkpoint.host_state import HostState
 from lsp_jax.checkpoint.manager import Checkpoints, abstract
 from lsp_jax.config import TrainConfig
 from lsp_jax.learn.novelty import MemoryConfig
@@ -47,7 +48,7 @@ def shapes(model: Path, remembers: bool = True) -> Any:
     return abstract(None, lambda: init_state(init_params(config, jax.random.key(0)), OptimizerSpec(), memory))
 
 
-def saved_state(directory: Path, model: Path, step: int) -> tuple[TrainState, dict[str, Any]]:
+def saved_state(directory: Path, model: Path, step: int) -> tuple[TrainState, HostState]:
     """A checkpoint on this process's one device."""
     checkpoints = Checkpoints(directory / "checkpoints")
     try:
@@ -133,8 +134,8 @@ def test_what_8_devices_saved_goes_on_on_others(data: int, fsdp: int, runs: Runs
     assert all(np.isfinite(value) for line in lines for value in line.values())
     assert lines[-1]["skipped_updates"] == 0 and lines[-1]["grad_norm"] > 0
     assert said["ended"] != said["restored"]
-    state, saved = saved_state(copy, runs.model, 4)
-    assert digests(state) == said["ended"] and saved["cursor"] == 16
+    state, host = saved_state(copy, runs.model, 4)
+    assert digests(state) == said["ended"] and host.cursor == 16
 
 
 @pytest.mark.slow
@@ -166,8 +167,8 @@ def test_one_process_that_is_asked_to_end_stops_all_of_them(game_model: Path, tm
     """Both abandon the same iteration, save together and say the same; process 0 goes on alone from there."""
     said = [ended.said()["stopped"] for ended in run_together("asked", game_model, tmp_path / "run")]
     assert said[0] == said[1] == "asked to end by SIGTERM; iteration 1 is saved; --resume auto goes on"
-    state, saved = saved_state(tmp_path / "run", game_model, 1)
-    assert int(state.iteration) == saved["iteration"] == 1
+    state, host = saved_state(tmp_path / "run", game_model, 1)
+    assert int(state.iteration) == host.iteration == 1
 
 
 def is_spec(value: Any) -> bool:

@@ -17,6 +17,7 @@ from lsp_jax.play.decode import Completions
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.reward import scoring
 from lsp_jax.reward.base import DeviceReward
+from lsp_jax.reward.config import RewardConfig
 from lsp_jax.reward.quality import quality_reward
 from lsp_jax.text.judge_prompts import (
     CRITERIA,
@@ -61,7 +62,8 @@ def episode(queries: list[list[int]], answers: list[list[list[int]]], stop: int,
 
 
 def component(policy: lsp.Policy, rows: int = 16, **options: Any) -> DeviceReward:
-    reward = quality_reward(policy.params, policy.config, policy.tokenizer, token_classes(policy), rows=rows, **options)
+    config = RewardConfig(judge_rows=rows, **options)
+    reward = quality_reward(policy.params, policy, token_classes(policy), config)
     assert isinstance(reward, DeviceReward)
     return reward
 
@@ -87,7 +89,7 @@ def plain_scores(policy: lsp.Policy, queries: list[str], answers: list[list[str]
 
 
 def scores(reward: DeviceReward, play: Episode) -> np.ndarray:
-    return np.asarray(scoring.score_component(reward.score, reward.params, play).values)
+    return np.asarray(scoring.score_component(reward.params, play, score=reward.score).values)
 
 
 def test_templates_are_the_conversation(policy: lsp.Policy) -> None:
@@ -126,7 +128,7 @@ def encoded(policy: lsp.Policy) -> Episode:
 
 def test_score_equals_plain_forwards_over_the_chat_template(policy: lsp.Policy) -> None:
     reward = component(policy)
-    out = scoring.score_component(reward.score, reward.params, encoded(policy))
+    out = scoring.score_component(reward.params, encoded(policy), score=reward.score)
     expected = plain_scores(policy, QUERIES, ANSWERS)
     np.testing.assert_allclose(out.values, expected, atol=2e-4)
     assert np.ptp(out.values) > 1e-3, "scores must differ for this test to say anything"
@@ -177,7 +179,7 @@ def test_another_rubric_is_what_the_judge_reads(policy: lsp.Policy, tmp_path: Pa
     own.write_text(RUBRIC_FILE.read_text().replace("The response is complete.", "The response rhymes."))
     assert load_criteria(own)[4] == "The response rhymes." and len(load_criteria(own)) == CRITERIA
     assert load_criteria(own)[:4] == load_criteria()[:4]
-    changed = scores(component(policy, rubric=own), encoded(policy))
+    changed = scores(component(policy, rubric=str(own)), encoded(policy))
     assert np.abs(changed - scores(component(policy), encoded(policy))).max() > 1e-4
 
 
@@ -203,11 +205,13 @@ def test_bad_rubric_files_are_refused(policy: lsp.Policy, tmp_path: Path, conten
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message) as caught:
-        component(policy, rubric=path)
+        component(policy, rubric=str(path))
     assert caught.value.field == "rubric"
 
 
-@pytest.mark.parametrize(("options", "field"), [({"mode": "words"}, "mode"), ({"max_length": 0}, "max_length")])
+@pytest.mark.parametrize(
+    ("options", "field"), [({"quality_mode": "words"}, "mode"), ({"quality_max_length": 0}, "max_length")]
+)
 def test_bad_options_name_their_field(policy: lsp.Policy, options: dict[str, Any], field: str) -> None:
     with pytest.raises(InputError) as caught:
         component(policy, **options)

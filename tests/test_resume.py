@@ -24,8 +24,7 @@ from lsp_jax.core import runtime
 from lsp_jax.core.errors import InputError
 from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.training import setup
-from lsp_jax.training.setup import prepare
+from lsp_jax.training.setup import setup
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits, tree_hash
 
 K = 2
@@ -79,7 +78,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were read before the input was checked")
 
     monkeypatch.setattr(policy, "load_params", fail)
-    monkeypatch.setattr(setup, "load_params", fail)
+    monkeypatch.setattr("lsp_jax.training.setup.load_params", fail)
 
 
 @pytest.mark.full
@@ -176,14 +175,14 @@ def test_a_resumed_run_shows_its_own_day(tmp_path: Path):
     settings["chat_template"] = today + "{{ 'Today: ' + date_string + '.' }}" + settings["chat_template"]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     config = replace(config_of(model, tmp_path / "run"), date="")
-    old = prepare(replace(config, date="26 Jul 2019"), [host_reward()])
-    new = prepare(replace(config, resume="auto"), [host_reward()])
+    old, _ = setup(replace(config, date="26 Jul 2019"), [host_reward()])
+    new, _ = setup(replace(config, resume="auto"), [host_reward()])
     assert old.game != new.game, "the template shows the day"
     init_run_dir(old.directory, old.config, old.policy, {})
-    again = prepare(replace(config, resume="auto"), [host_reward()])
+    again, _ = setup(replace(config, resume="auto"), [host_reward()])
     assert again.config.date == "26 Jul 2019" and again.game == old.game
     with pytest.raises(InputError, match="another date"):
-        prepare(replace(config, resume="auto", date="27 Jul 2019"), [host_reward()])
+        setup(replace(config, resume="auto", date="27 Jul 2019"), [host_reward()])
 
 
 # --- refused, with nothing touched and nothing loaded ---------------------------------------------------------------

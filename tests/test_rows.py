@@ -15,10 +15,11 @@ from lsp_jax.algorithm import rollout, stages
 from lsp_jax.algorithm.learner_batch import learn_batch, rows_without_rewards
 from lsp_jax.config import RewardConfig
 from lsp_jax.learn.update import reference_logprobs
+from lsp_jax.model.llama import Params
 from lsp_jax.reward.base import RewardOutput, RewardSpec
 from lsp_jax.training.run import Run
-from lsp_jax.training.setup import prepare
-from lsp_jax.training.step import Phases, train_step
+from lsp_jax.training.setup import setup
+from lsp_jax.training.step import Phases, StepContext, train_step
 from test_trainer import game_config, host_reward
 
 QUICK_COMPILES = True
@@ -26,14 +27,15 @@ SPECS = (RewardSpec("share", "task", 1.0),)
 
 
 @pytest.fixture(scope="module")
-def run(game_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def started(game_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Params]:
     """One host reward, nothing scored on the device."""
     directory = tmp_path_factory.mktemp("run") / "run"
-    return prepare(game_config(game_model, directory, reward=RewardConfig(quality_weight=0.0)), [host_reward()])
+    return setup(game_config(game_model, directory, reward=RewardConfig(quality_weight=0.0)), [host_reward()])
 
 
-def test_neither_rewards_nor_their_masks_change_the_order(run: Run) -> None:
-    game, params = run.game, run.policy.params
+def test_neither_rewards_nor_their_masks_change_the_order(started: tuple[Run, Params]) -> None:
+    run, params = started
+    game = run.game
     key = stages.iteration_key(run.seed_key, jnp.int32(0), jnp.int32(0))
     episode = rollout.solve(params, rollout.challenge(params, run.token_classes, key, game), key, game)
     valid = np.asarray([True, False, True, True])
@@ -62,9 +64,12 @@ def test_neither_rewards_nor_their_masks_change_the_order(run: Run) -> None:
         assert (np.diff(expected.reshape(4, 4), axis=1) <= 0).all() and (np.diff(expected[::4]) <= 0).all()
 
 
-def test_the_host_scores_while_the_device_runs_the_reference(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_scores_while_the_device_runs_the_reference(
+    started: tuple[Run, Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Started before the host's rewards, waited for after them."""
     seen: list[str] = []
+    run, params = started
     (reward,) = run.rewards
 
     def score(*arguments: Any) -> Any:
@@ -77,8 +82,8 @@ def test_the_host_scores_while_the_device_runs_the_reference(run: Run, monkeypat
 
     monkeypatch.setattr(stages, "reference_logprobs", started_reference)
     phases = Phases()
-    state = jax.tree.map(jnp.copy, run.game.init_train_state(run.policy.params))
-    played = train_step(replace(run, rewards=(replace(reward, score=score),)), state, phases)
+    state = jax.tree.map(jnp.copy, run.game.init_train_state(params))
+    played = train_step(replace(run, rewards=(replace(reward, score=score),)), state, StepContext(1, timer=phases))
     assert seen == ["reference", "score"]
     assert np.isfinite(float(played.metrics["loss"])) and played.texts is not None
     assert set(phases.seconds) == {"weight_sync", "challenge", "solve", "reward", "reference", "update"}

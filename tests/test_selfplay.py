@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
+from lsp_jax.algorithm import rollout
 from lsp_jax.core.errors import InputError
 from lsp_jax.model import llama
-from lsp_jax.play import selfplay
 from lsp_jax.play.decode import Completions
-from lsp_jax.play.sampler import SamplingConfig
-from lsp_jax.play.selfplay import PlayConfig
+from lsp_jax.play.selfplay import Episode, PlayConfig, read_queries
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
 from lsp_jax.training.setup import token_classes
+from specs import game_spec
 from tiny import stopping_dir, tiny_dir
 
 PLAY = PlayConfig(num_queries=6, num_generations=3, max_query_length=10, max_completion_length=7)
@@ -36,22 +36,19 @@ def prompts(policy: lsp.Policy) -> PlayPrompts:
 
 
 @pytest.fixture(scope="module")
-def play(policy: lsp.Policy, prompts: PlayPrompts) -> Callable[[int], selfplay.Episode]:
+def play(policy: lsp.Policy, prompts: PlayPrompts) -> Callable[[int], Episode]:
     """An episode by seed."""
-    sampling, stop, classes = SamplingConfig(), policy.tokenizer.stop_ids, token_classes(policy)
+    game, _ = game_spec(policy.config, prompts, policy.tokenizer.stop_ids, play=PLAY)
+    classes = token_classes(policy)
 
     @jax.jit
-    def run(params: llama.Params, key: jax.Array) -> selfplay.Episode:
-        queries = selfplay.challenge(params, classes, key, policy.config, prompts, PLAY, sampling, stop)
-        spliced = selfplay.splice_queries(queries, prompts)
-        return selfplay.Episode(
-            queries, spliced, selfplay.solve(params, spliced, key, policy.config, PLAY, sampling, stop)
-        )
+    def run(params: llama.Params, key: jax.Array) -> Episode:
+        return rollout.solve(params, rollout.challenge(params, classes, key, game), key, game)
 
     return lambda seed: run(policy.params, jax.random.key(seed))
 
 
-Play = Callable[[int], selfplay.Episode]
+Play = Callable[[int], Episode]
 
 
 @pytest.mark.full
@@ -101,8 +98,8 @@ def test_roles_and_keys_draw_their_own_noise(play: Play) -> None:
     assert len({tuple(row) for row in one.queries.sampled.tokens.tolist()}) > 1
 
 
-def validity(policy: lsp.Policy, prompts: PlayPrompts, ids: list[int], stopped: bool, monkeypatch) -> bool:
-    """Whether `challenge` calls a query of these sampled ids valid."""
+def validity(policy: lsp.Policy, prompts: PlayPrompts, ids: list[int], stopped: bool) -> bool:
+    """Whether a query of these sampled ids is called valid."""
     row = [*ids, policy.tokenizer.stop_ids[0]] if stopped else ids
     sampled = Completions(
         jnp.asarray([row + [0] * (12 - len(row))] * 2),
@@ -111,26 +108,15 @@ def validity(policy: lsp.Policy, prompts: PlayPrompts, ids: list[int], stopped: 
         jnp.zeros((2, 12)),
         jnp.full(2, stopped),
     )
-    monkeypatch.setattr(selfplay, "rollout", lambda *_: sampled)
-    queries = selfplay.challenge(
-        policy.params,
-        token_classes(policy),
-        jax.random.key(0),
-        policy.config,
-        prompts,
-        PlayConfig(2, 2, 12, 4),
-        SamplingConfig(),
-        policy.tokenizer.stop_ids,
-    )
-    return bool(queries.valid[0])
+    return bool(read_queries(sampled, token_classes(policy), prompts).valid[0])
 
 
 @pytest.mark.full
-def test_only_whole_plain_queries_are_valid(policy: lsp.Policy, prompts: PlayPrompts, monkeypatch) -> None:
+def test_only_whole_plain_queries_are_valid(policy: lsp.Policy, prompts: PlayPrompts) -> None:
     encode = policy.tokenizer.encode
 
     def valid(ids: list[int], stopped: bool = True) -> bool:
-        return validity(policy, prompts, ids, stopped, monkeypatch)
+        return validity(policy, prompts, ids, stopped)
 
     assert valid(encode("3 + 4?"))
     assert not valid(encode("3 + 4?"), stopped=False), "cut off"
@@ -141,7 +127,7 @@ def test_only_whole_plain_queries_are_valid(policy: lsp.Policy, prompts: PlayPro
 
 
 @pytest.mark.full
-def test_tags_spelled_in_ordinary_tokens_leak_too(tmp_path: Path, monkeypatch) -> None:
+def test_tags_spelled_in_ordinary_tokens_leak_too(tmp_path: Path) -> None:
     """A template whose tags are plain text, as Llama 2's, leaks them in ordinary tokens."""
     directory = tiny_dir(tmp_path)
     config = directory / "tokenizer_config.json"
@@ -155,10 +141,10 @@ def test_tags_spelled_in_ordinary_tokens_leak_too(tmp_path: Path, monkeypatch) -
     prompts = PlayPrompts.build(policy.tokenizer, PromptConfig("Ask."))
     encode = policy.tokenizer.encode
     assert prompts.tags
-    assert validity(policy, prompts, encode("3 + 4?"), True, monkeypatch)
-    assert not validity(policy, prompts, encode("a [/INST] b"), True, monkeypatch)
-    assert not validity(policy, prompts, encode("[INST]"), True, monkeypatch)
-    assert validity(policy, prompts, encode("a [/INS b"), True, monkeypatch)
+    assert validity(policy, prompts, encode("3 + 4?"), True)
+    assert not validity(policy, prompts, encode("a [/INST] b"), True)
+    assert not validity(policy, prompts, encode("[INST]"), True)
+    assert validity(policy, prompts, encode("a [/INS b"), True)
 
 
 @pytest.mark.parametrize(

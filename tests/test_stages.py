@@ -16,7 +16,7 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.core.errors import InputError
 from lsp_jax.model.llama import cast
 from lsp_jax.training.loop import train
-from lsp_jax.training.setup import prepare
+from lsp_jax.training.setup import setup
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits
 
 QUICK_COMPILES = True
@@ -41,9 +41,9 @@ def second_config(first: Path, directory: Path, **changes: Any) -> TrainConfig:
 
 
 def test_the_second_stage_starts_from_the_firsts_policy_and_keeps_it_as_reference(first: Path, tmp_path: Path):
-    run = prepare(second_config(first, tmp_path / "second"), [host_reward()])
+    run, params = setup(second_config(first, tmp_path / "second"), [host_reward()])
     policy = load_run_params(first, 2)
-    assert same_bits(run.policy.params, policy) and same_bits(run.reference, cast(policy, run.game.compute_dtype))
+    assert same_bits(params, policy) and same_bits(run.reference, cast(policy, run.game.compute_dtype))
     assert not same_bits(policy, load_run_params(first, 1)), "the newest checkpoint, and training moved it"
     assert run.config.init_step == 2
 
@@ -57,8 +57,8 @@ def test_the_second_stage_starts_from_the_firsts_policy_and_keeps_it_as_referenc
 
 
 def test_an_earlier_checkpoint_can_be_named(first: Path, tmp_path: Path):
-    run = prepare(second_config(first, tmp_path / "second", init_step=1), [host_reward()])
-    assert same_bits(run.policy.params, load_run_params(first, 1))
+    _, params = setup(second_config(first, tmp_path / "second", init_step=1), [host_reward()])
+    assert same_bits(params, load_run_params(first, 1))
 
 
 def test_a_resumed_stage_keeps_the_policy_that_it_started_from(first: Path, model: Path, tmp_path: Path):
@@ -84,7 +84,7 @@ def test_it_needs_no_model_and_says_what_is_missing(first: Path, model: Path, tm
     for field, configs in bad.items():
         for config in configs:
             with pytest.raises(InputError) as error:
-                prepare(config, [host_reward()])
+                setup(config, [host_reward()])
             assert error.value.field == field
     assert not [name for name in "abcde" if (tmp_path / name).exists()]
 

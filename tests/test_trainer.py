@@ -29,10 +29,10 @@ from lsp_jax.reporting.metrics import describe
 from lsp_jax.reward.base import HostReward
 from lsp_jax.reward.user_callable import callable_reward
 from lsp_jax.text.prompts import PromptConfig
-from lsp_jax.training import loop, setup
+from lsp_jax.training import loop
 from lsp_jax.training.announce import WRITTEN
-from lsp_jax.training.loop import IterationEvent
-from lsp_jax.training.setup import make_game, prepare, token_classes
+from lsp_jax.training.hooks import IterationEvent
+from lsp_jax.training.setup import make_game, setup, token_classes
 from tiny import EOS, tiny_dir
 
 STEPS = 3
@@ -382,8 +382,8 @@ def test_bfloat16_parameters_train(model: Path, tmp_path: Path):
 def test_a_given_policy_needs_no_model_in_the_config(model: Path, tmp_path: Path):
     policy = lsp.load_pretrained(model)
     config = game_config(model, tmp_path / "run")
-    run = prepare(replace(config, model=""), [host_reward()], policy)
-    assert run.config.model == str(model) and run.policy.params is not None
+    run, params = setup(replace(config, model=""), [host_reward()], policy)
+    assert run.config.model == str(model) and same_bits(params, policy.params) and run.policy.params == {}
     assert not (tmp_path / "run").exists(), "nothing is written before the run starts"
 
 
@@ -398,7 +398,7 @@ def test_the_loaded_parameters_are_let_go(model: Path, tmp_path: Path, monkeypat
         loaded.append(weakref.ref(params["model"]["embed_tokens"]["weight"]))
         return params
 
-    monkeypatch.setattr(setup, "load_params", load)
+    monkeypatch.setattr("lsp_jax.training.setup.load_params", load)
     alive: list[bool] = []
     config = game_config(model, tmp_path / "run", max_steps=1, compute_dtype="bfloat16")
     lsp.train(config, callbacks=[lambda event: alive.append(loaded[0]() is not None)])

@@ -19,8 +19,8 @@ from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import DeviceReward, RewardOutput
 from lsp_jax.training.run import Run
-from lsp_jax.training.setup import prepare
-from lsp_jax.training.step import Phases, train_step
+from lsp_jax.training.setup import setup
+from lsp_jax.training.step import StepContext, train_step
 from specs import composed_iteration
 from test_trainer import game_config, game_dir
 
@@ -50,10 +50,10 @@ QUICK_COMPILES = True  # for every test here: whatever is compared bit by bit is
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Warm:
     model = game_dir(tmp_path_factory.mktemp("model") / "tiny")
     reward = DeviceReward("low", "task", 1.5, low_ids, jax.device_put(np.int32(80)))
-    run = prepare(game_config(model, tmp_path_factory.mktemp("run") / "run"), [reward])
-    state = jax.jit(run.game.init_train_state)(run.policy.params)
+    run, params = setup(game_config(model, tmp_path_factory.mktemp("run") / "run"), [reward])
+    state = jax.jit(run.game.init_train_state)(params)
     for _ in range(2):
-        state = train_step(run, state, Phases()).state
+        state = train_step(run, state, StepContext(1)).state
     copied(state)  # and the tests' own copying
     return Warm(run, state)
 
@@ -81,7 +81,7 @@ def test_an_iteration_reads_nothing_and_sends_nothing(warm: Warm, monkeypatch: p
     reads = runtime.reads()
     with monkeypatch.context() as patch, jax.transfer_guard_host_to_device("disallow"):
         forbid_reads(patch, type(state.iteration))
-        played = train_step(run, state, Phases())
+        played = train_step(run, state, StepContext(1))
     assert runtime.reads() == reads
     assert played.texts is None
     assert int(played.state.iteration) == int(warm.state.iteration) + 1
@@ -119,7 +119,7 @@ def test_twenty_iterations_of_changing_lengths_compile_nothing(warm: Warm):
     run, state = warm.run, copied(warm.state)
     compiled, lengths, answers = runtime.compiles()[0], set(), set()
     for _ in range(20):
-        played = train_step(run, state, Phases())
+        played = train_step(run, state, StepContext(1))
         state = played.state
         query_lengths, answer_lengths = jax.device_get((played.episode.prompts[1], played.episode.answers.lengths))
         lengths.add(tuple(query_lengths.tolist()))
@@ -138,7 +138,7 @@ def test_the_composed_iteration_gives_the_same_numbers(warm: Warm):
     params = [reward.params for reward in device_rewards]
     one, other = copied(warm.state), copied(warm.state)
     for _ in range(2):
-        played = train_step(run, one, Phases())
+        played = train_step(run, one, StepContext(1))
         other, learnable, metrics = whole(other, run.reference, params, run.token_classes, run.seed_key, run.hyper)
         one = played.state
         ours, theirs = played.learnable.batch, learnable.batch

@@ -21,7 +21,7 @@ TRL's corrected KL is k3 times the ratio: its gradient is that of our k2 with it
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ import numpy as np
 import optax
 import pytest
 
-from lsp_jax.learn.advantages import advantages
-from lsp_jax.learn.batch import LearnBatch, make_rows
+from lsp_jax.learn.advantages import GroupRewards, advantages
+from lsp_jax.learn.batch import LearnBatch, Sampled, make_rows
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.optimizer import OptimizerConfig
-from lsp_jax.learn.update import gradients
+from lsp_jax.learn.spec import LearnerSpec, LossSpec
+from lsp_jax.learn.update import gradients, reference_logprobs, with_old_logprobs
 from lsp_jax.model.weights import load_params
+from specs import hyper, learner_spec
 from tiny import EOS, VOCABULARY, tiny_config, tiny_dir
 
 trl = pytest.importorskip("trl")
@@ -192,26 +194,35 @@ def their_gradient(trainer: Any, inputs: Any, directories: dict[int, Path], case
     return value.item(), load_params(output, CONFIG, "float32")
 
 
-def padded(lists: list[list[Any]], dtype: Any) -> jax.Array:
-    width = max(map(len, lists))
+def padded(lists: list[list[Any]], dtype: Any, width: int) -> jax.Array:
     return jnp.asarray([[*row, *[0] * (width - len(row))] for row in lists], dtype)
+
+
+def our_advantages(task: jax.Array, valid: jax.Array, spec: LossSpec) -> jax.Array:
+    """The Solver's [N, G], from one reward."""
+    rewards = GroupRewards(task, jnp.zeros_like(task), jnp.ones(N, bool), valid)
+    return advantages(rewards, replace(spec, use_quality=False), hyper()).solver
+
+
+def our_spec(loss: LossConfig) -> LearnerSpec:
+    return learner_spec(CONFIG, loss, OPT, (TEMPERATURE, 1.0))
 
 
 def our_batch(play: Play, case: Case) -> LearnBatch:
     task = jnp.asarray(play.rewards.reshape(N, G), jnp.float32)
-    valid = jnp.ones((N, G), bool)
-    group = advantages(task, jnp.zeros_like(task), valid[:, 0], valid, 0.0, False, case.loss.scale_rewards)
-    sampled = padded(play.logprobs, jnp.float32)
+    lengths = jnp.asarray(list(map(len, play.prompts)), jnp.int32)
     rows = make_rows(
-        prompts=(padded(play.prompts, jnp.int32), jnp.asarray(list(map(len, play.prompts)), jnp.int32)),
-        completions=(padded(play.completions, jnp.int32), jnp.asarray(LENGTHS, jnp.int32)),
-        behaviour_logprobs=sampled,
-        log_mass=jnp.zeros_like(sampled),
-        advantages=group.solver.reshape(-1),
+        prompts=(padded(play.prompts, jnp.int32, int(lengths.max())), lengths),
+        sampled=Sampled(
+            tokens=padded(play.completions, jnp.int32, LONGEST),
+            lengths=jnp.asarray(LENGTHS, jnp.int32),
+            logprobs=padded(play.logprobs, jnp.float32, LONGEST),
+            log_mass=jnp.zeros((N * G, LONGEST)),
+        ),
+        advantages=our_advantages(task, jnp.ones((N, G), bool), case.loss.spec).reshape(-1),
         counts=jnp.ones(N * G, bool),
         scale=1.0,
         loss_type=case.loss.loss_type,
-        longest=LONGEST,
     )
     return LearnBatch(rows, None)
 
@@ -219,21 +230,21 @@ def our_batch(play: Play, case: Case) -> LearnBatch:
 def our_gradient(play: Play, case: Case, directories: dict[int, Path]) -> tuple[Any, Any, LearnBatch]:
     """Metrics and gradient by the functions that a run calls, and the batch with its old log-probabilities."""
     played, reference = parameters(directories, PLAYED), parameters(directories, REFERENCE)
-    temperatures = (TEMPERATURE, 1.0)
-    batch = our_batch(play, case)
+    batch, spec = our_batch(play, case), our_spec(case.loss)
     if case.moved:
-        batch = jax.jit(fix_old, static_argnums=(2, 3, 4, 5))(played, batch, CONFIG, OPT, temperatures, True)
-    static = (CONFIG, case.loss, OPT, temperatures)
-    references = jax.jit(reference_statistics, static_argnums=(2, 3, 4, 5))(reference, batch, *static)
+        # recomputed by the learner, as importance correction always does: this sampler's own are not the policy's
+        correcting = replace(spec, loss=replace(spec.loss, importance_correction=True))
+        batch = with_old_logprobs(played, None, batch, correcting)
+    references = reference_logprobs(reference, batch, spec)
     now = parameters(directories, MOVED) if case.moved else played
-    grads, metrics = jax.jit(gradients, static_argnums=(4, 5, 6, 7))(now, reference, batch, references, *static)
+    grads, metrics = gradients(now, batch, references, hyper(case.loss, OPT), spec)
     return metrics, grads, batch
 
 
 def sampler_logprobs(play: Play, directories: dict[int, Path]) -> list[list[float]]:
     """A sampler that computes otherwise than the learner: the policy's log-probabilities with noise."""
     batch, played = our_batch(play, CASES["sequence"]), parameters(directories, PLAYED)
-    exact = np.asarray(reference_statistics(played, batch, CONFIG, loss(), OPT, (TEMPERATURE, 1.0))[0].logprobs)
+    exact = np.asarray(reference_logprobs(played, batch, our_spec(loss())).solver.logprobs)
     return [(exact[i, :size] + play.noise[i, :size]).tolist() for i, size in enumerate(LENGTHS)]
 
 
@@ -284,6 +295,6 @@ def test_advantages_equal_trl_with_answers_that_could_not_be_scored(
     expected = inputs_of(make_trainer(play, case, directories, tmp_path / "trl", rewards))["advantages"].numpy()
     valid = ~np.isin(np.arange(N * G), missing).reshape(N, G)
     task = jnp.asarray(np.where(valid, play.rewards.reshape(N, G), np.nan), jnp.float32)
-    ours = advantages(task, jnp.zeros_like(task), jnp.ones(N, bool), jnp.asarray(valid), 0.0, False, scale).solver
+    ours = our_advantages(task, jnp.asarray(valid), LossSpec(scale_rewards=scale))
     np.testing.assert_allclose(ours.reshape(-1), expected, rtol=1e-5, atol=1e-6)
     assert np.abs(expected).max() > 0.5

@@ -32,7 +32,7 @@ from lsp_jax.core.stage import execute
 from lsp_jax.learn.update import reference_logprobs
 from lsp_jax.reward.base import episode_texts
 from lsp_jax.reward.scoring import score
-from lsp_jax.training.setup import prepare
+from lsp_jax.training.setup import setup
 
 DEMO = Path("models/SmolLM2-135M-Instruct")  # `lsp-jax demo-model models/SmolLM2-135M-Instruct` in the checkout
 ABOVE = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / DEMO).is_dir()]
@@ -62,14 +62,14 @@ lsp.generate(policy, ["What is 3 + 4?", "Name a colour."], greedy, max_completio
 # %% [markdown]
 # ## One iteration
 #
-# `prepare` checks a configuration and loads what it needs. `run.game` holds all that is static, and `run.hyper` the
-# numbers that only scale: every stage is a compiled function of arrays and of that part of `run.game` that it depends
-# on. With other numbers the programs are the same.
+# `setup` checks a configuration, loads what it needs, and returns the parameters to start from. `run.game` holds all
+# that is static, and `run.hyper` the numbers that only scale: every stage is a compiled function of arrays and of that
+# part of `run.game` that it depends on. With other numbers the programs are the same.
 
 # %%
 config = replace(lsp.presets.quickstart(), model=MODEL, output_dir=str(FOLDER / "run"), max_steps=3, save_steps=3)
-run = prepare(config, policy=policy)
-state = jax.jit(run.game.init_train_state)(policy.params)
+run, start = setup(config, policy=policy)
+state = jax.jit(run.game.init_train_state)(start)
 key = stages.iteration_key(run.seed_key, state.iteration, state.attempt)
 params = stages.rollout_params(state.params, run.game, run.reference)
 print("Challenger is asked:", run.policy.tokenizer.decode(run.game.prompts.challenger_ids))

@@ -10,17 +10,26 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
-from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    CustomSteps,
+    EveryNSteps,
+    LatestN,
+    PreservationContext,
+    PreservationPolicy,
+)
 
 from lsp_jax.checkpoint.checksums import Manifest, differing, manifest
+from lsp_jax.checkpoint.host_state import HostState
 from lsp_jax.core import processes
 from lsp_jax.core.errors import InputError, RunError
 from lsp_jax.learn.optimizer import TrainState
@@ -37,23 +46,23 @@ class SaveError(RunError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them, the best and good ones, written in the background."""
+    """The checkpoints of one run, written in the background: the newest `keep` of those at multiples of `every` stay,
+    the newest of all, and those that are pinned. One between two `every` (a run was stopped there) takes the place of
+    none that an uninterrupted run would have."""
 
     def __init__(self, directory: str | Path, keep: int = 2, every: int = 1):
         # the directory is made by the first save, so that looking for checkpoints leaves nothing behind
         self.directory: Path = Path(directory).expanduser().resolve()
-        self._keep, self._every = keep, every
-        self.best: int | None = None
-        """Iteration of a checkpoint that stays whatever its age."""
-        self.good: set[int] = set()
-        """Others: where a run that collapses goes back to."""
+        # Orbax asks as a save begins and deletes once it is committed; it reads this very list, so `pin` can change it
+        self._policies: list[PreservationPolicy] = [LatestN(1), EveryNSteps(every, max_to_keep=keep), CustomSteps(())]
+        self._retention = AnyPreservationPolicy(self._policies)
         self._manager: ocp.CheckpointManager | None = None
         self._under_way: int | None = None
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=_Preserved(self),
+                preservation_policy=self._retention,
                 create=True,
                 lightweight_initialize=True,  # else a damaged record of Orbax's own keeps all from being listed
             )
@@ -63,11 +72,17 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._manager
 
-    def preserved(self, steps: Sequence[int]) -> list[bool]:
-        """Which of the checkpoints `steps`, oldest first, stay. One between two `every` (a run was stopped there) stays
-        only while it is the newest, and takes the place of none that an uninterrupted run would have."""
-        newest = {*steps[-1:], *[step for step in steps if step % self._every == 0][-self._keep :]}
-        return [step in newest or step in {self.best, *self.good} for step in steps]
+    def pin(self, steps: Iterable[int]) -> None:
+        """Keeps these checkpoints whatever their age, and none that were pinned before; from the next save on."""
+        # BestN would rank by the metrics of each save: the probe's are not of every one, and "good" is no metric
+        self._policies[-1] = CustomSteps(tuple(steps))
+
+    def preserved(self, steps: Sequence[int]) -> set[int]:
+        """Those of the checkpoints `steps`, oldest first, that stay."""
+        # a policy of these kinds reads the step alone
+        infos: list[Any] = [SimpleNamespace(step=step) for step in steps]
+        stays = self._retention.should_preserve(infos, context=PreservationContext())
+        return {step for step, kept in zip(steps, stays, strict=True) if kept}
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's iteration, None without one."""
@@ -77,17 +92,17 @@ class Checkpoints:
         """Iterations of all whole checkpoints, oldest first."""
         return sorted(self._open().all_steps()) if self.directory.is_dir() else []
 
-    def save(self, iteration: int, state: TrainState, host_state: dict[str, Any], arrays: Manifest) -> None:
-        """Saves `state`, with its `manifest` in `arrays`, as of `iteration`; returns once the arrays are copied, the
-        writing goes on. Raises SaveError; with several processes all must call it together, after `wait`.
+    def save(self, state: TrainState, host: HostState, arrays: Manifest) -> None:
+        """Saves `state`, with its `manifest` in `arrays`, as of `host.iteration`; returns once the arrays are copied,
+        the writing goes on. Raises SaveError; with several processes all must call it together, after `wait`.
         """
         items = {name: ocp.args.PyTreeSave(part) for name, part in _split(state).items()}
-        record = {**host_state, "arrays": arrays}
+        record = {**host.to_record(), "arrays": arrays}
         record["digest"] = _digest(record)
-        self._under_way = iteration
+        self._under_way = host.iteration
         self._agreed(self._make_directory)  # before Orbax waits for all in a collective without a limit
         args = ocp.args.Composite(**items, host=ocp.args.JsonSave(record))
-        self._told(lambda manager: manager.save(iteration, args=args))
+        self._told(lambda manager: manager.save(host.iteration, args=args))
 
     def check(self) -> None:
         """Raises SaveError when a save in the background has failed; all processes call it together."""
@@ -138,8 +153,8 @@ class Checkpoints:
             with suppress(Exception):
                 manager.close()
 
-    def restore(self, iteration: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state in the shapes, dtypes and shardings of `abstract`, and the host's part.
+    def restore(self, iteration: int, abstract: TrainState) -> tuple[TrainState, HostState]:
+        """The state in the shapes, dtypes and shardings of `abstract`, and what the host kept beside it.
 
         Raises InputError when the checkpoint belongs to a model of another shape, Damaged when it is not whole.
         """
@@ -148,7 +163,7 @@ class Checkpoints:
         restored = self._read(iteration, **items)
         state = TrainState(restored["params"], **restored["training"])
         _check_arrays(record["arrays"], state)
-        return state, record
+        return state, HostState.from_record(record)
 
     def restore_params(self, iteration: int, abstract: Params) -> Params:
         """The policy's parameters alone; raises as `restore`."""
@@ -227,16 +242,6 @@ class Checkpoints:
             with suppress(Exception):
                 self._manager.wait_until_finished()
         self._drop()
-
-
-class _Preserved(PreservationPolicy):
-    """The retention decision that Orbax asks for as a save begins; deletions follow once that save is committed."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self._checkpoints = checkpoints
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        return self._checkpoints.preserved([info.step for info in checkpoints])
 
 
 def _check_arrays(saved: Manifest, tree: Any) -> None:

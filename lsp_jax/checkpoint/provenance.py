@@ -48,8 +48,9 @@ def reference_of(run: Path) -> dict[str, Any]:
         raise InputError("run", str(run), remedy) from error
 
 
-def identity(config: TrainConfig, policy: Policy, reward_model: Policy | None) -> dict[str, Any]:
-    """The provenance that every checkpoint of a run records; `policy` is the model it started from, its reference."""
+def identity(config: TrainConfig, policy: Policy, params: Params, reward_model: Policy | None) -> dict[str, Any]:
+    """The provenance that every checkpoint of a run records; `policy` with `params` is the model it started from, its
+    reference."""
     settings = flat(config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     source = f"{config.init_from} checkpoint {config.init_step}" if config.init_from else config.model
@@ -61,7 +62,7 @@ def identity(config: TrainConfig, policy: Policy, reward_model: Policy | None) -
             "source": source,
             "revision": config.revision,
             "commit": policy.commit,
-            "digest": parameters_digest(policy.params),
+            "digest": parameters_digest(params),
         },
         "reward_model": reward_model
         and {

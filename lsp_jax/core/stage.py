@@ -54,11 +54,8 @@ def stage(static: Names = (), donate: Names = ()) -> Callable[[Callable[P, R]], 
 
 Call = Callable[..., Any]
 """(stage, its arrays, its static arguments by name) -> the stage's result."""
-
-
-def execute(stage: Stage[..., Any], *arrays: Any, **static: Any) -> Any:
-    """Runs a stage: the `Call` of a run. `lsp-jax plan` has one that compiles it for another machine."""
-    return stage(*arrays, **static)
+execute: Call = Stage.__call__
+"""Runs a stage: the `Call` of a run. `lsp-jax plan` has one that compiles it for another machine."""
 
 
 def read_count(count: jax.Array) -> int:

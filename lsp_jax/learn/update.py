@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -109,10 +110,15 @@ class Objective(NamedTuple):
     role: RoleSpec
     hyper: Hyperparameters
     reference_params: Params | None
+    """Of the frozen reference, where the loss reads them."""
 
-    def __call__(self, params: Params, rows: Rows, reference: Reference, share: int) -> tuple[jax.Array, Metrics]:
-        """Loss and metric sums of `rows`, each `share` consecutive of which continue one prompt."""
+    def __call__(
+        self, params: Params, rows: Rows, reference: Reference, share: int, columns: int
+    ) -> tuple[jax.Array, Metrics]:
+        """Loss and metric sums of `rows`, each `share` consecutive of which continue one prompt, by the first `columns`
+        of their completions, which none exceeds."""
         spec, model = self.spec, self.spec.model
+        rows, reference = rows.narrowed(columns), jax.tree.map(lambda x: x[:, :columns], reference)
         params = spec.attach_adapters(self.reference_params or {})(params)
         hidden = completion_hidden(params, model, rows, spec.remat, share)
         against = None if reference.hidden is None else (self.reference_params or {}, reference.hidden)
@@ -126,38 +132,33 @@ def role_gradients(
 ) -> tuple[jax.Array, Metrics, Params]:
     """Loss, metric sums and float32 gradient of one role's rows, added up over micro-batches and onto `total`."""
     size, share = _micro_rows(rows, objective.spec, objective.role)
-
-    def gradient(params: Params, part: tuple[Rows, Reference]) -> Any:
-        def compute(columns: int) -> Any:
-            narrow = part[0].narrowed(columns), jax.tree.map(lambda x: x[:, :columns], part[1])
-            return jax.value_and_grad(objective.__call__, has_aux=True)(params, *narrow, share)
-
-        return _at_width(part[0], compute)
-
+    columns = widths(rows.behaviour_logprobs.shape[1])
+    # the fewest declared columns that hold a micro-batch's completions are chosen on the device
+    by_width = [jax.value_and_grad(partial(objective, share=share, columns=width), has_aux=True) for width in columns]
     reference = reference._replace(embeddings=None)  # of whole rows, and not the loss's
     missing = -rows.tokens.shape[0] % size
     split_reference = jax.tree.map(
         lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]), reference
     )
     parts = shard_rows((micro_batches(rows, size), split_reference), axis=1)
+    one = jax.tree.map(lambda x: x[0], parts)
     if parts[0].tokens.shape[0] == 1:  # no accumulator: one gradient less in memory
-        (value, sums), grads = gradient(params, jax.tree.map(lambda x: x[0], parts))
+        (value, sums), grads = jax.lax.switch(width_bucket(one[0], columns), by_width, params, *one)
         grads = shard_params(cast(grads, "float32"))
         return value, sums, grads if total is None else jax.tree.map(jnp.add, total, grads)
 
     def add(total: Any, part: tuple[Rows, Reference]) -> tuple[Any, None]:
-        scalars, grads = gradient(params, part)
+        scalars, grads = jax.lax.switch(width_bucket(part[0], columns), by_width, params, *part)
         return jax.tree.map(jnp.add, total, (scalars, shard_params(grads))), None
 
-    first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
+    first = jax.eval_shape(by_width[0], params, *one)
     scalars, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), first)
     start = scalars, shard_params(grads) if total is None else total
     ((value, sums), grads), _ = jax.lax.scan(add, start, parts)
     return value, sums, grads
 
 
-@stage(static="spec")
-def gradients(
+def _gradients(
     params: Params, batch: LearnBatch, references: References, hyper: Hyperparameters, spec: LearnerSpec
 ) -> tuple[Params, Metrics]:
     """The unclipped joint gradient of L = L_Sol + alpha_Ch * L_Ch, float32, and metrics under `solver/` and
@@ -176,6 +177,9 @@ def gradients(
     return grads, metrics
 
 
+gradients = stage(static="spec")(_gradients)
+
+
 def _means(role: str, sums: Metrics, loss: jax.Array) -> Metrics:
     tokens = jnp.maximum(sums["tokens"], 1)
     means = {name: value / tokens for name, value in sums.items() if name != "tokens"}
@@ -192,7 +196,7 @@ def update(
     state: TrainState, batch: LearnBatch, references: References, hyper: Hyperparameters, spec: LearnerSpec
 ) -> tuple[TrainState, Metrics]:
     """One joint gradient step; the old state is donated. The iteration's counter is left to the caller."""
-    grads, metrics = gradients(state.params, batch, references, hyper, spec)
+    grads, metrics = _gradients(state.params, batch, references, hyper, spec)
     component = first_not_finite(batch, references, metrics["loss"])
     state, more = apply_gradients(state, grads, metrics["loss"], spec.optimizer, hyper, component == 0)
     metrics["not_finite/component"] = component.astype(jnp.float32)

@@ -18,11 +18,12 @@ import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, Self
 
 from lsp_jax.core import processes
 from lsp_jax.core.errors import InputError, one_of
+from lsp_jax.monitor.hooks import Event, StepRecord
 
 COPIED_WORDS = 8
 _TAG = re.compile(r"<[/|]?[A-Za-z_]{2,20}[|]?>|\[/?[A-Z_]{3,20}\]")
@@ -131,83 +132,98 @@ def lexical_metrics(lines: Sequence[Mapping[str, Any]], instruction: str) -> dic
     }
 
 
-class Event(NamedTuple):
-    """An alarm that begins or is over."""
+Row = tuple[float | None, ...]
+"""One iteration's values in the order of `RULES`; None where one was not finite, or not there."""
 
-    iteration: int
-    alarm: str
-    """Its field of `HealthConfig`."""
-    action: str
-    """The alarm's action, or `over`."""
-    said: str
+
+@dataclass(frozen=True)
+class HealthState:
+    """What the next iteration's decision depends on; a checkpoint keeps it."""
+
+    first: tuple[Row, ...] = ()
+    """Values of the first window, the oldest first; at most `health.window` rows."""
+    recent: tuple[Row, ...] = ()
+    """Values of the last window, the oldest first; at most `health.window` rows."""
+    on: frozenset[str] = frozenset()
+    """Alarms that have begun and are not over, by their fields of `HealthConfig`."""
+    rollbacks: int = 0
+    """Times that the run has gone back."""
+    declined: float = 0.0
+    """1 where the last probe was answered worse than by the reference, else 0."""
+
+    @property
+    def good(self) -> bool:
+        """Whether the policy is one to go back to: no alarm is on, and the last probe was answered well."""
+        return not self.on and not self.declined
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON's types, as they lie in a checkpoint."""
+        rows = {"first": list(map(list, self.first)), "recent": list(map(list, self.recent))}
+        return {**rows, "on": sorted(self.on), "rollbacks": self.rollbacks, "declined": self.declined}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """The state in a checkpoint's record; an earlier version's may lack any of it."""
+        first, recent = (tuple(map(tuple, record.get(name, ()))) for name in ("first", "recent"))
+        lasting = {name: record[name] for name in ("rollbacks", "declined") if name in record}
+        return cls(first, recent, frozenset(record.get("on", ())), **lasting)
 
 
 class Health:
     """Looks at each iteration's metrics and says what follows. All processes call it together."""
 
-    def __init__(self, config: HealthConfig, saved: Mapping[str, Any] | None = None):
-        """`saved` is `record` of the checkpoint that the run goes on from."""
+    def __init__(self, config: HealthConfig, state: HealthState = HealthState()):
+        """`state` is that of the checkpoint which the run goes on from."""
         self._config = config
-        saved = saved or {}
-        self._first: list[list[float | None]] = [list(row) for row in saved.get("first", [])]
-        self._recent: list[list[float | None]] = [list(row) for row in saved.get("recent", [])]
-        self._on: set[str] = set(saved.get("on", []))
-        self.rollbacks: int = saved.get("rollbacks", 0)
-        """Times that the run has gone back."""
-        self.declined: float = saved.get("declined", 0.0)
-        """1 where the last probe was answered worse than by the reference."""
-
-    def record(self) -> dict[str, Any]:
-        """The state that the next iteration's decision depends on, for the checkpoint."""
-        lasting = {"rollbacks": self.rollbacks, "declined": self.declined}
-        # copies: it is written to disk while the next iteration is looked at
-        rows = {"first": list(self._first), "recent": list(self._recent)}
-        return {**rows, "on": sorted(self._on), **lasting}
+        self.state: HealthState = state
+        """As of the last iteration; set it to go on from another one."""
 
     @property
     def paused(self) -> bool:
         """Whether the Challenger learns nothing now."""
-        return any(getattr(self._config, name) == "pause" for name in self._on)
+        return any(getattr(self._config, name) == "pause" for name in self.state.on)
 
-    @property
-    def good(self) -> bool:
-        """Whether the policy is one to go back to: no alarm is on, and the last probe was answered well."""
-        return not self._on and not self.declined
+    def after_step(self, record: StepRecord) -> list[Event]:
+        """`update` as a hook."""
+        return self.update(record.iteration, record.metrics)
 
     def update(self, number: int, metrics: Mapping[str, float]) -> list[Event]:
         """At the metrics of iteration `number`, of which only process 0 need have them all; alarms that begin or are
         over."""
         found = [float(metrics.get(rule.metric, math.nan)) for rule in RULES]
         mine = [value if math.isfinite(value) else None for value in found]
-        values, self.declined = processes.gather("health", [mine, metrics.get("probe/declined", 0.0)])[0]
-        window = self._config.window
-        if number <= window and number == len(self._first) + 1:  # not after a resume with a longer window
-            self._first.append(values)
-        self._recent = [*self._recent, values][-window:]
-        if len(self._recent) < window:
+        values, declined = processes.gather("health", [mine, metrics.get("probe/declined", 0.0)])[0]
+        window, first, row = self._config.window, self.state.first, tuple(values)
+        if number <= window and number == len(first) + 1:  # not after a resume with a longer window
+            first = (*first, row)
+        recent = (*self.state.recent, row)[-window:]
+        self.state = replace(self.state, first=first, recent=recent, declined=declined)
+        if len(recent) < window:
             return []
+        on = self.state.on
         firing = {rule.name: self._said(place, rule) for place, rule in enumerate(RULES) if self._fires(place, rule)}
         firing = {name: said for name, said in firing.items() if getattr(self._config, name) != "off"}
         # one that ends a run or sends it back does so for as long as it is on, also after a resume
-        told = {name for name in self._on if getattr(self._config, name) not in ("rollback", "stop")}
+        told = {name for name in on if getattr(self._config, name) not in ("rollback", "stop")}
         new = sorted(firing.keys() - told)
         begun = [Event(number, name, getattr(self._config, name), firing[name]) for name in new]
         unknown = {rule.name for place, rule in enumerate(RULES) if self._unknown(place)}
-        over = sorted(self._on - firing.keys() - unknown)
-        self._on = (self._on & unknown) | set(firing)
+        over = sorted(on - firing.keys() - unknown)
+        self.state = replace(self.state, on=(on & unknown) | set(firing))
         return begun + [Event(number, name, "over", f"the alarm {name} is over") for name in over]
 
     def _unknown(self, place: int) -> bool:
         """Whether a metric was not finite, or not there, in a part of the window: neither an alarm nor its end."""
-        there = [row[place] is not None for row in self._recent]
+        there = [row[place] is not None for row in self.state.recent]
         return any(there) and not all(there)
 
     def _means(self, place: int) -> tuple[float, float | None] | None:
         """Over the last window, None where not finite in all of it; and over the first, None where it had none."""
         recent, first = (
-            [value for row in rows if (value := row[place]) is not None] for rows in (self._recent, self._first)
+            [value for row in rows if (value := row[place]) is not None]
+            for rows in (self.state.recent, self.state.first)
         )
-        if len(recent) < len(self._recent):
+        if len(recent) < len(self.state.recent):
             return None
         return sum(recent) / len(recent), sum(first) / len(first) if first else None
 

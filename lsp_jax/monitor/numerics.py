@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from lsp_jax.learn.batch import LearnBatch
 from lsp_jax.learn.nonfinite import component_names
 from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import path_name
+from lsp_jax.monitor.hooks import Event, StepRecord
 
 MOST_PROB_ERROR = 1.05
 """`sampling/token_mult_prob_error` above which sampler and learner do not agree."""
@@ -31,6 +32,11 @@ class Alarms:
         self._max_skipped = max_skipped
         self.skipped: int = skipped
         """Iterations in a row, the last one included, that changed nothing."""
+
+    def after_step(self, record: StepRecord) -> Sequence[Event]:
+        """`check` as a hook: what it finds is a warning or the end of the run, never an event."""
+        self.check(record.iteration, record.metrics, record.state.params, record.batch)
+        return ()
 
     def check(self, number: int, metrics: Mapping[str, float], params: Params, batch: LearnBatch) -> None:
         """At the metrics of iteration `number`. Raises NumbersError."""

@@ -22,6 +22,7 @@ from lsp_jax.config import TrainConfig, flat
 from lsp_jax.core import console
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import check_writable, user_path
+from lsp_jax.monitor.hooks import Event, StepRecord
 from lsp_jax.reporting.metrics import PHASES, describe
 
 PAGE = Path(__file__).parent / "page"
@@ -250,6 +251,11 @@ class LiveReport:
 
     def __init__(self, directory: Path):
         self._directory, self._due = directory, 0.0
+
+    def after_step(self, record: StepRecord) -> Sequence[Event]:
+        """Writes the report of the iterations so far, when it is time to."""
+        self.refresh()
+        return ()
 
     def refresh(self, last: bool = False) -> None:
         """Once an iteration; `last`: whatever the time. One that cannot be made is a warning and ends no run."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from lsp_jax.core.console import printable
+from lsp_jax.monitor.hooks import Event, StepRecord
 from lsp_jax.reporting.metrics import PHASES
 
 
@@ -52,7 +54,15 @@ class Console:
         """Shows on the bar which phase has begun; those of the first iteration are compiled before they run."""
         if self._bar is not None:
             compiling = " (compiles first)" if self._bar.n < self._first else ""
-            self._bar.set_postfix_str(name + compiling)
+            with suppress(OSError):  # a terminal that is gone
+                self._bar.set_postfix_str(name + compiling)
+
+    def after_step(self, record: StepRecord) -> Sequence[Event]:
+        """Shows the iteration, and the first query with its first answer."""
+        first = record.transcripts[0]
+        with suppress(OSError):  # a terminal or pipe that is gone
+            self.step(record.iteration, record.metrics, (first["query"], first["answers"][0]["text"]))
+        return ()
 
     def step(self, iteration: int, metrics: Mapping[str, Any], sample: tuple[str, str] | None = None) -> None:
         """Shows iteration number `iteration` (from 1) and one sample (query, answer), which may hold anything."""

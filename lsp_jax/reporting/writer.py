@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from lsp_jax.checkpoint.run_dir import ALARMS_FILE, CHECKSUMS_FILE, FILES, METRICS_FILE, TRANSCRIPTS_FILE
 from lsp_jax.core.errors import InputError, RunError
+from lsp_jax.monitor.hooks import Event, StepRecord
 from lsp_jax.reporting.metrics import describe
 
 _TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}  # report_to -> package
@@ -32,6 +33,13 @@ class MetricsWriter:
         modules = [(name, _import_tracker(name)) for name in report_to]
         self.directory.mkdir(parents=True, exist_ok=True)
         self._trackers = [_open_tracker(name, module, self.directory) for name, module in modules]
+
+    def after_step(self, record: StepRecord) -> Sequence[Event]:
+        """Writes the iteration's metrics and transcripts."""
+        self.write(record.iteration, record.metrics)
+        self.write_transcripts(record.transcripts)
+        self.write_alarms(())  # the file is there from the first iteration on, also where none ever begins
+        return ()
 
     def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """One line of `metrics.jsonl`: numbers by name (Python's or numpy's), null for one that is not finite.

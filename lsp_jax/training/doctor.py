@@ -1,6 +1,6 @@
 """One pass over a run before its first long compilation: what goes wrong without a word, each finding with what to do.
 
-What cannot be used at all has been refused by `prepare`. Training makes this pass too and ends at an error;
+What cannot be used at all has been refused by `setup`. Training makes this pass too and ends at an error;
 `lsp-jax doctor` makes it alone, and has a pair of answers scored as well (`training/doctor.py`).
 """
 
@@ -22,6 +22,7 @@ from lsp_jax.core.console import printable
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import existing_part
 from lsp_jax.learn.losses import kl_terms
+from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import replicate, row_shards, use_mesh
 from lsp_jax.perf.chips import GIB
 from lsp_jax.perf.memory import USED, device_memory, host_memory, update_bytes
@@ -33,7 +34,7 @@ from lsp_jax.text.judge_prompts import judge_messages, judge_template, load_crit
 from lsp_jax.text.prompts import SLOT, template_pieces
 from lsp_jax.text.tokenizer import Tokenizer
 from lsp_jax.training.run import Run
-from lsp_jax.training.setup import prepare
+from lsp_jax.training.setup import setup
 
 Level = Literal["ok", "warning", "error"]
 
@@ -56,8 +57,9 @@ class Finding(NamedTuple):
         return f"{line}: {self.remedy}" if self.remedy else line
 
 
-def examine(run: Run) -> list[Finding]:
-    """Everything that can be looked at in a moment; changes nothing, and all processes may call it."""
+def examine(run: Run, params: Params) -> list[Finding]:
+    """Everything that can be looked at in a moment; changes nothing, and all processes may call it. `params` are those
+    that the run starts from."""
     tokenizer = run.policy.tokenizer
     return [
         _vocabulary(run, tokenizer),
@@ -66,7 +68,7 @@ def examine(run: Run) -> list[Finding]:
         _kl_gradient(run),
         _mesh(run),
         _memory(run),
-        _disk(run),
+        _disk(run, params),
     ]
 
 
@@ -223,9 +225,9 @@ def _memory(run: Run) -> Finding:
     return Finding("warning", "memory", said, remedy)
 
 
-def _disk(run: Run) -> Finding:
+def _disk(run: Run, params: Params) -> Finding:
     """Room for the checkpoints: a new one is written before the oldest goes, and the export at the end."""
-    state = jax.eval_shape(run.game.init_train_state, run.policy.params)
+    state = jax.eval_shape(run.game.init_train_state, params)
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     whole = run.reference if run.game.learner.lora.rank else state.params  # adapters are merged
     export = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole))
@@ -253,10 +255,10 @@ BAD_ANSWER = "no no no no"
 
 def examine_all(config: TrainConfig) -> list[Finding]:
     """The whole pass over the run `config`; its model is loaded, nothing is trained and nothing written."""
-    run = prepare(config)
+    run, params = setup(config)
     try:
         with use_mesh(run.mesh):
-            return [*examine(run), *examine_rewards(run)]
+            return [*examine(run, params), *examine_rewards(run)]
     finally:
         run.workers.close()
 

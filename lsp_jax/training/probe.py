@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from lsp_jax.core.stage import stage
 from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import load_to_device
+from lsp_jax.monitor.health import Health
+from lsp_jax.monitor.hooks import Event, StepRecord
 from lsp_jax.play.prompt_data import data_queries
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import RewardOutput, RewardSpec, combine, solver_rewards
@@ -33,29 +35,32 @@ PROBE = np.uint32(2**32 - 1)  # folded into the seed's key: noise of no iteratio
 class Probe:
     """The probe of one run; all processes look together."""
 
-    def __init__(self, run: Run):
-        self._run = run
+    def __init__(self, run: Run, health: Health, begins: Callable[[str], None]):
+        """Between two looks the last one's verdict stands, which `health` has. `begins` is told that it goes on."""
+        self._run, self._health, self._begins = run, health, begins
         self._reference: np.ndarray | None = None
 
-    def evaluate(
-        self, number: int, state: TrainState, declined: float, begins: Callable[[str], None]
-    ) -> dict[str, float]:
-        """Metrics of the probe after iteration `number`; between two looks the last one's verdict, `declined`, stands.
-        Empty without a probe."""
+    def after_step(self, record: StepRecord) -> Sequence[Event]:
+        """Adds its metrics to the iteration's."""
+        record.metrics.update(self.evaluate(record.iteration, record.state))
+        return ()
+
+    def evaluate(self, number: int, state: TrainState) -> dict[str, float]:
+        """Metrics of the probe after iteration `number`; empty without a probe."""
         config = self._run.config.health
         if self._run.probe is None:
             return {}
         if number % config.probe_steps:
-            return {"probe/declined": declined}
+            return {"probe/declined": self._health.state.declined}
         start = time.perf_counter()
         if self._reference is None:
-            self._reference = self._values(load_to_device(self._run.reference), begins)
-        values = self._values(stages.rollout_params(state.params, self._run.game, self._run.reference), begins)
+            self._reference = self._values(load_to_device(self._run.reference))
+        values = self._values(stages.rollout_params(state.params, self._run.game, self._run.reference))
         gain = values - self._reference
         both = gain[np.isfinite(gain)]  # a prompt of which no answer could be scored says nothing
         if not len(both):
             console.warn(f"iteration {number}: no answer to the probe's prompts could be scored (health.probe)")
-            return {"probe/declined": declined, "time/probe": time.perf_counter() - start}
+            return {"probe/declined": self._health.state.declined, "time/probe": time.perf_counter() - start}
         mean = float(np.mean(both))
         error = float(np.std(both, ddof=1) / math.sqrt(len(both))) if len(both) > 1 else 0.0
         return {
@@ -66,7 +71,7 @@ class Probe:
             "time/probe": time.perf_counter() - start,
         }
 
-    def _values(self, params: Params, begins: Callable[[str], None]) -> np.ndarray:
+    def _values(self, params: Params) -> np.ndarray:
         """Each prompt's mean reward, float64; NaN where no answer could be scored."""
         run, data = self._run, self._run.probe
         assert data is not None
@@ -74,7 +79,7 @@ class Probe:
         specs = tuple(map(raw, run.specs))
         found: list[np.ndarray] = []
         for start in range(0, len(data.rows), size):
-            begins("probe")
+            self._begins("probe")
             picked = [index % len(data.rows) for index in range(start, start + size)]
             key = jax.random.fold_in(jax.random.fold_in(run.seed_key, PROBE), start)
             episode = rollout.solve(params, data_queries(data, picked), key, game)

@@ -26,8 +26,8 @@ from lsp_jax.reporting.writer import plain
 from lsp_jax.reward.base import Reward
 from lsp_jax.training.resume import start_state
 from lsp_jax.training.run import Run
-from lsp_jax.training.setup import prepare
-from lsp_jax.training.step import Phases, StepResult, numbers_and_lines, train_step
+from lsp_jax.training.setup import setup
+from lsp_jax.training.step import StepContext, StepResult, numbers_and_lines, train_step
 
 
 class Replayed(NamedTuple):
@@ -57,25 +57,24 @@ def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: P
     config = replace(config, output_dir=str(folder), resume="auto", mesh=MeshConfig(), processes=ProcessConfig())
     config = replace(config, health=replace(config.health, probe=""))  # not a part of an iteration
     keep_programs(config.compilation_cache)
-    prepared = prepare(config, rewards, policy)
+    prepared, params = setup(config, rewards, policy)
     checkpoints = Checkpoints(folder / CHECKPOINTS)
     try:
         with use_mesh(prepared.mesh):
-            known = identity(prepared.config, prepared.policy, prepared.reward_model)
-            state, saved = start_state(prepared, checkpoints, known, before=step)
-            prepared = replace(prepared, policy=replace(prepared.policy, params={}))
-            start, cursor = (saved["iteration"], saved["cursor"]) if saved else (0, 0)
-            decided = _decided(folder)
-            for number in range(start + 1, step):
-                played = _again(prepared, state, cursor, decided.get(number))
+            provenance = identity(prepared.config, prepared.policy, params, prepared.reward_model)
+            state, host = start_state(prepared, params, checkpoints, provenance, before=step)
+            del params  # the state is made of copies
+            cursor, decided = host.cursor, _decided(folder)
+            for number in range(host.iteration + 1, step):
+                played = _again(prepared, state, StepContext(number, cursor), decided.get(number))
                 state, cursor = played.state, cursor + played.prompts_consumed
-            played = _again(prepared, state, cursor, decided.get(step))
+            played = _again(prepared, state, StepContext(step, cursor), decided.get(step))
             metrics, lines = numbers_and_lines(prepared, step, played)
     finally:
         checkpoints.close()
         prepared.workers.close()
     lines, there = [plain(line) for line in lines], _written(folder, step)
-    return Replayed(lines, metrics, start, lines == there if there else None)
+    return Replayed(lines, metrics, host.iteration, lines == there if there else None)
 
 
 def _decided(folder: Path) -> dict[int, tuple[int, bool]]:
@@ -90,12 +89,13 @@ def _decided(folder: Path) -> dict[int, tuple[int, bool]]:
     return found
 
 
-def _again(run: Run, state: TrainState, cursor: int, decided: tuple[int, bool] | None) -> StepResult:
+def _again(run: Run, state: TrainState, ctx: StepContext, decided: tuple[int, bool] | None) -> StepResult:
     """The iteration after `state`, as it was decided to be played."""
-    if decided is None:
-        return train_step(run, state, Phases(), cursor)
-    state = state._replace(attempt=replicate(np.int32(decided[0])))
-    return train_step(run, state, Phases(), cursor, paused=decided[1])
+    if decided is not None:
+        attempt, paused = decided
+        state = state._replace(attempt=replicate(np.int32(attempt)))
+        ctx = replace(ctx, challenger_weight=float(not paused))
+    return train_step(run, state, ctx)
 
 
 def _written(folder: Path, step: int) -> list[dict[str, Any]]:

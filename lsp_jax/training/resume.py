@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from lsp_jax.checkpoint.host_state import HostState
 from lsp_jax.checkpoint.manager import Checkpoints, Damaged, abstract
 from lsp_jax.checkpoint.run_dir import CHECKSUMS_FILE
 from lsp_jax.config import TrainConfig
 from lsp_jax.core import console, processes
 from lsp_jax.core.errors import InputError
 from lsp_jax.learn.optimizer import TrainState
+from lsp_jax.model.llama import Params
 from lsp_jax.training.run import Run
 
 
 def start_state(
-    run: Run, checkpoints: Checkpoints, identity: dict[str, Any], before: int | None = None
-) -> tuple[TrainState, dict[str, Any] | None]:
-    """The newest whole checkpoint's state and host part, or a fresh state and None.
+    run: Run, params: Params, checkpoints: Checkpoints, provenance: dict[str, Any], before: int | None = None
+) -> tuple[TrainState, HostState]:
+    """The newest whole checkpoint's state and host part, or a fresh state of `params` and of iteration 0; the host's
+    part has the `provenance` of this start.
 
     A checkpoint that is not whole is named and set aside; to look `before` an iteration moves nothing. Raises
     InputError where none of those that there were is whole (a run never starts from scratch without saying so), or the
@@ -34,20 +38,20 @@ def start_state(
     steps = [step for step in steps if before is None or step < before]
     remedy = "output_dir must lie on storage that all processes share"
     processes.check_same("checkpoint", {"newest": steps[-1] if steps else None}, remedy)
-    wanted = abstract(run.mesh, make, run.policy.params)
+    wanted = abstract(run.mesh, make, params)
     for step in reversed(steps):
         try:
-            state, saved = checkpoints.restore(step, wanted)
+            state, host = checkpoints.restore(step, wanted)
         except Damaged as error:
             if before is not None:
                 continue
             console.set_aside(step, str(error), checkpoints.set_aside(step))
             continue
-        _check_reference(run.config, saved["reference"], identity["reference"])
-        return state, saved
+        _check_reference(run.config, host.provenance["reference"], provenance["reference"])
+        return state, replace(host, provenance=provenance)
     if before is None and run.config.resume != "never":
         _check_none(run.directory, checkpoints)
-    return jax.jit(make)(run.policy.params), None
+    return jax.jit(make)(params), HostState(provenance=provenance)
 
 
 def _check_none(directory: Path, checkpoints: Checkpoints) -> None:

@@ -24,7 +24,7 @@ class Run:
 
     config: TrainConfig
     policy: Policy
-    """The policy as loaded: what training starts from."""
+    """Model configuration and tokenizer; `params` is empty, what training starts from is its caller's."""
     reference: Params
     """The frozen reference in the compute dtype, the loaded arrays themselves when that is theirs. May be parked."""
     game: GameSpec

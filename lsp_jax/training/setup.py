@@ -35,9 +35,10 @@ from lsp_jax.text.tokenizer import SPECIAL
 from lsp_jax.training.run import Run
 
 
-def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | None = None) -> Run:
+def setup(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | None = None) -> tuple[Run, Params]:
     """Checks everything and loads the model unless `policy` is given; writes nothing.
 
+    Returns the run and the parameters to start from, which only the caller holds: let them go once there is a state.
     `rewards` are further components beside the configured ones. Raises InputError.
     """
     if policy is not None:
@@ -58,7 +59,7 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
             config.reward, rewards, workers, use_quality=config.loss.use_quality, date=config.date
         )
         opened, load = _source(config, policy)
-        opened = replace(opened, tokenizer=opened.tokenizer.dated(config.date))
+        opened = replace(opened, params={}, tokenizer=opened.tokenizer.dated(config.date))
         data = load_data(config.data, opened.tokenizer) if config.data.source else None
         probe = load_probe(config, opened)
         for rows in (data, probe):
@@ -75,19 +76,19 @@ def prepare(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy 
         game = with_micro_batch_size(game, config, scorer and scorer.config, mesh, memory, data.width if data else 0)
         # with adapters the base is frozen: master copies of it would move nothing
         dtype = game.learner.compute_dtype if config.lora.rank else config.param_dtype
-        policy = replace(opened, params=load(mesh, dtype))
+        params = load(mesh, dtype)
         with use_mesh(mesh):
-            classes = token_classes(policy)
-            reference = cast(policy.params, game.learner.compute_dtype)
-            components = load_rewards(config.reward, opened_rewards, policy, reference, classes, mesh)
+            classes = token_classes(opened)
+            reference = cast(params, game.learner.compute_dtype)
+            components = load_rewards(config.reward, opened_rewards, opened, reference, classes, mesh)
             if config.park_frozen:
                 reference, components = _offloaded(reference, components, stays=config.lora.rank > 0)
             seed_key, hyper = replicate((jax.random.key(config.seed), hyperparameters(config)))
     except BaseException:
         workers.close()
         raise
-    made = policy, reference, game, hyper, data, probe, components, opened_rewards.specs, scorer, workers, mesh, classes
-    return Run(config, *made, seed_key, directory)
+    made = opened, reference, game, hyper, data, probe, components, opened_rewards.specs, scorer, workers, mesh, classes
+    return Run(config, *made, seed_key, directory), params
 
 
 def check_same(config: TrainConfig) -> None:

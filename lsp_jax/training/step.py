@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,8 @@ class Phases:
     def __init__(self, begins: Callable[[str], None] = lambda _: None) -> None:
         """`begins` is told the name of each phase that begins."""
         self.seconds: dict[str, float] = {}
+        self.start: float = time.perf_counter()
+        """When the iteration began, on the clock of `time.perf_counter`."""
         self._begins = begins
 
     @contextmanager
@@ -53,6 +56,23 @@ class Phases:
     def took(self, name: str, start: float) -> None:
         """From `start` until now; what is waited for later may have run beside another phase."""
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the host decides of one iteration; nothing of it is static, so no value of it compiles anything."""
+
+    iteration: int
+    """1 for the first."""
+    data_cursor: int = 0
+    """Prompts of the data set taken so far."""
+    challenger_weight: float = 1.0
+    """Factor of the Challenger's loss, traced as a float32 scalar; 0 while the Challenger is paused."""
+    sync_point: Callable[[str], None] = processes.barrier
+    """Called with a name by all processes together at some places between phases, the last one before the update,
+    which consumes the state: what it raises leaves the state as it was."""
+    timer: Phases = field(default_factory=Phases)
+    """Takes the seconds of each phase."""
 
 
 class StepResult(NamedTuple):
@@ -70,22 +90,11 @@ class StepResult(NamedTuple):
     """Prompts of the data set that were taken."""
 
 
-def train_step(
-    run: Run,
-    state: TrainState,
-    phases: Phases,
-    cursor: int = 0,
-    sync_point: Callable[[str], None] = processes.barrier,
-    paused: bool = False,
-) -> StepResult:
-    """One iteration (`stages.iteration`), timed; `cursor`: prompts of the data set taken so far.
-
-    `sync_point` is called with a name by all processes together at some places between phases, the last one before the
-    update, which consumes `state`: what it raises leaves `state` as it was. `paused`: the Challenger learns nothing.
-    """
-    backend = Backend(phase=phases, ready=jax.block_until_ready, sync=sync_point, load=load_to_device)
-    source = RunSource(run, cursor)
-    inputs = run.seed_key, run.hyper, replicate(np.float32(not paused))
+def train_step(run: Run, state: TrainState, ctx: StepContext) -> StepResult:
+    """One iteration, timed (`stages.iteration`); the update consumes `state`."""
+    backend = Backend(phase=ctx.timer, ready=jax.block_until_ready, sync=ctx.sync_point, load=load_to_device)
+    source = RunSource(run, ctx.data_cursor)
+    inputs = run.seed_key, run.hyper, replicate(np.float32(ctx.challenger_weight))
     result = stages.iteration(backend, source, state, run.reference, inputs, run.game)
     texts = source.texts if processes.number() == 1 else None
     metrics = result.metrics | source.metrics
