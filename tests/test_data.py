@@ -116,7 +116,7 @@ BAD_FILES = {
     "not UTF-8": (b'{"prompt": "\xff"}\n', "is not JSON Lines in UTF-8"),
     "nested too deep": ("[" * 100_000, "is not JSON Lines"),
     "too many digits": ('{"prompt": ' + "9" * 5000 + "}", "is not JSON Lines"),
-    "half a surrogate pair": ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
+    "half a surrogate pair": ('{"prompt": "\\ud800"}', "contains a lone surrogate"),
 }
 
 

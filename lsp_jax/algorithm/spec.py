@@ -12,7 +12,7 @@ from lsp_jax.learn.update import OptimizerConfig, TrainState, init_state
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.fused_attention import fused_kernel
 from lsp_jax.model.llama import Params
-from lsp_jax.model.lora import LoraConfig, attached, init_adapters
+from lsp_jax.model.lora import LoraConfig, attach_adapters, init_adapters
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.text.prompts import PlayPrompts
@@ -48,7 +48,7 @@ class Game:
 
     def attach_adapters(self, base: Params) -> Callable[[Params], Params]:
         """From the parameters that are trained, all or adapters of `base`, to those of the model."""
-        return partial(attached, base, lora=self.lora) if self.lora.rank else lambda params: params
+        return partial(attach_adapters, base, lora=self.lora) if self.lora.rank else lambda params: params
 
     @property
     def needs_base(self) -> bool:

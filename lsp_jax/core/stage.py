@@ -1,4 +1,4 @@
-"""A stage of an iteration as every process runs it: the same program everywhere, and a note on what fails."""
+"""Running a stage of an iteration: checked to be the same program in all processes, errors annotated with its name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lsp_jax.core import processes
 
 @contextmanager
 def named(where: str) -> Iterator[None]:
-    """An error that passes gets a note of where it was: those of compiled code say little of it."""
+    """Adds a note of the location to any error: errors of compiled code do not tell where they arose."""
     try:
         yield
     except Exception as error:
@@ -23,7 +23,7 @@ def named(where: str) -> Iterator[None]:
 
 
 def first_checked(stage: Any, *arguments: Any) -> Any:
-    """`stage(*arguments)`; at its first use every process must have lowered the same program."""
+    """Calls `stage(*arguments)`; on first use, checks that every process has lowered the same program."""
     with named(f"stage {stage.__name__}"):
         if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
             processes.check_program(stage.__name__, stage, *arguments)

@@ -23,7 +23,7 @@ from lsp_jax.algorithm.spec import Game
 from lsp_jax.config import TrainConfig
 from lsp_jax.model import llama
 from lsp_jax.model.config import LlamaConfig
-from lsp_jax.model.lora import united
+from lsp_jax.model.lora import merge_trees
 from lsp_jax.model.sharding import Layout, shardings, use_mesh
 from lsp_jax.perf import hlo, placeholders
 from lsp_jax.perf.chips import GIB, Topology
@@ -161,7 +161,7 @@ def _weight_sync(compiler: Compiler, game: Game) -> Any:
     if game.lora.rank and compiler.mesh.size == 1:
         lower = partial(stages.adapters_cast.lower, game=game)
         adapters = alive["playing copy"] = compiler.stage("weight_sync", lower, state.params)
-        return united(alive["reference"], adapters)
+        return merge_trees(alive["reference"], adapters)
     sync = jax.jit(partial(stages.rollout_params, game=game))
     base = alive["reference"] if game.lora.rank else {}
     params = compiler.stage("weight_sync", lambda params, base: sync.lower(params, base=base), state.params, base)

@@ -35,7 +35,7 @@ from lsp_jax.model.weights import check_weights, load_params
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.policy import Policy, open_pretrained
 from lsp_jax.reward.base import DeviceReward, EpisodeReward, Kind, RewardOutput, episode_texts, groups_at_once
-from lsp_jax.text.prompts import SLOT, Ragged, harmless, ids_row, pack, template_pieces, text_tags
+from lsp_jax.text.prompts import SLOT, Ragged, blank_special, ids_row, pack, template_pieces, text_tags
 from lsp_jax.text.template_tags import TagTables, blank_tags, tag_tables
 from lsp_jax.text.tokenizer import Tokenizer
 
@@ -204,7 +204,7 @@ def _harmless_texts(episode: Episode, token_classes: jax.Array, tags: TagTables,
     tokens, lengths = episode.answers.tokens, episode.answer_lengths
     flat = (tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
     query, answer = (
-        blank_tags(harmless(text, token_classes, blank), tags, blank) for text in (episode.queries.text, flat)
+        blank_tags(blank_special(text, token_classes, blank), tags, blank) for text in (episode.queries.text, flat)
     )
     return query, (answer[0].reshape(tokens.shape), lengths)
 

@@ -41,7 +41,7 @@ def start_state(
         except Damaged as error:
             if before is not None:
                 continue
-            console.set_aside(step, str(error), checkpoints.set_aside(step))
+            console.report_quarantined(step, str(error), checkpoints.set_aside(step))
             continue
         _check_reference(run.config, saved["reference"], identity["reference"])
         return state, saved
