@@ -237,7 +237,7 @@ def test_corrupt_weights(command: str, cut: int, refused: Refused, train: Callab
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
     arguments = train("--model", directory) if command == "train" else ["generate", directory, "Hello"]
-    refused(arguments, "safetensors = ", str(path), "damaged or cut short", "download it again")
+    refused(arguments, "safetensors = ", str(path), "damaged or truncated", "download it again")
     assert not (tmp_path / "run").exists()
 
 

@@ -189,7 +189,7 @@ def test_quantised_tensor(model: Path) -> None:
 def test_truncated_file(model: Path, kept: int) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    refused(model, "model.safetensors", "damaged or cut short")
+    refused(model, "model.safetensors", "damaged or truncated")
 
 
 def test_garbage_file(model: Path) -> None:
