@@ -227,13 +227,14 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
 
 def flat(config: TrainConfig) -> dict[str, Any]:
     """Returns every field by its dotted name."""
-    return _flat(dataclasses.asdict(config))
+    return flatten(dataclasses.asdict(config))
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested dicts by their dotted names."""
     values: dict[str, Any] = {}
     for name, value in data.items():
-        values |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        values |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return values
 
 

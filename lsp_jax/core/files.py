@@ -1,13 +1,16 @@
-"""Paths given by users, checked before they are used, and sealed text files that are replaced only if unedited."""
+"""Paths given by users, atomic writes, JSON Lines, and sealed text files that are replaced only if unedited."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Literal
 
-from lsp_jax.core.errors import InputError
+from lsp_jax.core.errors import InputError, shown
 
 BESIDE = 48
 """Bytes reserved in names for the temporary siblings of a directory (`.NAME.new-0123`)."""
@@ -43,6 +46,55 @@ def check_writable(field: str, path: Path) -> None:
     longest = os.pathconf(existing, "PC_NAME_MAX") - BESIDE
     if any(len(os.fsencode(name)) > longest for name in full.relative_to(existing).parts):
         raise InputError(field, str(path), f"has a name of more than {longest} bytes; shorten it")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling to write, which then replaces `path`: readers see the old or the new file, complete.
+
+    After an error `path` is unchanged and the temporary file removed.
+    """
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        yield fresh
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file atomically."""
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def read_jsonl(
+    path: Path, field: str = "", *, skip: Literal["", "torn", "invalid"] = "", offset: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a JSON Lines file from byte `offset` on; nothing if there is no such file.
+
+    `skip` ignores an incomplete last line, which another process may be writing ("torn"), or every invalid line
+    ("invalid"). Otherwise an invalid line raises InputError naming `field` (default: the file), the path and the line.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            cause: Exception | None = None
+            try:
+                value = json.loads(line.decode())
+                if isinstance(value, dict):
+                    yield value
+                    continue
+                reason = f"must be a JSON object, not {shown(value, 40)}"
+            except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+                reason, cause = f"is not JSON Lines in UTF-8 ({error})", error
+            if skip == "invalid" or (skip == "torn" and not line.endswith(b"\n")):
+                continue
+            raise InputError(field or path.name, f"{path}:{number}", reason) from cause
 
 
 CARD = "README.md"

@@ -10,6 +10,7 @@ import jax
 
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.llama import params_shape
+from lsp_jax.model.sharding import path_name
 
 # Hugging Face's name, path in `Params`, and whether it is stored transposed ([out, in] there, [in, out] here). `{}` is
 # the layer, which is the leading axis of our leaf. A model has the tensors whose path is in `params_shape(config)`,
@@ -53,7 +54,7 @@ class Tensor(NamedTuple):
 def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every parameter leaf by its path, in the order of the table."""
     flat = jax.tree.flatten_with_path(params_shape(config))[0]
-    shapes = {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in flat}
+    shapes = {path_name(path): leaf.shape for path, leaf in flat}
     paths = {path: shapes.pop(path) for _, path, _ in _TABLE if path in shapes}
     if shapes:
         raise AssertionError(f"the name table lacks {sorted(shapes)}")

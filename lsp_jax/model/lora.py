@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.core.files import CARD, check_writable, is_ours, sealed
+from lsp_jax.core.files import CARD, check_writable, is_ours, replacing, sealed, write_text
 from lsp_jax.core.runtime import to_host
 from lsp_jax.model.llama import Params
 
@@ -162,13 +162,11 @@ def save_adapters(
     }
     check_adapters_replaceable(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    fresh = [directory / f".{name}.new" for name in FILES]
-    fresh[0].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, fresh[1], metadata={"format": "pt"})
-    for path, name in zip(fresh, FILES, strict=True):
-        path.replace(directory / name)
+    with replacing(directory / FILES[0]) as config_file, replacing(directory / FILES[1]) as weights_file:
+        config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, weights_file, metadata={"format": "pt"})
     if card:
-        (directory / CARD).write_text(sealed(card), encoding="utf-8")
+        write_text(directory / CARD, sealed(card))
 
 
 def check_adapters_replaceable(directory: Path) -> None:

@@ -196,8 +196,7 @@ def partitions(tree: Any, layout: Layout = "train") -> Any:
     """
 
     def of(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        name = "/".join(keys)
+        name = path_name(tuple(key for key in path if isinstance(key, jax.tree_util.DictKey)))
         if name in _PARTITIONS:
             return partition(name, layout)
         if leaf.ndim == 0:
