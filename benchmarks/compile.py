@@ -14,7 +14,6 @@ Writes `results/compile.json` and `results/compile.md`.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -27,13 +26,14 @@ import measure
 
 import lsp_jax as lsp
 from lsp_jax.config import TrainConfig
+from lsp_jax.core.files import read_jsonl
 
 STEADY, ITERATIONS = 4, 51
 """Iterations of a start; those that must compile nothing, and the first."""
 
 
 def lines_of(directory: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return list(read_jsonl(directory / "metrics.jsonl"))
 
 
 def start(config: TrainConfig, directory: Path) -> dict[str, float]:

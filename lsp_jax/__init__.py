@@ -6,8 +6,8 @@
     texts = lsp.generate(policy, ["What is 3 + 4?"], lsp.SamplingConfig(temperature=0.0))
     state = lsp.train(lsp.presets.quickstart())
 
-Importing the package touches no device and reads no flag. Its names are imported when they are first used, so that the
-worker processes of host rewards, and `lsp-jax --help`, start without JAX.
+Importing the package touches no device and reads no flags. Names are imported lazily, so that worker processes of host
+rewards and `lsp-jax --help` start without JAX.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
+_MODULES = {
     "InputError": "core.errors",
     "Policy": "policy",
     "SamplingConfig": "play.sampler",
@@ -56,8 +56,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "presets":
         value: Any = importlib.import_module("lsp_jax.presets")
-    elif name in _HOMES:
-        value = getattr(importlib.import_module(f"lsp_jax.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(f"lsp_jax.{_MODULES[name]}"), name)
     else:
         raise AttributeError(f"module 'lsp_jax' has no attribute {name!r}")
     globals()[name] = value

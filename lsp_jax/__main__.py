@@ -1,4 +1,4 @@
-"""`python -m lsp_jax` is the command `lsp-jax`."""
+"""Entry point of `python -m lsp_jax`, the same as the command `lsp-jax`."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""The configuration of a run: one frozen dataclass made of the parts' own.
+"""The configuration of a run: one frozen dataclass composed of the configurations of its parts.
 
-The command line shows every field (`--play.num-generations 4`), a run's folder holds it as `config.json`, and a
-notebook builds the same objects.
+Every field is a command line option (`--play.num-generations 4`), a run's folder holds the configuration as
+`config.json`, and notebooks build the same objects.
 """
 
 from __future__ import annotations
@@ -36,94 +36,94 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run of Language Self-Play. Names as in TRL where it has them."""
+    """A Language Self-Play run. Field names follow TRL where it has an equivalent."""
 
     model: str = ""
     """Directory of a Hugging Face Llama (safetensors), or a hub id."""
     revision: str = ""
     """Branch, tag or commit of a hub id; empty is its default branch."""
     init_from: str = ""
-    """Folder of another run: its policy is where this one starts, and this one's reference; `model` is not read."""
+    """Folder of another run whose policy is both the initial policy and the reference; `model` is ignored."""
     init_step: int = 0
-    """Checkpoint of `init_from` to take; 0: the newest when this run starts."""
+    """Checkpoint of `init_from` to use; 0: the newest when this run starts."""
     output_dir: str = "runs/lsp"
-    """Where the run writes; must not hold another run unless it is resumed."""
+    """Output folder of the run; must not hold another run unless that is resumed."""
     max_steps: int = 100
-    """Iterations to run in all, a resumed run's earlier ones included."""
+    """Total number of iterations, including those before a resume."""
     save_steps: int = 50
     """Iterations between checkpoints; the last iteration is always saved."""
     save_total_limit: int = 2
-    """Newest checkpoints kept."""
+    """Number of most recent checkpoints to keep."""
     metric_for_best_model: str = ""
-    """A metric by which the best checkpoint so far is kept too, such as `solver/reward`; empty: only the newest. (As in
-    TRL.)"""
+    """Metric by which the best checkpoint is kept in addition, such as `solver/reward`; empty: only the most recent
+    ones."""
     greater_is_better: bool = True
-    """Whether more of that metric is better."""
+    """Whether larger values of that metric are better."""
     resume: Literal["never", "auto", "must"] = "never"
-    """never: start a new run; auto: go on from the newest checkpoint if there is one; must: fail without one."""
+    """never: start a new run; auto: continue from the newest checkpoint if there is one; must: fail without one."""
     save_errors: Literal["stop", "go_on"] = "stop"
-    """When a checkpoint cannot be written (a full disk): stop: end the run; go_on: say so, count it, and try again at
-    the next one. Earlier checkpoints stay."""
+    """When a checkpoint cannot be written (disk full): stop: end the run; go_on: warn, count the failure and retry at
+    the next save. Earlier checkpoints are kept."""
     preemption_notice: str = ""
-    """Where the machine says that it will be taken away: gce, aws, or an address that answers TRUE then. The run saves
-    and ends as after SIGTERM. Empty: signals only."""
+    """Source of preemption notices: gce, aws, or a URL that returns TRUE on preemption. The run then saves and exits as
+    on SIGTERM. Empty: signals only."""
     max_skipped: int = 10
-    """Iterations in a row whose updates may be skipped for what is not finite; then the run ends and names it."""
+    """Largest number of consecutive updates skipped for non-finite values; the run then ends and names their origin."""
     stop_timeout: float = 300.0
-    """Seconds in which a run that is asked to end (SIGTERM, Ctrl-C) must have saved; then it ends as it is."""
+    """Seconds a run may take to save after SIGTERM or Ctrl-C; it then exits without saving."""
     progress_timeout: float = 7200.0
-    """Seconds without any progress (a phase that begins) after which a run ends and shows where it hangs; 0: never."""
+    """Seconds without progress (the start of a phase) after which the run exits and shows where it hangs; 0: never."""
     seed: int = 0
-    """Of all noise; the same seed twice gives the same run."""
+    """Random seed; runs with equal seeds are identical."""
     date: str = ""
-    """Day that chat templates show (Llama 3.1 and later), as `26 Jul 2024`; empty: the day on which the run starts."""
+    """Date shown by chat templates (Llama 3.1 and later), as `26 Jul 2024`; empty: the day the run starts."""
     report_to: tuple[str, ...] = ()
-    """Further reporters: tensorboard, wandb, trackio. JSONL files are always written."""
+    """Additional trackers: tensorboard, wandb, trackio. JSONL files are always written."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of master parameters and moments."""
+    """dtype of the master parameters and optimizer moments."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of forward and backward passes; auto: bfloat16 on GPU and TPU, float32 on CPU."""
     park_frozen: bool = False
-    """Keep reference and reward model in host memory while they are not at work: fewer bytes on the devices, some
-    seconds an iteration. (Not for judges in `text` mode and reward models with a tokenizer of their own.)"""
+    """Offload the reference and reward model to host memory while idle: less device memory, a few seconds per
+    iteration. (Not for `text` judges and reward models with their own tokenizer.)"""
     compilation_cache: str = "~/.cache/lsp_jax"
-    """Directory in which compiled programs are kept for the next start; empty: none. JAX_COMPILATION_CACHE_DIR in the
-    environment comes before it."""
+    """Directory of the persistent compilation cache; empty: none. JAX_COMPILATION_CACHE_DIR in the environment takes
+    precedence."""
     precompile: bool = False
-    """Compile what decoding may need for any lengths before the first iteration, not when it is first needed."""
+    """Compile the decoding programs of all lengths before the first iteration instead of on first use."""
     profile: bool = False
-    """Write a trace of the second iteration to `profile/` in the run's folder (TensorBoard or Perfetto show it)."""
+    """Write a trace of the second iteration to `profile/` in the run's folder (for TensorBoard or Perfetto)."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How devices share the work."""
+    """Device mesh."""
     processes: ProcessConfig = field(default_factory=ProcessConfig)
-    """The processes that run it together."""
+    """Processes of a multi-process run."""
     allow_code_execution: bool = False
-    """Run the programs that the model writes, in a sandbox, for the code reward."""
+    """Allow the code reward to run model-written programs, in a sandbox."""
     play: PlayConfig = field(default_factory=PlayConfig)
-    """Sizes of an iteration."""
+    """Rollout sizes."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Queries from a data set in the Challenger's place (GRPO)."""
+    """Prompts from a data set in place of the Challenger (GRPO)."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
-    """The prompts: what the Challenger is asked for."""
+    """Prompts of the roles, including the Challenger's task."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the Solver samples."""
+    """Sampling of the Solver."""
     challenger_sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the Challenger samples."""
+    """Sampling of the Challenger."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """The rewards: what an answer is worth."""
+    """Reward components."""
     health: HealthConfig = field(default_factory=HealthConfig)
-    """The monitors of self-play and their actions."""
+    """Self-play monitors and their actions."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    """The memory of the Challenger's queries."""
+    """Memory of the Challenger's earlier queries."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """The objective."""
+    """Training objective."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """Adapters in place of all parameters."""
+    """Low-rank adapters."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How the parameters move."""
+    """Optimizer and gradient computation."""
 
     def check(self) -> None:
-        """Raises InputError naming the first field that cannot be used; touches no file and no device."""
+        """Raises InputError naming the first invalid field; touches no file and no device."""
         if not self.model and not self.init_from:
             raise InputError("model", self.model, "give a Hugging Face Llama directory or a hub id")
         if self.init_step < 0 or (self.init_step and not self.init_from):
@@ -138,7 +138,7 @@ class TrainConfig:
         one_of("resume", self.resume, RESUMES)
         one_of("save_errors", self.save_errors, ("stop", "go_on"))
         if self.preemption_notice not in ("", "gce", "aws") and not _is_address(self.preemption_notice):
-            raise InputError("preemption_notice", self.preemption_notice, "must be gce, aws or an http address")
+            raise InputError("preemption_notice", self.preemption_notice, "must be gce, aws or an http URL")
         if not 0 < self.stop_timeout < math.inf:
             raise InputError("stop_timeout", self.stop_timeout, "must be > 0 seconds and finite")
         if not 0 <= self.progress_timeout <= 1e7:
@@ -162,38 +162,38 @@ class TrainConfig:
         self._check_data()
 
     def _check_data(self) -> None:
-        """Checks the settings that need queries from data, and those that do not go with them."""
+        """Checks the settings that require prompts from data, and those that exclude them."""
         for name in ("maths", "code"):
             weight = getattr(self.reward, f"{name}_weight")
             if weight and not self.data.source:
-                remedy = f"needs data.source: the {name} reward compares with what the data set's rows hold"
+                remedy = f"needs data.source: the {name} reward compares with the rows of the data set"
                 raise InputError(f"reward.{name}_weight", weight, remedy)
         if self.reward.code_weight and not self.allow_code_execution:
-            remedy = "runs programs that the model writes: allow it with --allow-code-execution"
+            remedy = "runs model-written programs: allow that with --allow-code-execution"
             raise InputError("reward.code_weight", self.reward.code_weight, remedy)
         if self.data.source:
             if self.loss.alpha_challenger > 0:
-                remedy = "must be 0 with data: queries from a data set were not sampled, nothing trains the Challenger"
+                remedy = "must be 0 with data.source: the Challenger does not sample the queries, so it cannot learn"
                 raise InputError("loss.alpha_challenger", self.loss.alpha_challenger, remedy)
             if self.prompts.query_prefix:
-                raise InputError("prompts.query_prefix", self.prompts.query_prefix, "must be empty with data")
+                raise InputError("prompts.query_prefix", self.prompts.query_prefix, "must be empty with data.source")
 
     def to_json(self) -> str:
-        """The configuration as JSON, every field."""
+        """Returns the complete configuration as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "config.json") -> TrainConfig:
-        """Reads what `to_json` wrote; InputError names an unknown field or a value of another type."""
+        """Parses the output of `to_json`; InputError names an unknown field or a value of the wrong type."""
         try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:  # not JSON, a number of too many digits, nested too deep
+        except (ValueError, RecursionError) as error:  # not JSON, a number of too many digits, nested too deeply
             raise InputError(source, str(error), "must be a run's config.json") from error
         return _build(cls, data, source)
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
-        """Reads a run's `config.json`."""
+        """Reads the `config.json` of a run."""
         path = Path(path)
         if not path.is_file():
             raise InputError("config", str(path), "no such file: a run's folder holds config.json")
@@ -215,25 +215,26 @@ MAY_CHANGE = (
     *(f"health.{field.name}" for field in dataclasses.fields(HealthConfig)),
     *("reward.judge_rows", "reward.preference_rows", "reward.workers", "reward.timeout", "reward.code_timeout"),
 )
-"""Fields that a resumed run may change: they do not decide what the next iteration computes. (Mesh and memory
-settings change how sums round, time limits what is masked as too slow, no more.)"""
+"""Fields that a resumed run may change: they do not affect what the next iteration computes. (Except that mesh and
+memory settings change the rounding of sums, and time limits which answers are masked as too slow.)"""
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """Dotted names of the fields, other than MAY_CHANGE, in which two configurations differ."""
+    """Returns the dotted names of the fields, other than MAY_CHANGE, in which two configurations differ."""
     left, right = flat(old), flat(new)
     return [name for name in left if left[name] != right[name] and name not in MAY_CHANGE]
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
-    """Every field by its dotted name."""
-    return _flat(dataclasses.asdict(config))
+    """Returns every field by its dotted name."""
+    return flatten(dataclasses.asdict(config))
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested dicts by their dotted names."""
     values: dict[str, Any] = {}
     for name, value in data.items():
-        values |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        values |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return values
 
 
@@ -241,7 +242,7 @@ def _is_address(text: str) -> bool:
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is not a number
         return False
 
 
@@ -251,7 +252,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(data) - set(hints))
     if unknown:
-        raise InputError(f"{where}: {unknown[0]}", data[unknown[0]], f"{cls.__name__} has no such field")
+        raise InputError(f"{where}: {unknown[0]}", data[unknown[0]], f"is not a field of {cls.__name__}")
     values: dict[str, Any] = {}
     for name, value in data.items():
         hint = hints[name]
@@ -272,7 +273,7 @@ def _plain(hint: Any, value: Any, where: str) -> Any:
         try:
             return float(value)
         except OverflowError as error:
-            raise InputError(where, value, "is beyond what a float can hold") from error
+            raise InputError(where, value, "is out of the range of a float") from error
     if type(value) is not kind:
         raise InputError(where, value, f"must be of type {kind.__name__}")
     return value

@@ -1,4 +1,4 @@
-"""A model with its tokenizer: loaded from a local directory or the Hugging Face hub, exported for everyone else."""
+"""A model with its tokenizer: loading from a local directory or the Hugging Face hub, and exporting."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from lsp_jax.text.tokenizer import FILES, Tokenizer
 
 _WEIGHTS = "model*.safetensors"
 _EXPORT = ("config.json", _WEIGHTS, INDEX, *FILES)
-_COMMIT = re.compile(r"[0-9a-f]{40}")  # the hub's cache names its directories by it
+_COMMIT = re.compile(r"[0-9a-f]{40}")  # directory names in the hub's cache
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A Llama and the tokenizer it was trained with."""
+    """A Llama with its tokenizer."""
 
     config: LlamaConfig
     """Shape and constants."""
     params: Params
     """Nested dict of arrays, as in `lsp_jax.model.llama`."""
     tokenizer: Tokenizer
-    """Text to ids and back, chat template, stop ids."""
+    """Encoding and decoding, chat template, stop ids."""
     source: str
     """The path or hub id it was loaded from."""
     commit: str = ""
-    """Commit at which the hub gave it; empty for a directory."""
+    """Commit of the hub repository; empty for a directory."""
 
 
 def load_pretrained(
@@ -48,11 +48,11 @@ def load_pretrained(
 ) -> Policy:
     """Loads a Hugging Face directory, or a hub id (`name` or `owner/name`, at `revision`) through the hub's cache.
 
-    `dtype` of the parameters: float32, bfloat16 or float16. With a `mesh` (of `lsp_jax.model.sharding.make_mesh`) they
-    are spread over its devices for training, and every process reads its own part of the files. A gated model needs
-    HF_TOKEN in the environment. Raises InputError, before any weight is read, for a missing directory, a configuration
-    or tokenizer that cannot be used or do not fit each other, a mesh that does not divide the model, and for weights
-    that do not fit the configuration.
+    `dtype` is that of the parameters: float32, bfloat16 or float16. With a `mesh` (of
+    `lsp_jax.model.sharding.make_mesh`) the parameters are sharded over its devices for training, and every process
+    reads only its own shards. A gated model needs HF_TOKEN in the environment. Raises InputError, before any weight is
+    read, for a missing directory, an unusable configuration or tokenizer, a tokenizer that does not match the model,
+    and a mesh that does not divide the model; also for weights that do not match the configuration.
     """
     check_dtype(dtype)
     directory, policy = open_pretrained(path_or_hub_id, revision)
@@ -60,9 +60,9 @@ def load_pretrained(
 
 
 def open_pretrained(path_or_hub_id: str | Path, revision: str | None = None, head: Head = "lm") -> tuple[Path, Policy]:
-    """The policy of `load_pretrained` without its weights (`params` is empty), and the directory that holds them.
+    """Returns the model's directory and its policy without weights (`params` is empty).
 
-    `head` is what the model must end in: a reward model is no policy, and a policy no reward model.
+    Raises InputError unless the model ends in `head`: a reward model cannot serve as a policy, nor the reverse.
     """
     directory = _locate(str(path_or_hub_id), revision)
     config = read_config(directory)
@@ -79,13 +79,13 @@ def open_pretrained(path_or_hub_id: str | Path, revision: str | None = None, hea
 
 
 def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = None, card: str = "") -> None:
-    """Writes a directory that transformers and vLLM read: config, safetensors (`dtype` None keeps it), tokenizer; and a
-    model `card` as README.md, which a later export replaces unless it was edited.
+    """Writes a Hugging Face directory for transformers and vLLM: config, safetensors, tokenizer, and a model card.
 
-    All is written and synced beside `directory`, then renamed into place: a failure leaves what was there before. An
-    earlier export is replaced (two renames); a directory that holds anything else is refused with InputError. In a run
-    of several processes all must call this: process 0 alone looks at `directory` and writes, the others give their
-    parts of the parameters and return without waiting for the files.
+    `dtype` None keeps that of the parameters. `card` becomes README.md, which a later export replaces unless it was
+    edited. Everything is written and synced to a sibling directory first and then renamed, so a failure leaves the
+    previous contents. An earlier export is replaced; a directory that holds anything else raises InputError. With
+    several processes all must call this: process 0 alone accesses `directory` and writes, the others contribute their
+    shards and return without waiting for the files.
     """
     if dtype is not None:
         check_dtype(dtype)
@@ -103,7 +103,7 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
         if card:
             (fresh / CARD).write_text(sealed(card), encoding="utf-8")
         _sync(fresh)
-        check_replaceable(target)  # saving takes long enough for someone to have put a file there
+        check_replaceable(target)  # again: a file may have appeared while the weights were written
         if target.exists():
             target.rename(old)
         try:
@@ -121,13 +121,13 @@ def _locate(name: str, revision: str | None) -> Path:
     path = user_path("model", name)
     if path.is_dir():
         if revision is not None:
-            raise InputError("revision", revision, f"{name} is a local directory, and only hub ids have revisions")
+            raise InputError("revision", revision, f"{name} is a local directory; only hub ids have revisions")
         return path
     if path.exists():
         raise InputError("model", name, "is a file; give the directory that holds config.json and the weights")
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(("/", os.sep))
     if looks_like_path or not _HUB_ID.fullmatch(name):
-        raise InputError("model", name, "no such directory (the demo model is made by: lsp-jax demo-model DIR)")
+        raise InputError("model", name, "no such directory (to create the demo model: lsp-jax demo-model DIR)")
     return _download(name, revision)
 
 
@@ -140,7 +140,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         raise InputError("revision", revision, f"no such branch, tag or commit of {hub_id}") from None
     except errors.RepositoryNotFoundError:
         remedy = "no such local directory, and no such model on the hub, or a private one: set HF_TOKEN to your token"
-    except Exception as error:  # any network failure; its text may quote the token's header: left out
+    except Exception as error:  # any network failure; its text is omitted because it may quote the token
         offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         remedy = (
             f"no such local directory, and the Hugging Face hub could not be read{offline}, {type(error).__name__}: "
@@ -150,7 +150,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 
 def check_replaceable(target: Path) -> None:
-    """Raises InputError unless `target` is empty or an earlier export, or absent and can be made."""
+    """Raises InputError unless `target` is empty, an earlier export, or absent and can be created."""
     if not target.exists():
         check_writable("directory", target)
         return
@@ -163,12 +163,12 @@ def check_replaceable(target: Path) -> None:
     weights = any(fnmatch(name, _WEIGHTS) for name in names)
     if names and (foreign or not weights or "config.json" not in names):
         first = (foreign or names)[0]
-        remedy = f"holds {first} and is not an earlier export; give an empty or new directory"
+        remedy = f"contains {first} and is not an earlier export; give an empty or new directory"
         raise InputError("directory", str(target), remedy)
 
 
 def _sync(directory: Path) -> None:
-    """Forces the files to disk, so that the rename never shows a half-written export after a power cut."""
+    """Flushes the files to disk, so that a power failure after the rename cannot leave a partial export."""
     for path in (*directory.rglob("*"), directory):
         descriptor = os.open(path, os.O_RDONLY)
         try:

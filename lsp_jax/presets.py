@@ -1,8 +1,9 @@
 """Named configurations: `lsp-jax train --preset NAME`, or `lsp.presets.NAME()` in a notebook.
 
-`paper_*` are the paper's runs, literal: what it gives is marked "given", what it leaves open stands in `LEFT_OPEN` with
-our value and why. `recommended_lsp_*` are what we would run. The paper's stages ("GRPO, then LSP") are two runs, the
-second with `--init-from` the first; `experiments/paper` has a command for every cell of the paper's tables.
+`paper_*` reproduce the paper's runs literally: values it gives are marked "given", those it leaves open are listed in
+`LEFT_OPEN` with our value and the reason. `recommended_lsp_*` are the settings we recommend. The paper's stages ("GRPO,
+then LSP") are two runs, the second with `--init-from` the first; `experiments/paper` has a command for every cell of
+the paper's tables.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lsp_jax.play.selfplay import PlayConfig
 from lsp_jax.text import challenger_tasks
 from lsp_jax.text.prompts import PromptConfig
 
-DEMO_MODEL = "./models/SmolLM2-135M-Instruct"  # with a dot: never a hub id
+DEMO_MODEL = "./models/SmolLM2-135M-Instruct"  # the leading dot rules out a hub id
 """Where `make quickstart` puts the demo model (`lsp-jax demo-model` makes it)."""
 
 PAPER_MODEL = "meta-llama/Llama-3.2-3B-Instruct"
@@ -37,32 +38,32 @@ MODELS = {
 LEFT_OPEN: dict[str, tuple[Any, str]] = {
     "play.num_generations": (8, "batch 4 x accumulation 2 on eight devices would be 8 queries x 8; TRL's default too"),
     "play.max_query_length": (256, "long enough for the instructions that the paper shows"),
-    "play.max_completion_length": (512, "most answers of the base model end by themselves before"),
-    "sampling.temperature": (1.0, "the sampled policy is then the trained one"),
+    "play.max_completion_length": (512, "most answers of the base model end earlier"),
+    "sampling.temperature": (1.0, "samples from the policy that is trained"),
     "sampling.top_p": (1.0, "no truncation, for the same reason"),
     "challenger_sampling.temperature": (1.0, "as for the Solver"),
     "challenger_sampling.top_p": (1.0, "as for the Solver"),
-    "loss.alpha_challenger": (1.0, "both roles count alike"),
+    "loss.alpha_challenger": (1.0, "equal weight for both roles"),
     "loss.invalid_query_penalty": (-40.0, "below -V of a query whose answers score high: breaking off must not pay"),
-    "reward.preference_weight": (1.0, "the reward model's raw score, as it is"),
-    "reward.quality_weight": (1.0, "points 0..7 as they are: the equations add R and R_Q without a factor"),
-    "reward.quality_max_length": (64, "room for the seven points, their sum and the tag, with some to spare"),
+    "reward.preference_weight": (1.0, "the reward model's raw score"),
+    "reward.quality_weight": (1.0, "points 0..7, unscaled: the equations add R and R_Q without a factor"),
+    "reward.quality_max_length": (64, "room for the seven points, their sum and the tag"),
     "optimizer.adam_beta1": (0.9, "AdamW's default"),
     "optimizer.adam_beta2": (0.999, "AdamW's default"),
     "optimizer.weight_decay": (0.0, "TRL's default"),
-    "optimizer.warmup_steps": (0, "none is mentioned"),
+    "optimizer.warmup_steps": (0, "no warm-up is mentioned"),
     "optimizer.max_grad_norm": (1.0, "TRL's default"),
     "max_steps": (1500, "the last iteration of which the paper shows samples"),
 }
-"""Values that the paper does not give: ours, and why. (For GRPO alpha_challenger is 0: there is no Challenger.)"""
+"""Values that the paper does not give, with the reason for ours. (GRPO has no Challenger: alpha_challenger is 0.)"""
 
 
 def quickstart() -> TrainConfig:
-    """LSP on the demo model playing arithmetic, in minutes on two CPU cores.
+    """LSP on arithmetic with the demo model, in minutes on two CPU cores.
 
     The Challenger completes "What is ", a verifier checks the Solver's final number, and the frozen model's own quality
-    score keeps both roles readable. Learning rate and temperature are far above the paper's: so few iterations of so
-    small a model would show nothing otherwise.
+    score keeps both roles readable. The learning rate is far above the paper's, because otherwise a few iterations of
+    such a small model would show no effect.
     """
     return TrainConfig(
         model=DEMO_MODEL,
@@ -74,7 +75,7 @@ def quickstart() -> TrainConfig:
         prompts=PromptConfig(challenger=challenger_tasks.ARITHMETIC, query_prefix="What is "),
         sampling=SamplingConfig(temperature=0.8),
         challenger_sampling=SamplingConfig(temperature=0.8),
-        # the quality score 0..7 at a weight that leaves a right answer worth more than a pretty one
+        # the quality score is 0..7: at this weight a correct answer is still worth more than a well-written one
         reward=RewardConfig(quality_weight=0.1, arithmetic_weight=1.0),
         loss=LossConfig(beta=0.02, invalid_query_penalty=-1.5),
         optimizer=OptimizerConfig(learning_rate=3e-5, micro_batch_size=16),
@@ -82,13 +83,13 @@ def quickstart() -> TrainConfig:
 
 
 def paper_lsp() -> TrainConfig:
-    """LSP on general instructions: reward model and quality self-reward, no data (LSP, Section 3)."""
+    """LSP on general instructions with a reward model and the quality self-reward, without data (LSP, Section 3)."""
     return TrainConfig(
         model=PAPER_MODEL,
         output_dir="runs/paper_lsp",
         max_steps=_open("max_steps"),
         save_steps=500,
-        save_total_limit=3,  # the three checkpoints that the paper samples from
+        save_total_limit=3,  # the paper shows samples of three checkpoints
         play=PlayConfig(
             num_queries=8,  # given
             num_generations=_open("play.num_generations"),
@@ -109,7 +110,7 @@ def paper_lsp() -> TrainConfig:
         ),
         loss=LossConfig(
             beta=0.05,  # given
-            kl_estimator="k1",  # as printed; it pulls nowhere, see learn/losses.py
+            kl_estimator="k1",  # as printed; its expected gradient is zero, see learn/losses.py
             loss_type="sequence",  # given: no length normalisation, no standard deviation
             alpha_challenger=_open("loss.alpha_challenger"),
             invalid_query_penalty=_open("loss.invalid_query_penalty"),
@@ -121,7 +122,7 @@ def paper_lsp() -> TrainConfig:
             adam_beta2=_open("optimizer.adam_beta2"),
             weight_decay=_open("optimizer.weight_decay"),
             max_grad_norm=_open("optimizer.max_grad_norm"),
-            micro_batch_size=4,  # given as batch size 4, accumulation 2; the gradient is the same whatever it is
+            micro_batch_size=4,  # given as batch size 4, accumulation 2; it does not change the gradient
         ),
     )
 
@@ -132,7 +133,7 @@ def paper_lsp_zero() -> TrainConfig:
 
 
 def paper_grpo() -> TrainConfig:
-    """The baseline with data: the Solver alone, GRPO on Alpaca's instructions with the same reward model."""
+    """The baseline with data: GRPO of the Solver on Alpaca's instructions with the same reward model."""
     base = paper_lsp()
     return replace(
         _zero(base),
@@ -144,19 +145,19 @@ def paper_grpo() -> TrainConfig:
 
 
 def paper_lsp_maths() -> TrainConfig:
-    """LSP whose Challenger sets mathematics problems (evaluated on MATH and GSM8K)."""
+    """LSP whose Challenger writes mathematics problems (evaluated on MATH and GSM8K)."""
     return replace(
         paper_lsp(), output_dir="runs/paper_lsp_maths", prompts=PromptConfig(challenger=challenger_tasks.MATHEMATICS)
     )
 
 
 def paper_lsp_zero_maths() -> TrainConfig:
-    """LSP-Zero whose Challenger sets mathematics problems."""
+    """LSP-Zero whose Challenger writes mathematics problems."""
     return _zero(paper_lsp_maths())
 
 
 def paper_grpo_maths() -> TrainConfig:
-    """The mathematics baseline: GRPO on MATH's training problems, the final answer checked."""
+    """The mathematics baseline: GRPO on the training problems of MATH with verified final answers."""
     data = DataConfig(
         source="DigitalLearningGmbH/MATH-lighteval",
         prompt_fields=("problem",),
@@ -180,7 +181,7 @@ def paper_lsp_zero_code() -> TrainConfig:
 
 
 def paper_grpo_mbpp() -> TrainConfig:
-    """The code baseline: GRPO on MBPP, the answers' programs tested (needs --allow-code-execution)."""
+    """The code baseline: GRPO on MBPP, with tests run on the programs (needs --allow-code-execution)."""
     data = DataConfig(
         source="google-research-datasets/mbpp",
         subset="full",
@@ -192,10 +193,10 @@ def paper_grpo_mbpp() -> TrainConfig:
 
 
 def recommended_lsp(size: str = "3b") -> TrainConfig:
-    """LSP as we would run it on Llama 3.2 1B ("1b") or 3B ("3b"), or Llama 3.1 8B ("8b").
+    """The recommended LSP settings for Llama 3.2 1B ("1b") or 3B ("3b"), or Llama 3.1 8B ("8b").
 
-    Against the paper: a KL that pulls (k2), the quality score read from logits (nothing to parse, a few tokens instead
-    of a calculation), both rewards brought to one scale, a warm-up, and twice the queries an iteration.
+    Changes from the paper: a KL with a gradient (k2), the quality score read from logits (nothing to parse, a few
+    tokens instead of a calculation), standardised rewards, a warm-up, and twice as many queries per iteration.
     """
     if size not in MODELS:
         raise InputError("size", size, f"must be one of {', '.join(MODELS)}")
@@ -212,7 +213,7 @@ def recommended_lsp(size: str = "3b") -> TrainConfig:
             standardize=("preference", "quality"),
             clip=("preference:-3:3", "quality:-3:3"),
         ),
-        # standardised and clipped at 3, -V is -3 at the least
+        # rewards are standardised and clipped at 3, so -V is at least -3
         loss=replace(base.loss, kl_estimator="k2", invalid_query_penalty=-4.0),
         optimizer=replace(
             base.optimizer, learning_rate=1e-6 if size == "8b" else 3e-6, warmup_steps=20, micro_batch_size=0
@@ -236,8 +237,7 @@ def recommended_lsp_8b() -> TrainConfig:
 
 
 def lora_laptop() -> TrainConfig:
-    """`quickstart` with adapters in place of all parameters: the moments and the gradient of 5 million numbers, not of
-    135, and a step size ten times as large."""
+    """`quickstart` with adapters: 5 million trainable parameters instead of 135, and ten times the learning rate."""
     base = quickstart()
     return replace(
         base,
@@ -248,10 +248,10 @@ def lora_laptop() -> TrainConfig:
 
 
 def lora_24gb() -> TrainConfig:
-    """`recommended_lsp` on Llama 3.2 3B with adapters, for one accelerator of 24 GB.
+    """`recommended_lsp` on Llama 3.2 3B with adapters, for one accelerator with 24 GB.
 
-    One frozen base in bfloat16 plays, is the reference and judges; the reward model lies beside it. Half the queries of
-    `recommended_lsp`, since what is decoded must fit too.
+    One frozen base in bfloat16 serves as policy, reference and judge, beside the reward model. It uses half the queries
+    of `recommended_lsp`, so that the KV cache fits too.
     """
     base = recommended_lsp("3b")
     return replace(
@@ -299,7 +299,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 
 
 def get(name: str) -> TrainConfig:
-    """The preset of that name; InputError lists the names."""
+    """Returns the preset `name`; raises InputError listing the names if there is none."""
     if name not in PRESETS:
         raise InputError("preset", name, f"must be one of {', '.join(PRESETS)}")
     return PRESETS[name]()

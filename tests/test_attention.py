@@ -20,7 +20,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 
 import lsp_jax
 from lsp_jax.model import fused_attention, llama
-from lsp_jax.model.attention import Segment, as_held, attend, causal_mask
+from lsp_jax.model.attention import Segment, attend, causal_mask, to_cache_layout
 from lsp_jax.model.sharding import AXES, P, shardings, use_mesh
 from tiny import tiny_config
 
@@ -36,7 +36,7 @@ def inputs(rows: int, length: int, heads: int, kv_heads: int, width: int, dtype:
 
 
 def xla(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    return attend(queries, (Segment(*as_held(keys, values), causal_mask(queries.shape[1])),))
+    return attend(queries, (Segment(*to_cache_layout(keys, values), causal_mask(queries.shape[1])),))
 
 
 def interpreted(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:

@@ -162,7 +162,7 @@ def test_an_output_that_is_a_file_stays_one(refused: Refused, train: Callable, t
 def test_a_configuration_of_someone_else_is_not_resumed(refused: Refused, train: Callable, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"model_type": "llama"}')
-    refused(train("--resume", "auto"), "config.json: model_type = 'llama'", "no such field")
+    refused(train("--resume", "auto"), "config.json: model_type = 'llama'", "is not a field of TrainConfig")
     (tmp_path / "run" / "config.json").write_text('{"seed": ')
     refused(train("--resume", "auto"), "config.json", "run's config.json")
 
@@ -237,7 +237,7 @@ def test_corrupt_weights(command: str, cut: int, refused: Refused, train: Callab
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
     arguments = train("--model", directory) if command == "train" else ["generate", directory, "Hello"]
-    refused(arguments, "safetensors = ", str(path), "damaged or cut short", "download it again")
+    refused(arguments, "safetensors = ", str(path), "damaged or truncated", "download it again")
     assert not (tmp_path / "run").exists()
 
 

@@ -91,10 +91,10 @@ def test_data_without_prompts(case: str, refused: Refused, train: Callable, tmp_
     ("arguments", "words"),
     [
         (["--reward.arithmetic-weight", 1, "--reward.quality-weight", -1], ("rewards weights", "sum to zero")),
-        (["--reward.quality-weight", 0], ("rewards", "at least one component must reach the Solver")),
+        (["--reward.quality-weight", 0], ("rewards", "at least one component must reward the Solver")),
         (["--reward.quality-weight", "nan"], ("reward.quality_weight = nan", "finite number")),
         (["--reward.clip", "quality:1:0"], ("reward.clip = 'quality:1:0'", "name:lowest:highest")),
-        (["--reward.standardize", "nosuch"], ("reward.standardize = 'nosuch'", "no component has this name")),
+        (["--reward.standardize", "nosuch"], ("reward.standardize = 'nosuch'", "is not a component of this run")),
     ],
 )
 def test_a_mixture_that_cannot_be(arguments: list[Any], words: tuple[str, ...], refused: Refused, train: Callable):
@@ -104,6 +104,6 @@ def test_a_mixture_that_cannot_be(arguments: list[Any], words: tuple[str, ...], 
 def test_two_components_of_one_name(game_model: Path, tmp_path: Path):
     """The command line cannot give two the same name; a notebook can."""
     rewards = [arithmetic_reward(1.0), arithmetic_reward(2.0)]
-    with pytest.raises(InputError, match="rewards = 'arithmetic': several components have this name"):
+    with pytest.raises(InputError, match="rewards = 'arithmetic': is the name of several components"):
         lsp.train(game_config(game_model, tmp_path / "run"), rewards=rewards)
     assert not (tmp_path / "run").exists()

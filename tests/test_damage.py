@@ -89,7 +89,7 @@ def test_the_one_before_is_taken(
     left = tree_hash(run / "checkpoints" / str(NEWEST))
     resumed = train(config_of(game_model, run, resume="must"))
     out = capsys.readouterr().out
-    assert f"checkpoint {NEWEST} is damaged and kept aside in {run}/damaged/{NEWEST}" in out
+    assert f"checkpoint {NEWEST} is damaged and was moved to {run}/damaged/{NEWEST}" in out
     assert f"going on after iteration {K}" in out
     assert tree_hash(run / "damaged" / str(NEWEST)) == left
     assert same_bits(resumed, whole_run[1])

@@ -18,7 +18,7 @@ from lsp_jax.core.errors import InputError
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.play.prompt_data import DataConfig, data_queries, load_data
 from lsp_jax.play.selfplay import splice_queries
-from lsp_jax.reward.base import HostReward, RewardOutput, Rows
+from lsp_jax.reward.base import DataRows, HostReward, RewardOutput
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
 from lsp_jax.text.tokenizer import Tokenizer
 from lsp_jax.training.loop import train
@@ -116,7 +116,7 @@ BAD_FILES = {
     "not UTF-8": (b'{"prompt": "\xff"}\n', "is not JSON Lines in UTF-8"),
     "nested too deep": ("[" * 100_000, "is not JSON Lines"),
     "too many digits": ('{"prompt": ' + "9" * 5000 + "}", "is not JSON Lines"),
-    "half a surrogate pair": ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
+    "half a surrogate pair": ('{"prompt": "\\ud800"}', "contains a lone surrogate"),
 }
 
 
@@ -185,8 +185,8 @@ def grpo_config(model: Path, run: Path, rows: Path, **changes: Any) -> TrainConf
     )
 
 
-def row_reward(seen: list[Rows]) -> HostReward:
-    def score(queries: list[str], answers: list[list[str]], rows: Rows = ()) -> RewardOutput:
+def row_reward(seen: list[DataRows]) -> HostReward:
+    def score(queries: list[str], answers: list[list[str]], rows: DataRows = ()) -> RewardOutput:
         seen.append(rows)
         values = np.array([[len(text) / 10 for text in group] for group in answers], np.float32)
         return RewardOutput(values, np.ones(values.shape, bool), np.ones(len(queries), bool))
@@ -197,7 +197,7 @@ def row_reward(seen: list[Rows]) -> HostReward:
 @pytest.mark.full
 def test_a_run_on_data_resumes_where_its_data_stood(model: Path, tmp_path: Path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"Say {word}", "answer": word} for word in WORDS])
-    seen: list[Rows] = []
+    seen: list[DataRows] = []
     options = {"save_steps": 2, "seed": 3}
     whole = train(grpo_config(model, tmp_path / "whole", rows, max_steps=4, **options), rewards=[row_reward(seen)])
     train(grpo_config(model, tmp_path / "half", rows, max_steps=2, **options), rewards=[row_reward([])])

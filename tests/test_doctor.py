@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from lsp_jax import cli
 from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.core.errors import InputError
-from lsp_jax.learn.losses import LossConfig
+from lsp_jax.learn.losses import KL_ESTIMATORS, LossConfig, kl_terms
 from lsp_jax.model.llama import Params
 from lsp_jax.play.prompt_data import DataConfig
 from lsp_jax.reward.base import DeviceReward, RewardOutput
@@ -23,7 +24,7 @@ from lsp_jax.text.prompts import PromptConfig
 from lsp_jax.text.tokenizer import Tokenizer
 from lsp_jax.training import doctor
 from lsp_jax.training.announce import findings
-from lsp_jax.training.doctor import Finding, examine, examine_rewards, kl_pull, pair
+from lsp_jax.training.doctor import Finding, examine, examine_rewards, pair
 from lsp_jax.training.run import Run
 from lsp_jax.training.setup import setup
 from test_tokenizer import SENTENCEPIECE_FILES, sentencepiece_dir
@@ -86,7 +87,7 @@ def test_a_turn_that_ends_with_no_stop_id(tmp_path: Path, open_run: Callable[...
     changed(model, "generation_config.json", lambda data: data.update(eos_token_id=0))
     changed(model, "tokenizer_config.json", lambda data: data.update(eos_token="<|endoftext|>"))
     finding = found(open_run(game_config(model, tmp_path / "run")), "stop ids")
-    assert finding.level == "warning" and "<|im_end|>" in finding.said
+    assert finding.level == "warning" and "<|im_end|>" in finding.message
     assert f"add {EOS} to eos_token_id in generation_config.json" in finding.remedy
 
 
@@ -95,7 +96,7 @@ def test_a_template_without_an_end_of_turn(tmp_path: Path, open_run: Callable[..
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     changed(model, "tokenizer_config.json", lambda data: data.update(chat_template=template + "assistant: "))
     finding = found(open_run(game_config(model, tmp_path / "run")), "stop ids")
-    assert finding.level == "warning" and "no such token" in finding.said
+    assert finding.level == "warning" and "no such token" in finding.message
 
 
 def test_a_template_for_one_turn_trains_a_solver(tmp_path: Path, open_run: Callable[..., Opened]):
@@ -114,7 +115,7 @@ def test_a_stop_id_outside_the_model(tmp_path: Path, open_run: Callable[..., Ope
     model = game_dir(tmp_path / "model")
     changed(model, "generation_config.json", lambda held: held.update(eos_token_id=[EOS, 100_000]))
     finding = found(open_run(game_config(model, tmp_path / "run")), "stop ids")
-    assert finding.level == "error" and finding.said == "100000"
+    assert finding.level == "error" and finding.message == "100000"
 
 
 def test_a_space_that_sentencepiece_adds_is_no_finding(tmp_path: Path):
@@ -124,7 +125,7 @@ def test_a_space_that_sentencepiece_adds_is_no_finding(tmp_path: Path):
     spliced = [*tokenizer.chat_ids("Instruction:\n")[:-1], *alone]
     assert inside != spliced
     finding = doctor._prompt(tokenizer, "prompt", [*spliced, inside[-1]], inside, ["What is 3 + 4?"])
-    assert finding.level == "ok" and "cut otherwise" in finding.said
+    assert finding.level == "ok" and "tokenised differently" in finding.message
 
 
 def test_a_template_that_puts_two_beginnings(tmp_path: Path, open_run: Callable[..., Opened]):
@@ -136,7 +137,7 @@ def test_a_template_that_puts_two_beginnings(tmp_path: Path, open_run: Callable[
     changed(model, "tokenizer_config.json", twice)
     opened = open_run(game_config(model, tmp_path / "run"))
     finding = found(opened, "Solver's prompt")
-    assert finding.level == "error" and "begins with '<|im_start|><|im_start|>'" in finding.said
+    assert finding.level == "error" and "begins with '<|im_start|><|im_start|>'" in finding.message
     with pytest.raises(InputError, match="chat_template"):
         findings(examine(*opened))
 
@@ -152,7 +153,7 @@ def test_a_template_that_changes_what_the_challenger_is_asked(tmp_path: Path, op
     config = game_config(model, tmp_path / "run", reward=RewardConfig(quality_weight=0.0))
     asked = "Ask me something that is easy."
     finding = found(open_run(replace(config, prompts=replace(config.prompts, challenger=asked))), "Challenger's prompt")
-    assert finding.level == "warning" and asked in finding.said
+    assert finding.level == "warning" and asked in finding.message
 
 
 def test_ids_that_are_not_the_templates(game_model: Path, tmp_path: Path, open_run: Callable[..., Opened]):
@@ -161,10 +162,29 @@ def test_ids_that_are_not_the_templates(game_model: Path, tmp_path: Path, open_r
     solver = run.game.prompts.solver
     prompts = replace(run.game.prompts, solver=solver._replace(suffix_ids=solver.suffix_ids[1:]))
     finding = found((replace(run, game=replace(run.game, prompts=prompts)), params), "Solver's prompt")
-    assert finding.level == "error" and "the template has '<|im_end|>" in finding.said
+    assert finding.level == "error" and "the template has '<|im_end|>" in finding.message
 
 
 # --- the objective and the machine -----------------------------------------------------------------------------------
+
+
+def kl_pull(estimator: str) -> float:
+    """How much a small step down the KL term's expected gradient takes off the exact KL to the reference, over what
+    the exact gradient takes: 1 for the exact one, 0 for none, below 0 away from the reference. (On seven tokens.)"""
+    reference = jax.nn.log_softmax(jnp.sin(2.0 * jnp.arange(7.0)))
+
+    def exact(logits: jax.Array) -> jax.Array:
+        own = jax.nn.log_softmax(logits)
+        return jnp.sum(jnp.exp(own) * (own - reference))
+
+    def expected(logits: jax.Array) -> jax.Array:
+        own = jax.nn.log_softmax(logits)
+        drawn = jax.lax.stop_gradient(jnp.exp(own))
+        return jnp.sum(drawn * kl_terms(own, reference, estimator, exact(logits)))
+
+    logits = jnp.linspace(-1.0, 1.0, 7)
+    down, best = jax.grad(expected)(logits), jax.grad(exact)(logits)
+    return float(jnp.sum(down * best) / jnp.sum(best * best))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +194,11 @@ def test_which_estimators_pull_to_the_reference(
     estimator: str, least: float, most: float, game_model: Path, tmp_path: Path, open_run: Callable[..., Opened]
 ):
     """k2's and the exact KL's expected gradients are the KL's own, k1's is zero (PAPER: the printed form)."""
-    assert least < kl_pull(estimator) < most
+    pull = kl_pull(estimator)
+    assert least < pull < most and set(doctor.KL_GRADIENTS) == set(KL_ESTIMATORS)
+    assert doctor.KL_GRADIENTS[estimator] == (
+        "zero" if abs(pull) < 0.01 else f"that of KL({'policy || reference' if pull > 0.99 else 'reference || policy'})"
+    )
     loss = LossConfig(kl_estimator=estimator)  # pyright: ignore[reportArgumentType]
     finding = found(open_run(game_config(game_model, tmp_path / "run", loss=loss)), "KL")
     assert (finding.level == "warning") == (estimator == "k1")

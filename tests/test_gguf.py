@@ -173,7 +173,7 @@ def test_second_conversion_leaves_it(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.gguf", "model"}
     tiny_gguf(tmp_path / "untied.gguf", tied=False)
-    with pytest.raises(InputError, match="holds another model"):
+    with pytest.raises(InputError, match="contains another model"):
         gguf.convert_gguf(tmp_path / "untied.gguf", directory)
 
 
@@ -181,7 +181,7 @@ def test_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for target in (tmp_path, tmp_path / "file"):
-        with pytest.raises(InputError, match="holds something else"):
+        with pytest.raises(InputError, match="contains something else"):
             gguf.demo_model(target)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "file"}
 
@@ -248,12 +248,12 @@ def test_a_length_beyond_the_end_of_the_file(tmp_path: Path, name: str) -> None:
     assert whole[length : length + 8] == len(TINY_TOKENS).to_bytes(8, "little")
     for number in (2**60, 2**64 - 1):
         (tmp_path / "bad.gguf").write_bytes(whole[:length] + number.to_bytes(8, "little") + whole[length + 8 :])
-        with pytest.raises(InputError, match="is not a whole GGUF file"):
+        with pytest.raises(InputError, match="is not a complete GGUF file"):
             gguf.convert_gguf(tmp_path / "bad.gguf", tmp_path / "model")
 
 
 CHANGES = [
-    (b"llama.block_count", b"llama.block_c\xffunt", "is not a whole GGUF file"),
+    (b"llama.block_count", b"llama.block_c\xffunt", "is not a complete GGUF file"),
     (b"llama.block_count", b"llama.blocc_kount", "llama.block_count = None"),
     (b"tokenizer.chat_template", b"tokenizer.chat_TEMPLATE", "tokenizer.chat_template = None"),
     (b"a b", b"a z", "tokenizer.ggml.merges"),

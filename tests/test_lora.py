@@ -23,7 +23,7 @@ from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.optimizer import OptimizerConfig
 from lsp_jax.learn.update import gradients
 from lsp_jax.model.llama import forward
-from lsp_jax.model.lora import PROJECTIONS, LoraConfig, attached, init_adapters, merged
+from lsp_jax.model.lora import PROJECTIONS, LoraConfig, attach_adapters, init_adapters, merged
 from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.perf.memory import update_bytes
 from lsp_jax.play.sampler import SamplingConfig
@@ -60,7 +60,7 @@ def test_an_adapted_model_computes_what_the_merged_one_does(targets: tuple[str, 
     base, lora = tiny_params(config), replace(LORA, targets=targets)
     adapters = learned(base, lora)
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 200, (3, 11)))
-    adapted = forward(attached(base, adapters, lora), config, tokens)
+    adapted = forward(attach_adapters(base, adapters, lora), config, tokens)
     np.testing.assert_allclose(adapted, forward(merged(base, adapters, lora), config, tokens), atol=2e-5)
     assert float(jnp.abs(adapted - forward(base, config, tokens)).max()) > 0.1, "or they change nothing"
     for name in targets:
@@ -75,7 +75,7 @@ def test_they_begin_as_the_base_exactly() -> None:
     base, tokens = tiny_params(config), jnp.arange(20).reshape(2, 10)
     fresh_ones = init_adapters(base, LORA)
     np.testing.assert_array_equal(
-        forward(attached(base, fresh_ones, LORA), config, tokens), forward(base, config, tokens)
+        forward(attach_adapters(base, fresh_ones, LORA), config, tokens), forward(base, config, tokens)
     )
     for name in LORA.targets:
         first, (layers, inputs, outputs) = leaf(fresh_ones, name)["lora_A"], leaf(base, name)["weight"].shape
@@ -90,7 +90,11 @@ def test_decoding_with_adapters_writes_what_the_merged_model_writes(game_model: 
     adapters = learned(policy.params, LORA)
     texts = [
         lsp.generate(replace(policy, params=params), ["Say.", "What is 3 + 4?"], GREEDY, stop_at_eos=False)
-        for params in (attached(policy.params, adapters, LORA), merged(policy.params, adapters, LORA), policy.params)
+        for params in (
+            attach_adapters(policy.params, adapters, LORA),
+            merged(policy.params, adapters, LORA),
+            policy.params,
+        )
     ]
     assert texts[0] == texts[1] != texts[2]
 

@@ -133,7 +133,7 @@ def test_two_processes_tell_one_another_what_they_must():
     for said in (zero, one):
         assert said["config"].startswith("InputError: config. seed = 0: ") and f"{me} has 1" in said["config"]
         assert said["program"].startswith("InputError: program solve = ") and me in said["program"]
-    assert zero["late"] == f"ProcessError: after loading: {me} did not come within 1 seconds"
+    assert zero["late"] == f"ProcessError: after loading: {me} did not arrive within 1 seconds"
 
 
 @pytest.mark.full

@@ -65,4 +65,4 @@ def test_on_the_command_line(whole: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert cli.main(["replay", str(whole), "--step", "1"]) == 0
     said = capsys.readouterr()
     assert [json.loads(line) for line in said.out.splitlines()] == found.lines
-    assert "iteration 1 from the model: the same as the run's" in said.err
+    assert "iteration 1 from the initial model: identical to the run's transcript" in said.err

@@ -186,7 +186,7 @@ def test_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ([tmp_path / "none"], "config.json"),
         ([run, "--output", tmp_path], "is a directory"),
         ([run, "--output", run / "config.json" / "x.html"], "output = "),
-        ([broken], "line 1 is not JSON"),
+        ([broken], "metrics.jsonl:1"),
         ([torn], "manifest.json"),
     ):
         assert cli.main(["report", *map(str, arguments)]) == 2

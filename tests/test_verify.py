@@ -327,7 +327,7 @@ def test_load_callable_from_a_module_and_a_file(tmp_path: Path):
         ("no_such_package_7:f", "ModuleNotFoundError"),
         (".relative:f", "TypeError"),
         ("os.path:no_such_function", "has no function no_such_function"),
-        ("os.path:sep", "sep cannot be called"),
+        ("os.path:sep", "sep is not callable"),
         ("no/such/file.py:f", "FileNotFoundError"),
         ("{dir}/syntax.py:f", "SyntaxError"),
         ("{dir}/raises.py:f", "RuntimeError: two lines"),

@@ -189,7 +189,7 @@ def test_quantised_tensor(model: Path) -> None:
 def test_truncated_file(model: Path, kept: int) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    refused(model, "model.safetensors", "damaged or cut short")
+    refused(model, "model.safetensors", "damaged or truncated")
 
 
 def test_garbage_file(model: Path) -> None:
@@ -215,7 +215,7 @@ def test_bad_config(model: Path, content: str, words: tuple[str, ...]) -> None:
 
 def test_config_of_wrong_types(model: Path) -> None:
     edit_config(model, num_key_value_heads="two")
-    refused(model, "num_key_value_heads = 'two'", "positive whole number")
+    refused(model, "num_key_value_heads = 'two'", "positive integer")
     edit_config(model, num_key_value_heads=2, rope_parameters="none")
     refused(model, "not a usable Llama configuration")
 

@@ -169,7 +169,7 @@ def refused(base: Path) -> None:
     cases = [
         (base / "tied", too_many, ("mesh.tensor", "num_key_value_heads 2")),
         (base / "tied", foreign, ("mesh", "make_mesh")),
-        (cut, mesh_of_sizes("fsdp"), ("model.safetensors", "damaged or cut short")),
+        (cut, mesh_of_sizes("fsdp"), ("model.safetensors", "damaged or truncated")),
     ]
     for directory, mesh, words in cases:
         with reads() as found:

@@ -28,6 +28,7 @@ from problems import DEVELOPMENT, HELD_OUT, Expression
 
 import lsp_jax as lsp
 from lsp_jax.checkpoint.provenance import versions
+from lsp_jax.core.files import read_jsonl
 from lsp_jax.presets import DEMO_MODEL
 
 HERE = Path(__file__).parent
@@ -73,14 +74,10 @@ class _Development:
             file.write(json.dumps(line) + "\n")
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
 def history(folder: Path) -> dict[str, Any]:
     """Curves, tokens, difficulty and samples of one stage from its files."""
-    metrics, records = _lines(folder / "metrics.jsonl"), _lines(folder / "transcripts.jsonl")
-    development = {line["iteration"]: line for line in _lines(folder / "development.jsonl")}  # the last one counts
+    metrics, records = list(read_jsonl(folder / "metrics.jsonl")), list(read_jsonl(folder / "transcripts.jsonl"))
+    development = {line["iteration"]: line for line in read_jsonl(folder / "development.jsonl")}  # the last one counts
     shown = {round(1 + n * (len(metrics) - 1) / (SAMPLES - 1)) for n in range(SAMPLES)} if metrics else set()
     return {
         "folder": folder.name,
@@ -91,7 +88,7 @@ def history(folder: Path) -> dict[str, Any]:
         "curves": {name: [line.get(name) for line in metrics] for name in CURVES if any(name in m for m in metrics)},
         "development": [development[number] for number in sorted(development)],
         "difficulty": difficulty(records),
-        "alarms": _lines(folder / "alarms.jsonl"),
+        "alarms": list(read_jsonl(folder / "alarms.jsonl")),
         "samples": [
             {
                 "iteration": record["iteration"],
@@ -148,7 +145,7 @@ def carries(expression: Expression) -> int:
 
 def played(folder: Path) -> frozenset[Expression]:
     """Every expression in a query of any stage below `folder`, and their twins."""
-    queries = [record["query"] for file in folder.glob("*/transcripts.jsonl") for record in _lines(file)]
+    queries = [record["query"] for file in folder.glob("*/transcripts.jsonl") for record in read_jsonl(file)]
     found = {expression for query in queries for expression in problems.expressions(query)}
     return frozenset(found | set(map(problems.twin, found)))
 

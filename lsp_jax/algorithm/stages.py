@@ -33,7 +33,7 @@ from lsp_jax.learn.optimizer import Metrics, TrainState
 from lsp_jax.learn.spec import Hyperparameters
 from lsp_jax.learn.update import reference_logprobs, update, with_old_logprobs
 from lsp_jax.model import llama
-from lsp_jax.model.lora import LoraConfig, scaled, united
+from lsp_jax.model.lora import LoraConfig, merge_trees, scale_adapters
 from lsp_jax.model.sharding import context, shard_params
 from lsp_jax.play.selfplay import Episode, Queries
 from lsp_jax.reward.base import RewardOutput, RewardSpec
@@ -131,9 +131,9 @@ def cast_adapters(adapters: llama.Params, dtype: str) -> llama.Params:
 
 
 @stage(static="lora")
-def scale_adapters(adapters: llama.Params, lora: LoraConfig) -> llama.Params:
-    """Adapters as they enter products. (Within `cast_adapters` XLA might scale them before it rounds them.)"""
-    return shard_params(scaled(adapters, lora))
+def adapters_for_products(adapters: llama.Params, lora: LoraConfig) -> llama.Params:
+    """Adapters with their scale. (Within `cast_adapters` XLA might scale them before it rounds them.)"""
+    return shard_params(scale_adapters(adapters, lora))
 
 
 def rollout_params(params: llama.Params, game: GameSpec, base: llama.Params, call: Call = execute) -> llama.Params:
@@ -143,7 +143,7 @@ def rollout_params(params: llama.Params, game: GameSpec, base: llama.Params, cal
     dtype, lora = game.learner.compute_dtype, game.learner.lora
     if lora.rank:
         adapters = call(cast_adapters, params, dtype=dtype)
-        params = united(base, call(scale_adapters, adapters, lora=lora))
+        params = merge_trees(base, call(adapters_for_products, adapters, lora=lora))
     same = context() is None and all(leaf.dtype == dtype for leaf in jax.tree.leaves(params))
     return params if same else call(cast_for_decoding, params, dtype=dtype)
 

@@ -12,6 +12,7 @@ from lsp_jax.checkpoint.provenance import reference_of
 from lsp_jax.checkpoint.run_dir import METRICS_FILE
 from lsp_jax.config import MAY_CHANGE, TrainConfig, flat
 from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import read_jsonl
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TOLD = (
@@ -84,15 +85,9 @@ def _last(name: str) -> str:
 
 
 def _metrics(run: Path, step: int) -> list[dict[str, Any]]:
-    """The run's lines up to iteration `step`; none where its file is gone."""
-    file = run / METRICS_FILE
-    found = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        with suppress(ValueError):  # half a line
-            line = json.loads(text)
-            if line.get("iteration", step + 1) <= step:
-                found.append(line)
-    return found
+    """Returns the run's metrics up to iteration `step`; empty if the file is missing."""
+    lines = read_jsonl(run / METRICS_FILE, skip="invalid")
+    return [line for line in lines if line.get("iteration", step + 1) <= step]
 
 
 def _results(metrics: list[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from lsp_jax.checkpoint.manager import Checkpoints
 from lsp_jax.checkpoint.provenance import MANIFEST
 from lsp_jax.config import TrainConfig
 from lsp_jax.core.errors import InputError
-from lsp_jax.core.files import check_writable, user_path
+from lsp_jax.core.files import check_writable, user_path, write_text
 from lsp_jax.policy import Policy, check_replaceable
 
 METRICS_FILE, TRANSCRIPTS_FILE, CHECKSUMS_FILE = "metrics.jsonl", "transcripts.jsonl", "checksums.jsonl"
@@ -83,9 +83,7 @@ def init_run_dir(directory: Path, config: TrainConfig, policy: Policy, identity:
         started_with = {name: value for name, value in identity.items() if name != "config"}
         files = {MANIFEST: json.dumps(started_with, indent=2) + "\n", **files}
     for name, text in files.items():
-        fresh = directory / f".{name}.new"
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(directory / name)  # whole or not at all: without a configuration the run cannot be resumed
+        write_text(directory / name, text)  # atomic: without a configuration the run cannot be resumed
     hf_config = json.dumps(policy.config.to_hf(), indent=2) + "\n"
     (base / "config.json").write_text(hf_config, encoding="utf-8")
     policy.tokenizer.save(base)

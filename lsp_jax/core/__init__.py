@@ -1,1 +1,1 @@
-"""Errors, files, console, the JAX runtime, several processes: under everything, and unaware of the game."""
+"""Errors, files, console, the JAX runtime and multi-process helpers, independent of the algorithm."""

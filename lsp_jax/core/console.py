@@ -1,4 +1,4 @@
-"""Text for people: one harmless line of any text, and warnings."""
+"""Console output: any text as one safe line, and warnings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lsp_jax.core import processes
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """`text` on one line of at most `limit` characters, harmless on a terminal.
+    """Returns `text` as one line of at most `limit` characters that is safe to print to a terminal.
 
-    Whatever Python does not call printable is shown as its escape: line ends, ANSI and C1 control characters, bidi
-    overrides, zero-width and private characters, lone surrogates. A longer text ends in "...".
+    Non-printable characters (as defined by Python) are escaped: line ends, ANSI and C1 control characters, bidi
+    overrides, zero-width and private-use characters, lone surrogates. Truncated text ends in "...".
     """
     pieces = [
         character if character.isprintable() else character.encode("unicode_escape").decode()
@@ -28,13 +28,13 @@ def printable(text: str, limit: int = 200) -> str:
 
 
 def warn(text: str) -> None:
-    """A line on standard error, from process 0."""
+    """Prints a warning to standard error, from process 0 only."""
     if processes.is_writer():
-        with suppress(OSError):  # a terminal or pipe that is gone
+        with suppress(OSError):  # the terminal or pipe is closed
             print(f"lsp-jax: warning: {text}", file=sys.stderr, flush=True)
 
 
-def set_aside(iteration: int, reason: str, place: Path) -> None:
-    """That a checkpoint was not whole, and where it is kept."""
+def report_quarantined(iteration: int, reason: str, directory: Path) -> None:
+    """Prints that a checkpoint is damaged and where it was moved, from process 0 only."""
     if processes.is_writer():
-        print(f"checkpoint {iteration} is damaged and kept aside in {place}: {printable(reason, 300)}", flush=True)
+        print(f"checkpoint {iteration} is damaged and was moved to {directory}: {printable(reason, 300)}", flush=True)

@@ -1,22 +1,26 @@
-"""Paths as a user or a file names them: what no file system takes is an InputError, not an error of the first call."""
+"""Paths given by users, atomic writes, JSON Lines, and sealed text files that are replaced only if unedited."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Literal
 
-from lsp_jax.core.errors import InputError
+from lsp_jax.core.errors import InputError, shown
 
 BESIDE = 48
-"""Bytes that names of what is written beside a directory (`.NAME.new-0123`) are longer than its own."""
+"""Bytes reserved in names for the temporary siblings of a directory (`.NAME.new-0123`)."""
 
 
 def user_path(field: str, text: str | Path) -> Path:
-    """`text` as a path, `~` expanded; it need not exist. InputError names `field`.
+    """Returns `text` as a path with `~` expanded; it need not exist.
 
-    A NUL, half a surrogate pair, a name that is too long, a link to itself and an unknown `~user` are no paths.
+    Raises InputError naming `field` for what no file system accepts: a NUL, a lone surrogate, an overlong name, a
+    symlink loop, an unknown `~user`.
     """
     try:
         path = Path(text).expanduser()
@@ -24,40 +28,89 @@ def user_path(field: str, text: str | Path) -> Path:
             path.stat()  # `exists` hides some of these errors and raises others
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(field, str(text), f"is no path that can be used here ({reason}); give another one") from error
+        raise InputError(field, str(text), f"is not a usable path ({reason}); give another one") from error
     return path
 
 
 def existing_part(path: Path) -> Path:
-    """`path`, or the nearest of its parents that is there."""
-    whole = path.absolute()
-    return next(place for place in (whole, *whole.parents) if place.exists())
+    """Returns `path` if it exists, else its nearest existing parent."""
+    full = path.absolute()
+    return next(candidate for candidate in (full, *full.parents) if candidate.exists())
 
 
 def check_writable(field: str, path: Path) -> None:
-    """InputError naming `field` unless the directory `path` is there, or can be made, and can be written to."""
-    whole, existing = path.absolute(), existing_part(path)
+    """Raises InputError naming `field` unless the directory `path` exists or can be created, and is writable."""
+    full, existing = path.absolute(), existing_part(path)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(field, str(path), f"{existing} is not a directory that can be written to")
+        raise InputError(field, str(path), f"{existing} is not a writable directory")
     longest = os.pathconf(existing, "PC_NAME_MAX") - BESIDE
-    if any(len(os.fsencode(name)) > longest for name in whole.relative_to(existing).parts):
-        raise InputError(field, str(path), f"holds a name of more than {longest} bytes; shorten it")
+    if any(len(os.fsencode(name)) > longest for name in full.relative_to(existing).parts):
+        raise InputError(field, str(path), f"has a name of more than {longest} bytes; shorten it")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling to write, which then replaces `path`: readers see the old or the new file, complete.
+
+    After an error `path` is unchanged and the temporary file removed.
+    """
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        yield fresh
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file atomically."""
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def read_jsonl(
+    path: Path, field: str = "", *, skip: Literal["", "torn", "invalid"] = "", offset: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a JSON Lines file from byte `offset` on; nothing if there is no such file.
+
+    `skip` ignores an incomplete last line, which another process may be writing ("torn"), or every invalid line
+    ("invalid"). Otherwise an invalid line raises InputError naming `field` (default: the file), the path and the line.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            cause: Exception | None = None
+            try:
+                value = json.loads(line.decode())
+                if isinstance(value, dict):
+                    yield value
+                    continue
+                reason = f"must be a JSON object, not {shown(value, 40)}"
+            except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+                reason, cause = f"is not JSON Lines in UTF-8 ({error})", error
+            if skip == "invalid" or (skip == "torn" and not line.endswith(b"\n")):
+                continue
+            raise InputError(field or path.name, f"{path}:{number}", reason) from cause
 
 
 CARD = "README.md"
-"""A model card's file, as the hub shows it."""
+"""File name of a model card; the hub displays it."""
 
 
 def sealed(text: str) -> str:
-    """`text`, and below it a line that says what it was when it was written."""
+    """Returns `text` followed by a line with its checksum, by which `is_ours` detects later edits."""
     return text + _seal(text)
 
 
 def is_ours(path: Path) -> bool:
-    """Whether the file is as `sealed` made it: one that was edited is somebody's work."""
-    whole = path.read_text(encoding="utf-8", errors="replace")
-    text, mark, _ = whole.rpartition("<!-- lsp_jax ")
-    return bool(mark) and whole == sealed(text)
+    """Whether the file is unedited since `sealed` made its text; an edited file must not be overwritten."""
+    content = path.read_text(encoding="utf-8", errors="replace")
+    text, mark, _ = content.rpartition("<!-- lsp_jax ")
+    return bool(mark) and content == sealed(text)
 
 
 def _seal(text: str) -> str:

@@ -1,9 +1,9 @@
-"""How a process notices that another one of its run has died, and ends with its name instead of waiting for ever.
+"""Failure detection between the processes of a run: a process whose peer died exits with the peer's name.
 
-Every process writes a beat into the coordinator's key-value store, and looks at the others' beats (`Watch`). A beat
-that stands still names the dead. The coordinator itself lives in process 0: when that dies JAX ends every other process
-at once from its own thread, with a stack trace and no name. So the others reach it through a `Relay` of ours, which
-sees the connection end first.
+Every process writes a heartbeat to the coordinator's key-value store and reads those of its peers (`Watch`); a
+heartbeat that stops changing identifies the dead process. The coordinator runs in process 0: when that dies, JAX ends
+all other processes from a thread of its own, with a stack trace and no name. The others therefore connect through a
+`Relay`, which sees the connection close first.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import jax
 from lsp_jax.core.errors import LOST_STATUS
 
 BEAT = 2.0
-"""Seconds between two beats."""
+"""Seconds between heartbeats."""
 GRACE = 2 * BEAT
-"""Seconds that are left to an error of one's own when another process has failed, and by process 0 to the others."""
+"""Seconds a process waits for an error of its own after a peer failed; process 0 waits as long for the others."""
 LINGER = GRACE + 2 * BEAT
-"""Seconds that a failed process 0 waits: until the others have read why, and have taken their `GRACE`."""
+"""Seconds a failed process 0 stays up, so that the others can read the reason within their `GRACE`."""
 _BEATS = "lsp_jax/beat/"
 _DONE, _FAILED = "done", "failed: "
 
 
 def end(message: str, linger: float = 0.0) -> NoReturn:
-    """Ends this process with one line on standard error, whatever its other threads are waiting for."""
+    """Exits this process with one line on standard error, even if other threads are blocked."""
     with suppress(Exception):
         sys.stdout.flush()
     print(f"lsp-jax: error: {message}", file=sys.stderr, flush=True)
@@ -41,65 +41,65 @@ def end(message: str, linger: float = 0.0) -> NoReturn:
 
 
 class Watch(threading.Thread):
-    """Beats, and looks at the others' beats; ends the process when one of them stands still or says that it failed."""
+    """Publishes heartbeats and monitors those of the peers; exits the process when a peer is silent or has failed."""
 
     def __init__(self, client: Any, index: int, names: Sequence[str], silence: float):
-        """`client` is the coordination service's; `names[i]` names process i; `silence` in seconds."""
+        """`client` is that of the coordination service, `names[i]` the name of process i, `silence` in seconds."""
         super().__init__(name="lsp-jax-watch", daemon=True)
         self._client, self._index, self._names = client, index, names
-        self._looks = max(2, round(silence / BEAT))
+        self._max_checks = max(2, round(silence / BEAT))
         self._silence = silence
         self._stopping = threading.Event()
         self._seen: dict[int, tuple[str, int]] = {}
 
-    def say(self, word: str) -> None:
-        """Replaces this process's beat."""
-        self._client.key_value_set(f"{_BEATS}{self._index}", word, allow_overwrite=True)
+    def publish(self, beat: str) -> None:
+        """Replaces this process's heartbeat."""
+        self._client.key_value_set(f"{_BEATS}{self._index}", beat, allow_overwrite=True)
 
     def stop(self, reason: str | None = None) -> None:
-        """Ends the beats: the work is done, or failed for `reason`, which the others then give when they end."""
+        """Ends the heartbeats: the work is done, or failed for `reason`, which the peers then report."""
         self._stopping.set()
         self.join(GRACE)
         with suppress(jax.errors.JaxRuntimeError):
-            self.say(_DONE if reason is None else _FAILED + reason)
+            self.publish(_DONE if reason is None else _FAILED + reason)
 
     def run(self) -> None:
         number = 0
         while not self._stopping.wait(BEAT):
             number += 1
             try:
-                self.say(str(number))
+                self.publish(str(number))
                 beats = {int(key.rpartition("/")[2]): beat for key, beat in self._client.key_value_dir_get(_BEATS)}
             except jax.errors.JaxRuntimeError:
-                continue  # process 0 is gone: that is the relay's to see
-            self._look(beats)
+                continue  # process 0 is gone; the relay reports it
+            self._check(beats)
 
-    def _look(self, beats: dict[int, str]) -> None:
+    def _check(self, beats: dict[int, str]) -> None:
         for index, name in enumerate(self._names):
             beat = beats.get(index, "")
             if index == self._index or beat == _DONE:
                 continue
             if beat.startswith(_FAILED):
-                # this process may be about to end with the same error, which is then its own to tell
+                # this process may be about to fail with the same error, which it should report itself
                 if not self._stopping.wait(GRACE):
                     self._end(f"{name} has failed: {beat.removeprefix(_FAILED)}")
                 return
-            # counted in looks, not seconds: a machine that slept takes nobody else for dead
-            last, looks = self._seen.get(index, ("", 0))
-            self._seen[index] = (beat, looks + 1 if beat == last else 0)
-            if self._seen[index][1] > self._looks:
-                self._end(f"{name} has shown no life for {self._silence:g} seconds: it has died, or its machine has")
+            # counted in checks, not seconds: a host that was suspended must not take its peers for dead
+            last, unchanged = self._seen.get(index, ("", 0))
+            self._seen[index] = (beat, unchanged + 1 if beat == last else 0)
+            if self._seen[index][1] > self._max_checks:
+                self._end(f"{name} has sent no heartbeat for {self._silence:g} seconds: it or its host has died")
 
     def _end(self, message: str) -> None:
-        # the others see the same for themselves, as long as process 0 is there to ask
+        # the peers detect the same failure themselves, as long as process 0 serves the store
         end(message, linger=GRACE if self._index == 0 else 0.0)
 
 
 class Relay:
-    """Passes connections to a local port on to the coordinator, and is the first to see them end."""
+    """Forwards connections from a local port to the coordinator, to see them close before JAX does."""
 
     def __init__(self, coordinator: str, silence: float, lost: Callable[[str], None]):
-        """`coordinator` is host:port; `lost` is called once armed, with what happened, when it is gone or silent."""
+        """`coordinator` is host:port. Once armed, `lost` is called with the reason when it is gone or silent."""
         host, _, port = coordinator.rpartition(":")
         self._target = (host.strip("[]"), int(port))
         self._silence, self._lost = silence, lost
@@ -109,7 +109,7 @@ class Relay:
         self._start(self._accept)
 
     def arm(self, armed: bool = True) -> None:
-        """From now on the coordinator answers every beat: its silence, like its end, is a loss."""
+        """From now on treats a silent coordinator as lost too: it answers every heartbeat."""
         self._heard, self._armed = time.monotonic(), armed
 
     def _start(self, target: Callable[..., None], *arguments: Any) -> None:
@@ -121,7 +121,7 @@ class Relay:
             try:
                 far = socket.create_connection(self._target, timeout=self._silence)
             except OSError:
-                near.close()  # not there yet: JAX tries again
+                near.close()  # not up yet: JAX retries
                 continue
             far.settimeout(1.0)
             closed = threading.Event()
@@ -132,7 +132,7 @@ class Relay:
         with suppress(OSError):
             while data := near.recv(1 << 16):
                 _send(far, data)
-        closed.set()  # by this process itself
+        closed.set()  # closed by this process
         far.close()
 
     def _down(self, near: socket.socket, far: socket.socket, closed: threading.Event) -> None:
@@ -141,7 +141,7 @@ class Relay:
                 data = far.recv(1 << 16)
             except TimeoutError:
                 if self._armed and time.monotonic() - self._heard > self._silence:
-                    self._lost(f"has shown no life for {self._silence:g} seconds: it has died, or its machine has")
+                    self._lost(f"has sent no heartbeat for {self._silence:g} seconds: it or its host has died")
                 continue
             except OSError:
                 data = b""
@@ -156,7 +156,7 @@ class Relay:
 
 
 def _send(target: socket.socket, data: bytes) -> None:
-    """`sendall` that a time limit meant for reading does not break off."""
+    """`sendall` that retries when the read timeout of the socket interrupts it."""
     view = memoryview(data)
     while view:
         with suppress(TimeoutError):

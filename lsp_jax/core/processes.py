@@ -1,8 +1,8 @@
-"""Several processes that run the same program side by side: starting them, and what they tell one another.
+"""Multi-process runs: starting `jax.distributed`, barriers, and small values exchanged between processes.
 
-With one process everything here is a no-op and touches no device. Otherwise `start` comes before any other JAX call.
-What is passed between processes is small and goes through the coordination service of `jax.distributed`, not through
-devices, so that whoever is missing can be named.
+With one process everything here is a no-op and touches no device. Otherwise `start` must precede any other JAX call.
+Values are small and go through the coordination service of `jax.distributed` instead of devices, so that a missing
+process can be named.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ _ROOT = "lsp_jax"
 
 @dataclass(frozen=True)
 class ProcessConfig:
-    """The processes of a run. On a TPU pod and under Slurm nothing need be given; elsewhere the first three."""
+    """Processes of a run. Detected on TPU pods and under Slurm; elsewhere set the first three fields."""
 
     coordinator: str = ""
-    """host:port of process 0, the port free there; empty: found on TPU pods and under Slurm, elsewhere one process."""
+    """host:port of process 0, with a free port; empty: detected on TPU pods and under Slurm, elsewhere one process."""
     number: int = 0
-    """How many processes there are; 0 with an empty coordinator."""
+    """Number of processes; 0 with an empty coordinator."""
     index: int = -1
-    """Which of them this is, from 0; -1 with an empty coordinator."""
+    """Index of this process, from 0; -1 with an empty coordinator."""
     start_timeout: float = 300.0
-    """Seconds in which all of them must have started."""
+    """Seconds within which all processes must have started."""
     timeout: float = 1800.0
-    """Seconds that one may wait for the others at a barrier: loading, compiling, saving, host rewards."""
+    """Seconds to wait for the others at a barrier: loading, compiling, saving, host rewards."""
     silence: float = 20.0
-    """Seconds without a sign of life after which a process is taken for dead."""
+    """Seconds without a heartbeat after which a process is considered dead."""
 
     def check(self) -> None:
         """Raises InputError naming the field; touches no device."""
         if not self.coordinator:
             for name, unset in (("number", 0), ("index", -1)):
                 if getattr(self, name) != unset:
-                    remedy = "needs processes.coordinator, host:port of process 0, too"
+                    remedy = "also needs processes.coordinator, host:port of process 0"
                     raise InputError(f"processes.{name}", getattr(self, name), remedy)
         else:
             host, _, port = self.coordinator.rpartition(":")
             if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 2**16:
                 raise InputError("processes.coordinator", self.coordinator, "must be host:port of process 0")
             if self.number < 1:
-                raise InputError("processes.number", self.number, "give the number of processes with the coordinator")
+                raise InputError("processes.number", self.number, "must be set together with the coordinator")
             if not 0 <= self.index < self.number:
-                remedy = f"must be 0 .. {self.number - 1}, another for each process"
+                remedy = f"must be in 0 .. {self.number - 1}, different for each process"
                 raise InputError("processes.index", self.index, remedy)
         for name in ("start_timeout", "timeout", "silence"):
             if not 1 <= getattr(self, name) < math.inf:
@@ -69,11 +69,11 @@ class ProcessConfig:
 
 @dataclass
 class _Group:
-    """The processes once started, seen from one of them."""
+    """The started processes, as seen from this one."""
 
     config: ProcessConfig
     client: Any
-    """Of the coordination service."""
+    """Client of the coordination service."""
     index: int
     names: list[str]
     watch: heartbeat.Watch
@@ -81,29 +81,29 @@ class _Group:
     rounds: Counter[str] = field(default_factory=Counter)
     programs: set[Any] = field(default_factory=set)
     failed: int | None = None
-    """Exit status once this process has failed by itself."""
+    """Exit status once this process has failed."""
 
 
 _group: _Group | None = None
 
 
 def number() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return 1 if _group is None else len(_group.names)
 
 
 def index() -> int:
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     return 0 if _group is None else _group.index
 
 
 def is_writer() -> bool:
-    """Whether this process writes files and to the console: process 0 does."""
+    """Whether this process writes files and to the console; only process 0 does."""
     return index() == 0
 
 
 def share(count: int) -> range:
-    """The contiguous part of `count` items that is this process's work; parts differ by at most one item."""
+    """This process's contiguous share of `count` items; shares differ by at most one item."""
     return range(count * index() // number(), count * (index() + 1) // number())
 
 
@@ -111,10 +111,10 @@ def share(count: int) -> range:
 
 
 def start(config: ProcessConfig) -> None:
-    """Starts `jax.distributed` when `config` or the surroundings (TPU pod, Slurm) say that there are several processes.
+    """Starts `jax.distributed` if `config` or the environment (TPU pod, Slurm) asks for several processes.
 
-    Does nothing when it has been called before. Raises InputError for settings that do not go together or when JAX has
-    been used before, ProcessError naming who has not started in time.
+    Does nothing on later calls. Raises InputError for inconsistent settings or when JAX has already been used, and
+    ProcessError naming the processes that did not start in time.
     """
     global _group
     config.check()
@@ -134,7 +134,7 @@ def start(config: ProcessConfig) -> None:
         heartbeat.end(f"{_name_of(0)} {what}")
 
     relay = heartbeat.Relay(coordinator, config.silence, lost) if index else None
-    # otherwise SIGTERM would no longer end a process
+    # it would catch SIGTERM, which then no longer ends a process
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -143,13 +143,13 @@ def start(config: ProcessConfig) -> None:
             index,
             local_device_ids=local,
             initialization_timeout=math.ceil(config.start_timeout),
-            # JAX's own watch ends a process without a name: ours comes first
+            # JAX's own heartbeat ends a process without naming the dead one: ours must be first
             heartbeat_timeout_seconds=math.ceil(2 * config.silence) + 15,
             shutdown_timeout_seconds=math.ceil(config.silence),
         )
     except RuntimeError as error:
         if "before any JAX call" in " ".join(str(error).split()):
-            remedy = "must be started before JAX is used in any other way"
+            remedy = "must be started before any other use of JAX"
             raise InputError("processes", coordinator, remedy) from error
         reason = " ".join(str(error).split())[:300]
         raise ProcessError(
@@ -160,8 +160,8 @@ def start(config: ProcessConfig) -> None:
 
 
 def _join(config: ProcessConfig, index: int, count: int, relay: heartbeat.Relay | None) -> _Group:
-    """Tells the others this process's name, learns theirs, and starts to watch them."""
-    from jax._src import distributed  # not public, but what `orbax.checkpoint.multihost` uses too
+    """Exchanges names with the other processes and starts to monitor them."""
+    from jax._src import distributed  # private, but used by `orbax.checkpoint.multihost` too
 
     client = distributed.global_state.client
     name = f"process {index} ({socket.gethostname()})"
@@ -181,7 +181,7 @@ def _name_of(index: int) -> str:
 
 
 def _detect(timeout: float) -> tuple[str, int, int, list[int] | None]:
-    """Coordinator, number, index, local devices as JAX finds them on a TPU pod and under Slurm; number 1 elsewhere."""
+    """Coordinator, number, index and local devices as JAX detects them on TPU pods and under Slurm; else number 1."""
     from jax._src import cloud_tpu_init, clusters
 
     if all(name in os.environ for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")):
@@ -198,12 +198,12 @@ def _detect(timeout: float) -> tuple[str, int, int, list[int] | None]:
     found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, method, math.ceil(timeout))
     coordinator, count, index, local = found
     if coordinator is None or count is None or index is None:
-        raise InputError("processes.coordinator", "", f"{method} does not say: give coordinator, number and index")
+        raise InputError("processes.coordinator", "", f"not detected on {method}: give coordinator, number and index")
     return coordinator, count, index, None if local is None else list(local)
 
 
 def _leave() -> None:
-    """At the interpreter's end: an orderly one goes through JAX's own shutdown, a failed one waits for nobody."""
+    """Exit handler: after success JAX's own shutdown follows; a failed process exits at once without a barrier."""
     assert _group is not None
     if _group.failed is not None:
         sys.stdout.flush()
@@ -216,9 +216,9 @@ def _leave() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Around what all processes do in step: an error in one of them ends the others with its name.
+    """Context for work that all processes do in lockstep: an error in one ends the others, which name it.
 
-    An error that another's death has caused becomes that process's name: the watch finds it while we wait here.
+    An error caused by the death of a peer is replaced by that peer's name, which the watch finds while we wait here.
     """
     try:
         yield
@@ -228,29 +228,29 @@ def together() -> Iterator[None]:
         if _group is not None and _group.failed is None:
             if isinstance(error, jax.errors.JaxRuntimeError):
                 time.sleep(_group.config.silence + 2 * heartbeat.GRACE)
-            known = error.status if isinstance(error, RunError) else 1
-            _group.failed = {InputError: 2, ProcessError: LOST_STATUS}.get(type(error), known)
+            status = error.status if isinstance(error, RunError) else 1
+            _group.failed = {InputError: 2, ProcessError: LOST_STATUS}.get(type(error), status)
             if _group.relay is not None:
                 _group.relay.arm(False)
             _group.watch.stop(" ".join(f"{type(error).__name__}: {error}".split())[:300])
             if _group.index == 0:
-                time.sleep(heartbeat.LINGER)  # the others still read the reason from this process
+                time.sleep(heartbeat.LINGER)  # the others read the reason from this process
         raise
 
 
-# --- what they tell one another --------------------------------------------------------------------------------------
+# --- exchanging values -----------------------------------------------------------------------------------------------
 
 
 def gather(what: str, value: Any, seconds: float | None = None) -> list[Any]:
-    """Every process's `value` (small, of JSON types), by index. `what` names the occasion, the same in all processes.
+    """Returns every process's `value` (small, of JSON types), by index. `what` names the call, equal in all processes.
 
-    Raises ProcessError naming who has not come within `seconds` (`ProcessConfig.timeout` unless given).
+    Raises ProcessError naming the processes that do not arrive within `seconds` (default `ProcessConfig.timeout`).
     """
     return [value] if _group is None else _gather(_group, what, value, seconds or _group.config.timeout)
 
 
 def barrier(name: str, seconds: float | None = None) -> None:
-    """Returns when all processes are here; raises as `gather`."""
+    """Waits until all processes arrive; raises as `gather` does."""
     gather(name, None, seconds)
 
 
@@ -268,20 +268,23 @@ def _gather(group: _Group, what: str, value: Any, seconds: float) -> list[Any]:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-            came = {int(key.rpartition("/")[2]): said for key, said in group.client.key_value_dir_get(place)}
-            missing = [name for i, name in enumerate(group.names) if i not in came]
+            arrived = {int(key.rpartition("/")[2]): text for key, text in group.client.key_value_dir_get(place)}
+            missing = [name for i, name in enumerate(group.names) if i not in arrived]
             if missing:
-                raise ProcessError(f"{what}: {', '.join(missing)} did not come within {seconds:g} seconds") from error
-            value = came[index]  # it came between the two questions
+                names = ", ".join(missing)
+                raise ProcessError(f"{what}: {names} did not arrive within {seconds:g} seconds") from error
+            value = arrived[index]  # it arrived between the two requests
         values.append(json.loads(value))
-    if number:  # all are here, so all have read the round before
+    if number:  # all have arrived, so all have read the previous round
         group.client.key_value_delete(f"{_ROOT}/gather/{what}/{number - 1}/{group.index}")
     return values
 
 
 def check_same(what: str, values: Mapping[str, Any], remedy: str) -> None:
-    """Raises InputError, in every process, when `values` are not the same everywhere: names the first that differs, the
-    process that has another one, and says `remedy`."""
+    """Raises InputError in every process unless `values` are equal everywhere.
+
+    The message names the first value that differs and the process that has another one, and gives `remedy`.
+    """
     first, *others = gather(what, dict(values))
     for index, other in enumerate(others, 1):
         for name in dict.fromkeys((*first, *other)):
@@ -291,10 +294,10 @@ def check_same(what: str, values: Mapping[str, Any], remedy: str) -> None:
 
 
 def check_program(name: str, function: Any, *arguments: Any, **static: Any) -> None:
-    """Compares the lowered program of the jitted `function` with the other processes', the first time for each `name`
-    and its static arguments.
+    """Compares the lowered program of the jitted `function` between processes, once for each `name` and its static
+    arguments.
 
-    Processes that compile different programs wait for one another for ever. Raises InputError as `check_same`.
+    Processes that compile different programs would deadlock. Raises InputError as `check_same` does.
     """
     if _group is None:
         return
@@ -303,4 +306,4 @@ def check_program(name: str, function: Any, *arguments: Any, **static: Any) -> N
         return
     _group.programs.add(program)
     digest = hashlib.sha256(function.lower(*arguments, **static).as_text().encode()).hexdigest()
-    check_same("program", {name: digest}, "use the same versions of all packages and the same flags everywhere")
+    check_same("program", {name: digest}, "use the same package versions and flags in all processes")

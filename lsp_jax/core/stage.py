@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ Names = str | tuple[str, ...]
 
 @contextmanager
 def named(where: str) -> Iterator[None]:
-    """An error that passes gets a note of where it was: those of compiled code say little of it."""
+    """Adds a note of the location to any error: errors of compiled code do not tell where they arose."""
     try:
         yield
     except Exception as error:
@@ -38,13 +39,19 @@ class Stage(Generic[P, R]):
         self.jitted: Any = jax.jit(function, static_argnames=static, donate_argnames=donate)
         """What `jax.jit` made: `lower`, `trace` and the cache of compiled programs."""
         self.lower: Any = self.jitted.lower
+        self._names: tuple[str, ...] = tuple(inspect.signature(function).parameters)
+        by_name = (static,) if isinstance(static, str) else static
+        self._arrays: int = min((self._names.index(name) for name in by_name), default=len(self._names))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
-            return self.jitted(*args, **kwargs)
+        # static arguments by name however they come: `jax.jit` would compile once for each way of passing them
+        arrays, rest = args[: self._arrays], zip(self._names[self._arrays :], args[self._arrays :], strict=False)
+        named_arguments: dict[str, Any] = {**dict(rest), **kwargs}
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((arrays, named_arguments))):
+            return self.jitted(*arrays, **named_arguments)
         with named(f"stage {self.__name__}"):
-            processes.check_program(self.__name__, self.jitted, *args, **kwargs)
-            return self.jitted(*args, **kwargs)
+            processes.check_program(self.__name__, self.jitted, *arrays, **named_arguments)
+            return self.jitted(*arrays, **named_arguments)
 
 
 def stage(static: Names = (), donate: Names = ()) -> Callable[[Callable[P, R]], Stage[P, R]]:

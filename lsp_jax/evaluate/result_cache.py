@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.core.files import check_writable, user_path
+from lsp_jax.core.files import check_writable, read_jsonl, user_path
 
 
 def digest(*parts: Any) -> str:
@@ -46,17 +46,13 @@ class Store:
 
     def _read(self) -> dict[str, Any]:
         self._file.seek(0)
-        whole = self._file.read()
-        end = whole.rfind(b"\n") + 1
-        self._file.truncate(end)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)  # drops a torn last line, or the next would join it
         values: dict[str, Any] = {}
-        for number, line in enumerate(whole[:end].splitlines(), 1):
-            try:
-                record = json.loads(line)
-                values[record["key"]] = record["value"]
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                remedy = "is not a line of ours; remove the file, or give another output_dir"
-                raise InputError("output_dir", f"{self.path}:{number}", remedy) from error
+        for number, record in enumerate(read_jsonl(self.path, "output_dir"), 1):
+            if record.keys() != {"key", "value"} or not isinstance(record["key"], str):
+                remedy = "is not a cached result; remove the file, or give another output_dir"
+                raise InputError("output_dir", f"{self.path}:{number}", remedy)
+            values[record["key"]] = record["value"]
         return values
 
     def __contains__(self, key: str) -> bool:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from lsp_jax.checkpoint.provenance import parameters_digest, versions
 from lsp_jax.core.errors import InputError
-from lsp_jax.core.files import user_path
+from lsp_jax.core.files import user_path, write_text
 from lsp_jax.core.runtime import keep_programs
 from lsp_jax.evaluate import tasks
 from lsp_jax.evaluate.config import EvaluateConfig
@@ -121,8 +121,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                     else _local(config, store, mesh)
                 )
                 results["winrate"] = against.judged(subjects, texts, judge, verdicts, endpoint)
-    _write(directory / "results.json", json.dumps(results, indent=1) + "\n")
-    _write(directory / "results.md", results_table(results))
+    write_text(directory / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(directory / "results.md", results_table(results))
     return results
 
 
@@ -262,20 +262,13 @@ class _WinRates(NamedTuple):
         return self.asked.instructions
 
     def _outputs(self, label: str, texts: list[str]) -> None:
-        _write(self.directory / f"outputs-{_file(label)}.json", outputs_json(self._instructions, texts, label))
+        write_text(self.directory / f"outputs-{_file(label)}.json", outputs_json(self._instructions, texts, label))
 
     def _annotations(self, label: str, compared: list[Compared], judge: Judge) -> None:
         text = annotations_json(compared, self.baseline.label, label, judge.name)
-        _write(self.directory / f"annotations-{_file(label)}.json", text)
+        write_text(self.directory / f"annotations-{_file(label)}.json", text)
 
 
 def _file(label: str) -> str:
     """A label as a part of a file's name."""
     return re.sub(r"[^\w.@-]+", "_", label).strip("_.")[-100:] or "model"
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.core.files import user_path
+from lsp_jax.core.files import read_jsonl, user_path
 from lsp_jax.evaluate.judges import FAILED, FIRST, MALFORMED, SECOND, TIE, Judge, Pair, Verdict
 from lsp_jax.evaluate.result_cache import Store, digest
 from lsp_jax.evaluate.statistics import WinRate, win_rate
@@ -39,13 +39,11 @@ def load_instructions(file: str, field: str, outputs: bool = False) -> list[Inst
     path = user_path(field, file)
     try:
         text = path.read_text(encoding="utf-8")
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(x) for x in text.splitlines() if x.strip()]
-        )
+        rows = json.loads(text) if text.lstrip().startswith("[") else list(read_jsonl(path, field))
     except OSError as error:
         raise InputError(field, file, f"cannot be read ({error.strerror}); give AlpacaEval's JSON") from error
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(field, file, f"is neither a JSON list nor JSON Lines in UTF-8 ({error})") from error
     found = []

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.fused_attention import fused_kernel
 from lsp_jax.model.llama import Params, Remat
-from lsp_jax.model.lora import LoraConfig, attached
+from lsp_jax.model.lora import LoraConfig, attach_adapters
 
 Scalar = Any
 """float32 []: an array of JAX or numpy, a tracer, or a Python number."""
@@ -111,7 +111,7 @@ class LearnerSpec:
 
     def attach_adapters(self, base: Params) -> Callable[[Params], Params]:
         """From the parameters that are trained, all or adapters of `base`, to those of the model."""
-        return partial(attached, base, lora=self.lora) if self.lora.rank else lambda params: params
+        return partial(attach_adapters, base, lora=self.lora) if self.lora.rank else lambda params: params
 
     @property
     def needs_base(self) -> bool:

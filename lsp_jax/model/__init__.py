@@ -1,4 +1,1 @@
-"""Llama as pure functions of a parameter tree.
-
-Read `config`, `modules`, `llama`; `sharding` and `weights` stand by themselves.
-"""
+"""Llama as pure functions of a parameter tree. Read `config`, `modules`, `llama`; then `sharding` and `weights`."""

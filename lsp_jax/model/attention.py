@@ -1,9 +1,8 @@
-"""Attention over one or several segments of keys under a single softmax.
+"""Attention over one or more segments of keys under a single softmax.
 
-Everything the project attends to is a `Segment`: a training row's own keys (causal), a prompt's keys shared by the G
-answers that continue it, the judge's rubric shared by all rows, the generated keys of a decode loop. A segment with N
-rows serves B = N * G query rows, row n the G consecutive rows n*G .. (n+1)*G - 1, so that shared keys are stored, read
-and multiplied once.
+A `Segment` is any set of keys: a training row's own keys (causal), a prompt's keys shared by the G answers that
+continue it, the judge's rubric shared by all rows, the generated keys of a decode loop. A segment with N rows serves
+B = N * G query rows, its row n the rows n*G .. (n+1)*G - 1, so that shared keys are stored, read and multiplied once.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from lsp_jax.model.sharding import TENSOR, P, context, row_axes
 
 
 class Segment(NamedTuple):
-    """Keys and values with the mask of what may be seen.
+    """Keys and values with their attention mask.
 
-    Each head's are one matrix in memory, lying as the product with it reads it: a decode step does little else.
+    Each head is one matrix, in the memory layout of the matrix product that reads it, which dominates a decode step.
     """
 
     keys: jax.Array
@@ -33,28 +32,28 @@ class Segment(NamedTuple):
     """bool, broadcastable to [N, 1, S, P]: True where query position s may attend to key p."""
 
 
-def as_held(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[B, S, K, h], as projections give them, -> [B, K, h, S] and [B, K, S, h], as segments and caches hold them."""
+def to_cache_layout(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, S, K, h], the layout of projections, -> [B, K, h, S] and [B, K, S, h], the layout of segments and caches."""
     return keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2)
 
 
 def causal_mask(length: int) -> jax.Array:
-    """bool [1, 1, length, length]: position s sees positions up to itself."""
+    """bool [1, 1, length, length]: position s attends to positions up to s."""
     positions = jnp.arange(length)
     return (positions[None, :] <= positions[:, None])[None, None]
 
 
 def length_mask(lengths: jax.Array, width: int) -> jax.Array:
-    """bool [N, 1, 1, width] from lengths [N]: the first `lengths` keys are real, whatever ids they hold."""
+    """bool [N, 1, 1, width] from lengths [N]: True for the first `lengths` keys."""
     return (jnp.arange(width)[None, :] < lengths[:, None])[:, None, None, :]
 
 
 def attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
-    """Grouped-query attention of `queries` [B, S, H, h] over all `segments` together; returns [B, S, H, h].
+    """Grouped-query attention of `queries` [B, S, H, h] over all `segments` jointly; returns [B, S, H, h].
 
-    Scores and softmax are float32 whatever the inputs are. B must be a multiple of every segment's N, and H of its K.
-    A query that may see nothing (a padded position) gets a finite, meaningless row. On a mesh every device attends for
-    its own rows and heads.
+    Scores and softmax are float32 for any input dtype. B must be a multiple of every segment's N, and H of its K. A
+    fully masked query (a padded position) gets a finite, meaningless row. On a mesh every device computes its own rows
+    and heads.
     """
     sizes = context()
     if sizes is None:
@@ -62,10 +61,10 @@ def attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     rows = row_axes(queries.shape[0]) or None
     shards = math.prod(sizes[axis] for axis in rows or ())
     heads = TENSOR if segments[0].keys.shape[1] % sizes[TENSOR] == 0 else None
-    mine = P(rows, None, heads, None)
-    spread = [segment.keys.shape[0] % shards == 0 for segment in segments]
+    query_spec = P(rows, None, heads, None)
+    sharded = [segment.keys.shape[0] % shards == 0 for segment in segments]
     specs = []
-    for segment, split in zip(segments, spread, strict=True):
+    for segment, split in zip(segments, sharded, strict=True):
         keys: Any = P(rows if split else None, heads, None, None)
         mask: Any = P(rows if split and len(segment.mask) > 1 else None)
         specs.append(Segment(keys, keys, mask))
@@ -75,38 +74,41 @@ def attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
             first = jax.lax.axis_index(rows) * queries.shape[0]
             segments = [
                 segment if split else _rows_of(segment, first, queries.shape[0], queries.shape[0] * shards)
-                for segment, split in zip(segments, spread, strict=True)
+                for segment, split in zip(segments, sharded, strict=True)
             ]
         return _attend(queries, segments)
 
-    # the compiler would not see that rows and the segments' rows line up, and move the scores between devices
-    attended = jax.shard_map(local, in_specs=(mine, specs), out_specs=mine, check_vma=False)
+    # the compiler does not see that query rows and segment rows align, and would move the scores between devices
+    attended = jax.shard_map(local, in_specs=(query_spec, specs), out_specs=query_spec, check_vma=False)
     return attended(queries, list(segments))
 
 
 def _rows_of(segment: Segment, first: jax.Array, number: int, batch: int) -> Segment:
-    """The rows of a whole segment that the query rows `first` .. `first + number - 1` of `batch` continue."""
+    """The rows of a replicated segment for the query rows `first` .. `first + number - 1` of `batch`."""
     rows = segment.keys.shape[0]
     if rows == 1:
         return segment
     group = batch // rows
-    # a device whose rows all continue one row takes that one, any other a row for each of its own
+    # one segment row if all of the device's query rows share it, else one per query row
     index = first // group + jnp.arange(1) if group % number == 0 else (first + jnp.arange(number)) // group
     mask = segment.mask[index] if len(segment.mask) > 1 else segment.mask
     return Segment(segment.keys[index], segment.values[index], mask)
 
 
 def _attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
-    """Each segment's scores are one product for a row of it and a kv head, [G*R*S, h] x [h, P]; their softmax is put
-    together from parts, since joining scores or moving keys would cost a decode step more than its products."""
+    """Attention on one device: for each segment row and kv head the scores are one product, [G*R*S, h] x [h, P].
+
+    The softmax is combined from per-segment sums, because concatenating scores or keys would cost a decode step more
+    than its matrix products.
+    """
     batch, length, heads, width = queries.shape
     kv_heads = segments[0].keys.shape[1]
     repeats = heads // kv_heads
     scale = width**-0.5
-    mine = queries.reshape(batch, length, kv_heads, repeats, width).transpose(0, 2, 3, 1, 4)  # [B, K, R, S, h]
+    queries_BKRSh = queries.reshape(batch, length, kv_heads, repeats, width).transpose(0, 2, 3, 1, 4)
 
     def by_group(x: jax.Array, rows: int) -> jax.Array:
-        """[B, K, ...] -> [N, K, G, ...]: the rows that continue one row of a segment together."""
+        """[B, K, ...] -> [N, K, G, ...]: grouped by segment row."""
         return x.reshape(rows, batch // rows, *x.shape[1:]).swapaxes(1, 2)
 
     def by_row(x: jax.Array) -> jax.Array:
@@ -114,13 +116,13 @@ def _attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
 
     scores = []
     for segment in segments:
-        asking = by_group(mine, len(segment.keys))
-        score = jnp.einsum("nkgrsh,nkhp->nkgrsp", asking, segment.keys, preferred_element_type=jnp.float32)
+        grouped = by_group(queries_BKRSh, len(segment.keys))
+        score = jnp.einsum("nkgrsh,nkhp->nkgrsp", grouped, segment.keys, preferred_element_type=jnp.float32)
         scores.append(jnp.where(segment.mask[:, :, None, None], score * scale, jnp.finfo(jnp.float32).min))
-    # any shift gives the same weights: the highest score keeps them finite, and carries no gradient
+    # softmax is invariant to the shift: subtracting the maximum keeps it finite and needs no gradient
     highest = [by_row(jnp.max(jax.lax.stop_gradient(score), axis=-1)) for score in scores]
     shift = reduce(jnp.maximum, highest)
-    out, total = jnp.zeros(mine.shape, jnp.float32), jnp.zeros(mine.shape[:-1], jnp.float32)
+    out, total = jnp.zeros(queries_BKRSh.shape, jnp.float32), jnp.zeros(queries_BKRSh.shape[:-1], jnp.float32)
     for segment, score in zip(segments, scores, strict=True):
         weights = jnp.exp(score - by_group(shift, len(segment.keys))[..., None])
         total = total + by_row(jnp.sum(weights, axis=-1))

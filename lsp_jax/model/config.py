@@ -1,4 +1,4 @@
-"""Shape and constants of a Llama, read from and written to Hugging Face's `config.json`."""
+"""Model configuration of a Llama, read from and written to Hugging Face's `config.json`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ ARCHITECTURES: dict[Head, str] = {"lm": "LlamaForCausalLM", "score": "LlamaForSe
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE frequencies are stretched beyond the length a model was first trained at."""
+    """Scaling of the RoPE frequencies for contexts longer than in pretraining."""
 
     rope_type: str
     """`linear` (divide by the factor) or `llama3` (long wavelengths divided, short ones kept, the rest blended)."""
     factor: float
-    """Stretch factor, > 0."""
+    """Scaling factor, > 0."""
     low_freq_factor: float = 1.0
     """llama3: wavelengths above original length / this are divided by `factor`."""
     high_freq_factor: float = 4.0
     """llama3: wavelengths below original length / this are kept."""
     original_max_position_embeddings: int = 8192
-    """llama3: length in tokens before stretching."""
+    """llama3: context length in tokens before scaling."""
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """One Llama's shape; hashable, so it is a static argument of the jitted functions. Names as in Hugging Face."""
+    """The configuration of a Llama; hashable, a static argument of jitted functions. Names as in Hugging Face."""
 
     vocab_size: int
     """Rows of the embedding, in tokens."""
@@ -56,15 +56,15 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     """None for plain RoPE."""
     tie_word_embeddings: bool = False
-    """Whether the head is the embedding."""
+    """Whether the head shares the embedding matrix."""
     attention_bias: bool = False
     """Biases on q, k, v and o."""
     mlp_bias: bool = False
     """Biases on gate, up and down."""
     max_position_embeddings: int = 2048
-    """Longest context the model was made for, in tokens."""
+    """Maximum context length in tokens."""
     initializer_range: float = 0.02
-    """Standard deviation of random weights."""
+    """Standard deviation of randomly initialised weights."""
     bos_token_id: int | None = None
     """Begin-of-text id, kept for export."""
     eos_token_id: tuple[int, ...] = ()
@@ -72,7 +72,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
     """Padding id, kept for export."""
     head: Head = "lm"
-    """The model's head: `lm` (logits of every token) or `score` (one number, a reward model's)."""
+    """Type of the head: `lm` (logits over the vocabulary) or `score` (one number, for reward models)."""
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -82,7 +82,7 @@ class LlamaConfig:
                 f"must divide num_attention_heads ({self.num_attention_heads})",
             )
         if self.head_dim < 2 or self.head_dim % 2:
-            raise InputError("head_dim", self.head_dim, "must be even and at least 2, RoPE rotates pairs")
+            raise InputError("head_dim", self.head_dim, "must be even and at least 2: RoPE rotates pairs")
         if self.head_dim * self.num_attention_heads >= 2**31:
             raise InputError("head_dim", self.head_dim, f"is too large for {self.num_attention_heads} heads")
 
@@ -90,8 +90,8 @@ class LlamaConfig:
     def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
         """Reads a Hugging Face `config.json`, with `rope_theta`/`rope_scaling` or the newer `rope_parameters`.
 
-        Raises InputError for another `model_type`, a missing size, another activation, an unknown RoPE type, or a
-        classifier that has not exactly one label, and for any of these that is of another kind or out of range.
+        Raises InputError for another `model_type` or activation, a missing size, an unknown RoPE type, a classifier
+        with more than one label, and for any of these with the wrong type or out of range.
         """
         if config.get("model_type") != "llama":
             raise InputError("model_type", config.get("model_type"), "only Llama models ('llama') are supported")
@@ -114,7 +114,7 @@ class LlamaConfig:
         )
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """The `config.json` that transformers (either RoPE spelling) and vLLM read; `dtype` is the weights'."""
+        """Returns a `config.json` for transformers (with both spellings of RoPE) and vLLM; `dtype` is the weights'."""
         rope: dict[str, Any] = {"rope_type": "default"}
         if self.rope_scaling is not None:
             scaling = self.rope_scaling
@@ -144,7 +144,7 @@ class LlamaConfig:
         }
 
     def rope_frequencies(self) -> np.ndarray:
-        """Radians per position of each rotated pair, float64 [head_dim / 2], scaling included."""
+        """Returns the radians per position of each rotated pair, float64 [head_dim / 2], with scaling."""
         frequencies = self.rope_theta ** -(np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
         scaling = self.rope_scaling
         if scaling is None:
@@ -153,7 +153,7 @@ class LlamaConfig:
             return frequencies / scaling.factor
         wavelengths = 2 * math.pi / frequencies
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        # 0 at and beyond the longest wavelength kept whole, 1 at and below the shortest one stretched
+        # blending weight: 1 keeps a (short) wavelength, 0 scales a (long) one fully
         kept = np.clip((scaling.original_max_position_embeddings / wavelengths - low) / (high - low), 0.0, 1.0)
         return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
@@ -173,38 +173,38 @@ _LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddi
 def _positive(config: dict[str, Any], field: str, default: int | None = None) -> int:
     value = default if config.get(field) is None else config[field]
     if type(value) is not int or not 1 <= value < 2**31:  # arrays are indexed with int32
-        raise InputError(field, value, "config.json must give this as a positive whole number below 2**31")
+        raise InputError(field, value, "must be a positive integer below 2**31 in config.json")
     return value
 
 
 def _optional(config: dict[str, Any], field: str) -> Any:
-    """A field that may be absent, of the type of its default."""
+    """Reads an optional field, which must have the type of its default."""
     value, kind = config[field], type(getattr(LlamaConfig, field))
     if kind is int:
         return _positive(config, field)
     if kind is float:
         if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise InputError(field, value, "config.json must give this as a number, finite and not negative")
+            raise InputError(field, value, "must be a finite number >= 0 in config.json")
         return float(value)
     if type(value) is not kind:
-        raise InputError(field, value, "config.json must give this as true or false")
+        raise InputError(field, value, "must be true or false in config.json")
     return value
 
 
 def _token_ids(config: dict[str, Any], field: str) -> tuple[int, ...]:
-    """The ids that a field gives: none, one or a list of them."""
+    """Returns the ids of a field that holds none, one or a list of them."""
     value = config.get(field)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int and -(2**31) <= token < 2**31 for token in ids):  # -1 stands for none in some files
-        raise InputError(field, value, "config.json must give this as a token id, or a list of them")
+    if not all(type(token) is int and -(2**31) <= token < 2**31 for token in ids):  # some files use -1 for none
+        raise InputError(field, value, "must be a token id or a list of token ids in config.json")
     return tuple(ids)
 
 
 def _read_head(config: dict[str, Any]) -> Head:
-    """A model is a language model unless its architecture is the classifier's."""
+    """Returns the type of the head; a model is a language model unless its architecture is a classifier's."""
     if ARCHITECTURES["score"] not in (config.get("architectures") or ()):
         return "lm"
-    # transformers writes the labels' names and leaves out their number; without either it assumes two
+    # transformers writes the label names instead of their number, and assumes two without either
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     if labels != 1:
         raise InputError("num_labels", labels, "only classifiers with one label, a single score, are supported")
@@ -219,7 +219,7 @@ def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         raise InputError("rope_theta", theta, "must be > 0 and finite")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
-        raise InputError("rope_type", kind, f"supported are {', '.join(ROPE_TYPES)}")
+        raise InputError("rope_type", kind, f"must be one of {', '.join(ROPE_TYPES)}")
     if kind == "default":
         return theta, None
     needed = ("factor", *_LLAMA3) if kind == "llama3" else ("factor",)

@@ -1,8 +1,8 @@
-"""Causal attention of whole rows, by the fused kernel of the platform that the program is compiled for.
+"""Causal self-attention of full rows with the fused kernel of the platform that the program is compiled for.
 
-The learner's and the reference's pass attends every row to itself and to nothing else, which fused kernels do without
-ever holding the scores [B, H, S, S]: cuDNN's on NVIDIA GPUs, splash attention (Pallas) on TPUs. XLA's `attend` does it
-everywhere else, and for what a kernel does not take. All three compute the same numbers within the dtype's precision.
+Fused kernels never materialise the scores [B, H, S, S]: cuDNN's on NVIDIA GPUs, splash attention (Pallas) on TPUs.
+`attend` is the fallback on other platforms and for shapes and dtypes that a kernel does not support. All three agree
+within the precision of the dtype.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.model.attention import Segment, as_held, attend, causal_mask
+from lsp_jax.model.attention import Segment, attend, causal_mask, to_cache_layout
 from lsp_jax.model.sharding import TENSOR, P, context, row_axes
 
-_LANES = 128  # splash attention works on blocks of a multiple of this many positions
-# Of these the largest that divides the row: larger is faster, and 512 fits the VMEM of v5e, v5p and v6e at 128 a head.
+_LANES = 128  # block sizes of splash attention are multiples of this many positions
+# The largest that divides the row is used: larger is faster, and 512 fits VMEM (v5e, v5p, v6e) at head size 128.
 _BLOCKS = (512, 384, 256, 128)
 
 
@@ -27,21 +27,21 @@ class Kernel(Protocol):
 
 
 def causal_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    """Position s of `queries` [B, S, H, h] over positions up to s of `keys` and `values` [B, S, K, h]: [B, S, H, h].
+    """Causal attention of `queries` [B, S, H, h] over `keys` and `values` [B, S, K, h]; returns [B, S, H, h].
 
-    H is a multiple of K. Scores are scaled by h**-0.5; scores and softmax are float32 whatever the inputs are.
+    H is a multiple of K. Scores are scaled by h**-0.5; scores and softmax are float32 for any input dtype.
 
-    To compile ahead of time for devices other than the default ones, trace inside `use_mesh` of a mesh of those
-    devices, of a single one too.
+    To compile ahead of time for devices other than the default ones, trace inside `use_mesh` with a mesh of those
+    devices, even a single one.
     """
     kernel = fused_kernel(queries.dtype, queries.shape[-1])
     if kernel is None:
-        return attend(queries, (Segment(*as_held(keys, values), causal_mask(queries.shape[1])),))
+        return attend(queries, (Segment(*to_cache_layout(keys, values), causal_mask(queries.shape[1])),))
     return _on_shards(kernel, queries, keys, values)
 
 
 def fused_kernel(dtype: jnp.dtype | str, width: int) -> Kernel | None:
-    """The platform's kernel for heads of `width` in `dtype`, None where there is none that takes them."""
+    """Returns the platform's kernel for heads of `width` in `dtype`, None if it has none."""
     platform, dtype = _platform(), jnp.dtype(dtype)
     if platform == "tpu" and dtype in (jnp.bfloat16, jnp.float32):
         return splash_attention
@@ -51,10 +51,10 @@ def fused_kernel(dtype: jnp.dtype | str, width: int) -> Kernel | None:
 
 
 def _platform() -> str:
-    """The platform of the program being traced: the mesh's devices inside `use_mesh`, the default device outside.
+    """The platform of the program being traced: that of the mesh inside `use_mesh`, else of the default device.
 
-    `jax.lax.platform_dependent` would choose later still, at lowering, and lowers only the branch it chooses; but it
-    traces all of them, and cuDNN's refuses to be traced where CUDA is not installed.
+    `jax.lax.platform_dependent` would choose at lowering, but it traces all branches, and cuDNN's cannot be traced
+    without CUDA.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
@@ -64,7 +64,7 @@ def _platform() -> str:
 
 
 def _has_flash() -> bool:
-    """Whether the GPUs at hand are NVIDIA's from Ampere (8.0) on, which cuDNN's kernel needs; True without any."""
+    """Whether all local GPUs are NVIDIA's from Ampere (8.0) on, as cuDNN's kernel requires; True without any."""
     if jax.default_backend() != "gpu":
         return True  # compiled ahead of time, for a topology
     return all(
@@ -73,27 +73,27 @@ def _has_flash() -> bool:
 
 
 def _on_shards(kernel: Kernel, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    """`kernel` on every device's own rows and heads: the compiler cannot split a custom call itself."""
+    """Runs `kernel` on each device's own rows and heads; the compiler cannot partition a custom call itself."""
     sizes = context()
     if sizes is None:
         return kernel(queries, keys, values)
     heads = TENSOR if keys.shape[2] % sizes[TENSOR] == 0 else None
     spec = P(row_axes(queries.shape[0]) or None, None, heads, None)
-    # without check_vma: kernels do not declare over which axes their results differ
+    # check_vma off: kernels do not declare over which axes their results vary
     return jax.shard_map(kernel, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(queries, keys, values)
 
 
 def cudnn_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    """`causal_attention` by cuDNN's flash kernel: float16 or bfloat16, h up to 128 and a multiple of 8."""
+    """`causal_attention` with cuDNN's flash kernel: float16 or bfloat16, h up to 128 and a multiple of 8."""
     length = queries.shape[1]
-    queries, keys, values = (_pad(x, 2) for x in (queries, keys, values))  # its gradient takes no odd length
+    queries, keys, values = (_pad(x, 2) for x in (queries, keys, values))  # its gradient requires an even length
     out = jax.nn.dot_product_attention(queries, keys, values, is_causal=True, implementation="cudnn")
     return out[:, :length]
 
 
 def splash_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, interpret: bool = False) -> jax.Array:
-    """`causal_attention` by TPU's splash kernel; `interpret` runs it on any platform, slowly, for tests."""
-    # imported here: half a second that only TPUs need to spend
+    """`causal_attention` with the TPU splash kernel; `interpret` runs it on any platform, slowly, for tests."""
+    # imported here: the import takes half a second and is needed on TPUs only
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     length, heads, width = queries.shape[1:]
@@ -112,5 +112,5 @@ def splash_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, int
 
 
 def _pad(x: jax.Array, multiple: int) -> jax.Array:
-    """`x` [B, S, heads, h] with S padded on the right to a multiple: what stands behind a position never reaches it."""
+    """Right-pads S of `x` [B, S, heads, h] to a multiple; causal attention never reads the padding."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))

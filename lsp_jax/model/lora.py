@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): y = x W + alpha / rank * (x A) B, with W frozen and A, B trained.
 
-An adapter tree has the parameters' own form, with `lora_A` [L, in, r] and `lora_B` [L, r, out] where a projection is
-adapted and nothing elsewhere. `attached` puts it beside the base's weights, without a copy of them: what the model's
-functions then compute is the adapted model. So one frozen base in memory is policy, reference and judge at once.
+An adapter tree has the structure of the parameters, with only `lora_A` [L, in, r] and `lora_B` [L, r, out] at adapted
+projections. `attach_adapters` combines it with the base weights without copying them, and the model's functions then
+compute the adapted model. One frozen base in memory thus serves as policy, reference and judge.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.core.files import CARD, check_writable, is_ours, sealed
+from lsp_jax.core.files import CARD, check_writable, is_ours, replacing, sealed, write_text
 from lsp_jax.core.runtime import to_host
 from lsp_jax.model.llama import Params
 
@@ -28,29 +28,29 @@ PROJECTIONS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn"),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
 }
-"""The projections of a layer and the part of it that they are in."""
+"""The projections of a layer, with the submodule that holds each."""
 
 FILES = "adapter_config.json", "adapter_model.safetensors"
-"""PEFT's names."""
+"""File names of PEFT."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters in place of training all parameters. Names as in PEFT where it has them."""
+    """Low-rank adapters. Names follow PEFT where it has an equivalent."""
 
     rank: int = 0
-    """Width r of the adapters; 0 trains all parameters. (PEFT's r.)"""
+    """Rank r of the adapters; 0 trains all parameters. (PEFT's r.)"""
     alpha: float = 32.0
-    """The adapters' product is scaled by alpha / rank. (PEFT's lora_alpha.)"""
+    """Numerator of the scaling alpha / rank of the adapters. (PEFT's lora_alpha.)"""
     targets: tuple[str, ...] = tuple(PROJECTIONS)
-    """Projections that are adapted, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj. (PEFT's
+    """Adapted projections, out of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj. (PEFT's
     target_modules.)"""
     seed: int = 0
-    """Of A's first values; B begins at zero, so that the policy begins as the base."""
+    """Random seed of the initial A; B starts at zero, so the initial policy equals the base."""
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
+        """The scaling factor alpha / rank."""
         return self.alpha / self.rank
 
     def check(self) -> None:
@@ -69,9 +69,9 @@ class LoraConfig:
 
 
 def init_adapters(params: Params, lora: LoraConfig) -> Params:
-    """Float32 adapters of a model like `params`: A uniform in +-1 / sqrt(in) as in PEFT, B zero."""
+    """Returns initial float32 adapters for `params`: A uniform in +-1 / sqrt(in) as in PEFT, B zero."""
     adapters: Params = {}
-    for number, name in enumerate(PROJECTIONS):  # the same A whatever else is adapted
+    for number, name in enumerate(PROJECTIONS):  # A does not depend on which other projections are adapted
         if name not in lora.targets:
             continue
         part = PROJECTIONS[name]
@@ -86,16 +86,16 @@ def init_adapters(params: Params, lora: LoraConfig) -> Params:
 
 
 def adapters_shape(params: Params, lora: LoraConfig) -> Params:
-    """The shapes of `init_adapters`, without making any array. Raises InputError for a rank that is too large."""
+    """Returns the shapes of `init_adapters`, without allocating. Raises InputError for a rank that is too large."""
     return jax.eval_shape(partial(init_adapters, lora=lora), params)
 
 
-def attached(base: Params, adapters: Params, lora: LoraConfig) -> Params:
-    """The adapted model's parameters: the arrays of `base` themselves, the adapters beside them with B scaled."""
-    return united(base, scaled(adapters, lora))
+def attach_adapters(base: Params, adapters: Params, lora: LoraConfig) -> Params:
+    """Returns the parameters of the adapted model: the arrays of `base`, uncopied, and the adapters with B scaled."""
+    return merge_trees(base, scale_adapters(adapters, lora))
 
 
-def scaled(adapters: Params, lora: LoraConfig) -> Params:
+def scale_adapters(adapters: Params, lora: LoraConfig) -> Params:
     """The adapters with B times alpha / rank."""
 
     def scale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -104,10 +104,10 @@ def scaled(adapters: Params, lora: LoraConfig) -> Params:
     return jax.tree_util.tree_map_with_path(scale, adapters)
 
 
-def united(one: Params, other: Params) -> Params:
-    """Nested dicts with the leaves of both, which share none."""
+def merge_trees(one: Params, other: Params) -> Params:
+    """Merges two nested dicts with disjoint leaves."""
     return {
-        name: united(one[name], other[name]) if name in one and name in other else {**other, **one}[name]
+        name: merge_trees(one[name], other[name]) if name in one and name in other else {**other, **one}[name]
         for name in {**one, **other}
     }
 
@@ -124,28 +124,30 @@ _merged_over = jax.jit(_merge, static_argnames="lora", donate_argnames="weight")
 
 
 def merged(base: Params, adapters: Params, lora: LoraConfig, over: bool = False) -> Params:
-    """Parameters of a plain model that computes what the adapted one does: W + alpha / rank * A B, made in float32 and
-    kept in the dtype of `base`, whose other arrays are taken as they are; `over` writes over the projections of `base`,
-    which hold nothing any more then."""
+    """Returns the parameters of a plain model with the adapters merged: W + alpha / rank * A B.
+
+    The sum is computed in float32 and cast to the dtype of `base`; unadapted arrays are shared with `base`. `over`
+    donates the adapted projections of `base`, which are then invalid.
+    """
     merge = _merged_over if over else _merged
-    layers = {part: dict(found) for part, found in base["model"]["layers"].items()}
-    for part, found in adapters["model"]["layers"].items():
-        for name, pair in found.items():
-            held = layers[part][name]
-            layers[part][name] = {**held, "weight": merge(held["weight"], pair["lora_A"], pair["lora_B"], lora)}
+    layers = {part: dict(projections) for part, projections in base["model"]["layers"].items()}
+    for part, projections in adapters["model"]["layers"].items():
+        for name, pair in projections.items():
+            plain = layers[part][name]
+            layers[part][name] = {**plain, "weight": merge(plain["weight"], pair["lora_A"], pair["lora_B"], lora)}
     return {**base, "model": {**base["model"], "layers": layers}}
 
 
 def save_adapters(
     adapters: Params, lora: LoraConfig, base: str, directory: Path, revision: str | None = None, card: str = ""
 ) -> None:
-    """Writes PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`, and a model `card` as README.md.
+    """Writes the files of PEFT, `adapter_config.json` and `adapter_model.safetensors`, and `card` as README.md.
 
-    `base` is the model's name, `revision` its commit or branch on the hub.
+    `base` is the name of the base model, `revision` its commit or branch on the hub.
     """
     tensors: dict[str, np.ndarray] = {}
-    for part, found in adapters["model"]["layers"].items():
-        for name, pair in found.items():
+    for part, projections in adapters["model"]["layers"].items():
+        for name, pair in projections.items():
             for kind, stacked in pair.items():
                 for layer, leaf in enumerate(to_host(stacked)):
                     path = f"base_model.model.model.layers.{layer}.{part}.{name}.{kind}.weight"
@@ -165,20 +167,18 @@ def save_adapters(
     }
     check_adapters_replaceable(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    fresh = [directory / f".{name}.new" for name in FILES]
-    fresh[0].write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, fresh[1], metadata={"format": "pt"})
-    for path, name in zip(fresh, FILES, strict=True):
-        path.replace(directory / name)
+    with replacing(directory / FILES[0]) as config_file, replacing(directory / FILES[1]) as weights_file:
+        config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, weights_file, metadata={"format": "pt"})
     if card:
-        (directory / CARD).write_text(sealed(card), encoding="utf-8")
+        write_text(directory / CARD, sealed(card))
 
 
 def check_adapters_replaceable(directory: Path) -> None:
-    """Raises InputError unless `directory` is empty or an earlier export of adapters, or absent and can be made."""
+    """Raises InputError unless `directory` is empty, an earlier export of adapters, or absent and can be created."""
     check_writable("directory", directory)
-    there = list(directory.iterdir()) if directory.exists() else []
-    foreign = [path.name for path in there if path.name not in FILES and not (path.name == CARD and is_ours(path))]
+    present = list(directory.iterdir()) if directory.exists() else []
+    foreign = [path.name for path in present if path.name not in FILES and not (path.name == CARD and is_ours(path))]
     if foreign:
-        remedy = f"holds {min(foreign)} and is not an earlier export of adapters; give an empty or new directory"
+        remedy = f"contains {min(foreign)} and is not an earlier export of adapters; give an empty or new directory"
         raise InputError("directory", str(directory), remedy)

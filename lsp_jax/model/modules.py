@@ -1,9 +1,9 @@
-"""Llama's Flax NNX modules and rotary embedding: what parameters there are, and one layer's arithmetic.
+"""Flax NNX modules of Llama and rotary embeddings: the parameters and the computation of one layer.
 
 Names are Hugging Face's; projections are stored [in, out], embeddings and an untied head [vocabulary, hidden].
-Activations have the dtype of the parameters; norms and RoPE are float32. Attention itself comes between a layer's
-`project` and `finish` (`model/llama.py`), since every pass attends to something else. A projection may have low-rank
-adapters beside its weight (`model/lora.py`).
+Activations have the dtype of the parameters; norms and RoPE are float32. Attention itself is applied between a layer's
+`project` and `finish` (`model/llama.py`), because each kind of pass attends to different keys. Projections may have
+low-rank adapters beside their weights (`model/lora.py`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Rotation(NamedTuple):
 
 
 def rotation(positions: jax.Array, config: LlamaConfig) -> Rotation:
-    """RoPE angles of integer `positions` [B, S], in float32 with the config's scaling (Llama 3's by wavelength)."""
+    """Returns the RoPE rotation of integer `positions` [B, S], in float32 with the scaling of `config`."""
     frequencies = jnp.asarray(config.rope_frequencies(), jnp.float32)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates pairs (i, i + h/2) of `x` [B, S, heads, h], computed in float32 (Hugging Face's order of rows)."""
+    """Rotates pairs (i, i + h/2) of `x` [B, S, heads, h], in float32 (Hugging Face's order of rows)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = rotation.cos[:, :, None, :], rotation.sin[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -108,7 +108,7 @@ class DecoderLayer(nnx.Module):
         return self.self_attn.project(self.input_layernorm(x), rotation)
 
     def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
-        """The residual stream after attention gave `heads` [B, S, H, h]."""
+        """Adds the attention output `heads` [B, S, H, h] and the MLP to the residual stream `x`."""
         x = shard_rows(x + self.self_attn.output(heads))
         return shard_rows(x + self.mlp(self.post_attention_layernorm(x)))
 
@@ -141,7 +141,7 @@ class Llama(nnx.Module):
 
 
 def layer_of(config: LlamaConfig, params: dict[str, Any]) -> DecoderLayer:
-    """One decoder layer with its slice of the stacked parameters."""
+    """Returns one decoder layer with its slice of the stacked parameters."""
     parts = "self_attn", "mlp"
     adapted = [(part, name) for part in parts for name, leaves in params[part].items() if "lora_A" in leaves]
     return nnx.merge(_layer_graph(config, tuple(adapted)), params)
@@ -149,14 +149,14 @@ def layer_of(config: LlamaConfig, params: dict[str, Any]) -> DecoderLayer:
 
 @lru_cache
 def _layer_graph(config: LlamaConfig, adapted: tuple[tuple[str, str], ...]) -> nnx.GraphDef[DecoderLayer]:
-    """The structure of one decoder layer in which those projections (part, name) have adapters."""
+    """The graph of one decoder layer in which the projections `adapted` (part, name) have adapters."""
 
     def layer() -> DecoderLayer:
-        made = DecoderLayer(config, nnx.Rngs(0))
+        module = DecoderLayer(config, nnx.Rngs(0))
         for part, name in adapted:
-            projection = getattr(getattr(made, part), name)
-            # what is merged brings the shapes
+            projection = getattr(getattr(module, part), name)
+            # placeholders: the merged parameters bring the shapes
             projection.lora_A, projection.lora_B = nnx.Param(jnp.zeros(())), nnx.Param(jnp.zeros(()))
-        return made
+        return module
 
     return nnx.split(nnx.eval_shape(layer))[0]

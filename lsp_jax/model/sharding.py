@@ -1,14 +1,14 @@
-"""Where arrays lie on a machine of many devices: the mesh, and one table from parameter to partition.
+"""Sharding: the device mesh, and one table from parameter paths to partition specs.
 
-The mesh has the axes `data`, `fsdp` and `tensor`. Rows (queries, answers, learner rows) are spread over `data` and
-`fsdp`; parameters and moments over `fsdp` and `tensor`; heads, the MLP's width and the vocabulary over `tensor`. Over
-several slices `data` crosses the slower network between them.
+The mesh has the axes `data`, `fsdp` and `tensor`. Rows (queries, answers, learner rows) are sharded over `data` and
+`fsdp`; parameters and moments over `fsdp` and `tensor`; heads, the MLP's width and the vocabulary over `tensor`. With
+several slices, `data` spans the slower network between them.
 
-Code that computes never sees a mesh: it says what an array's axes are (`shard_rows`, `shard_heads`, ...), which means
-something inside `use_mesh(mesh)` and nothing without one. So the same functions run on one core and on a pod.
+Model code does not see the mesh: it annotates the axes of arrays (`shard_rows`, `shard_heads`, ...), which takes effect
+inside `use_mesh(mesh)` and is a no-op outside. The same functions thus run on one core and on a pod.
 
-There are two layouts of parameters: `train` spreads them over `fsdp` and `tensor`; `decode` keeps them whole over
-`fsdp`, since decoding would have to gather them for every token.
+Parameters have two layouts: `train` shards them over `fsdp` and `tensor`; `decode` replicates them over `fsdp`, because
+decoding would otherwise gather them for every token.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _PARTITIONS = {
     "lm_head/weight": P(TENSOR, FSDP),
     "score/weight": P(FSDP, None),
 }
-# An adapter is spread as its projection is on the side that it touches, whole along its rank.
+# Adapters are sharded like their projection along the input or output axis, and replicated along the rank.
 _PARTITIONS |= {
     path.replace("weight", kind): spec
     for path, (_, inputs, outputs) in ((path, axes) for path, axes in _PARTITIONS.items() if "_proj/weight" in path)
@@ -70,26 +70,26 @@ _PARTITIONS |= {
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis. All 0: chosen by their number (`default_sizes`); one may be -1: what is left."""
+    """Device mesh: number of devices along each axis. All 0: chosen automatically; one may be -1: all the rest."""
 
     data: int = 0
-    """Copies of the parameters; the axis that crosses slices."""
+    """Data parallelism: replicas of the parameters. With several slices this axis spans them."""
     fsdp: int = 0
-    """Devices that share one copy of parameters and moments, each with rows of its own."""
+    """Fully sharded data parallelism: devices that share one copy of parameters and moments, each with its own rows."""
     tensor: int = 0
-    """Devices that share the heads, the MLP's width and the vocabulary of the same rows."""
+    """Tensor parallelism: devices that share heads, MLP width and vocabulary for the same rows."""
 
     def check(self) -> None:
         """Raises InputError naming the field."""
         sizes = [getattr(self, axis) for axis in AXES]
         for axis, size in zip(AXES, sizes, strict=True):
             if size < -1:
-                raise InputError(f"mesh.{axis}", size, "must be a number of devices, -1 for what is left, or 0")
+                raise InputError(f"mesh.{axis}", size, "must be a number of devices, -1 for all the rest, or 0")
         if sizes.count(-1) > 1:
             raise InputError("mesh", sizes, "only one of data, fsdp and tensor may be -1")
 
     def sizes(self, devices: int, slices: int = 1, config: LlamaConfig | None = None) -> tuple[int, int, int]:
-        """Devices along data, fsdp, tensor. InputError where they do not multiply to `devices`."""
+        """Returns the devices along data, fsdp, tensor; InputError unless their product is `devices`."""
         self.check()
         sizes = [getattr(self, axis) for axis in AXES]
         if not any(sizes):
@@ -102,37 +102,35 @@ class MeshConfig:
             raise InputError("mesh", named, remedy)
         data, fsdp, tensor = (devices // given if size == -1 else size for size in sizes)
         if data % slices:
-            raise InputError(
-                "mesh.data", data, f"must be a multiple of the {slices} slices: it is the axis across them"
-            )
+            raise InputError("mesh.data", data, f"must be a multiple of the {slices} slices, which this axis spans")
         return data, fsdp, tensor
 
 
 def default_sizes(devices: int, slices: int = 1, config: LlamaConfig | None = None) -> tuple[int, int, int]:
-    """Sizes for a number of devices: 1 -> 1 1 1; 4, 8, 16 -> fsdp; 64 -> 1 16 4; 256 -> 4 16 4 (data fsdp tensor).
+    """Default sizes (data, fsdp, tensor): up to 16 devices all in fsdp; 64 -> 1 16 4; 256 -> 4 16 4.
 
-    Up to 16 devices parameters are spread and nothing else, which costs least. Beyond, 4 devices share each row, since
-    one iteration has few rows, and what is left after 16-fold `fsdp` holds copies. Halved until the model's heads and
-    widths divide.
+    Up to 16 devices, fsdp alone costs least. Beyond, 4-fold `tensor` shares each row, because one iteration has few
+    rows, and devices beyond 16-fold `fsdp` become replicas. Sizes are halved until they divide the model's heads and
+    widths.
     """
     inside = devices // slices
     tensor = math.gcd(4, inside) if inside > 16 else 1
     fsdp = math.gcd(16, inside // tensor)
     if config is not None:
-        spread = ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size")
-        while any(getattr(config, name) % tensor for name in spread):
+        sharded = ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size")
+        while any(getattr(config, name) % tensor for name in sharded):
             tensor //= 2
         fsdp = math.gcd(16, inside // tensor, config.hidden_size)
     return devices // (fsdp * tensor), fsdp, tensor
 
 
 def make_mesh(mesh: MeshConfig, config: LlamaConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh over `devices` (all there are), None for a single one: nothing to spread there.
+    """Returns the mesh over `devices` (default: all), None for a single device.
 
-    Raises InputError where the sizes do not divide the devices, or the model `config` the sizes.
+    Raises InputError when the sizes do not divide the devices, or do not divide the dimensions of the model `config`.
     """
     devices = jax.devices() if devices is None else devices
-    # only TPUs have slices; on GPUs that number tells hosts apart
+    # only TPUs have slices; on GPUs slice_index distinguishes hosts
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
     sizes = mesh.sizes(len(devices), slices, config)
     if config is not None:
@@ -142,29 +140,29 @@ def make_mesh(mesh: MeshConfig, config: LlamaConfig | None = None, devices: Sequ
     if slices > 1:
         inside = (sizes[0] // slices, *sizes[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
-    else:  # 16 of fsdp by 4 of tensor on a torus of 8 x 8: an axis of ours may end inside one of the machine's
+    else:  # a mesh axis may split a physical one: 16 fsdp by 4 tensor on a torus of 8 x 8
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_model(sizes: Sequence[int], config: LlamaConfig, of: str = "model") -> None:
-    """InputError where an axis does not divide the dimension that is spread over it."""
+    """Raises InputError when an axis does not divide the dimension that is sharded over it."""
     _, fsdp, tensor = sizes
-    spread = [
+    sharded = [
         (TENSOR, tensor, "num_key_value_heads", config.num_key_value_heads),
         (TENSOR, tensor, "num_attention_heads", config.num_attention_heads),
         (TENSOR, tensor, "intermediate_size", config.intermediate_size),
         (TENSOR, tensor, "vocab_size", config.vocab_size),
         (FSDP, fsdp, "hidden_size", config.hidden_size),
     ]
-    for axis, size, name, dimension in spread:
+    for axis, size, name, dimension in sharded:
         if dimension % size:
             raise InputError(f"mesh.{axis}", size, f"does not divide the {of}'s {name} {dimension}")
 
 
 @contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Inside, arrays are spread over `mesh`; None changes nothing. Nests."""
+    """Context in which arrays are sharded over `mesh`; None changes nothing. Can be nested."""
     if mesh is None:
         yield
         return
@@ -173,7 +171,7 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that the arrays of `tree` lie on, None when they are on single devices."""
+    """Returns the mesh of the arrays of `tree`, None if they are on single devices."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
@@ -185,21 +183,20 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def partition(path: str, layout: Layout = "train") -> PartitionSpec:
-    """The axes of the parameter at `path` ("model/norm/weight"); KeyError for one that the table lacks."""
+    """Returns the partition spec of the parameter at `path` ("model/norm/weight"); KeyError if the table lacks it."""
     spec = _PARTITIONS[path]
     return spec if layout == "train" else P(*(None if axis == FSDP else axis for axis in spec))
 
 
 def partitions(tree: Any, layout: Layout = "train") -> Any:
-    """A `PartitionSpec` for every leaf of `tree`: parameters, or what an optimiser keeps in their form.
+    """Returns a `PartitionSpec` for every leaf of `tree`: parameters, or optimizer state of the same structure.
 
-    A leaf is found by the end of its path. Scalars (counters) lie on every device. Raises ValueError for anything else
-    that the table does not name, rather than leave it whole on every device.
+    Leaves are looked up by the names in their path. Scalars (counters) are replicated. Raises ValueError for other
+    leaves that the table lacks, instead of silently replicating them.
     """
 
     def of(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        name = "/".join(keys)
+        name = path_name(tuple(key for key in path if isinstance(key, jax.tree_util.DictKey)))
         if name in _PARTITIONS:
             return partition(name, layout)
         if leaf.ndim == 0:
@@ -210,7 +207,7 @@ def partitions(tree: Any, layout: Layout = "train") -> Any:
 
 
 def shardings(tree: Any, mesh: Mesh | None, layout: Layout = "train") -> Any:
-    """A sharding for every leaf of `tree`, as `partitions`; the default device's without a mesh."""
+    """Returns a sharding for every leaf of `tree`, as `partitions`; that of the default device without a mesh."""
     if mesh is None:
         single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda _: single, tree)
@@ -218,25 +215,25 @@ def shardings(tree: Any, mesh: Mesh | None, layout: Layout = "train") -> Any:
 
 
 def shard_params(tree: Any, layout: Layout = "train") -> Any:
-    """Inside jit: `tree` laid out as the table says."""
+    """Constrains `tree`, inside jit, to the layout of the table."""
     if context() is None:
         return tree
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, partitions(tree, layout))
 
 
 def replicate(tree: Any) -> Any:
-    """Host arrays onto the devices, whole on each device of the context's mesh; the same in all processes."""
+    """Puts host arrays, equal in all processes, onto every device of the current mesh."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.device_put(tree)
-    whole = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
 
     def put(x: Any) -> jax.Array:
         if mesh.is_multi_process and isinstance(x, (np.ndarray, np.generic)):
-            # device_put would first compare the processes' arrays, and NaN with NaN
+            # device_put would first compare the arrays between processes, which fails for NaN
             x = np.asarray(x)
-            return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
-        return jax.device_put(x, whole)
+            return jax.make_array_from_callback(x.shape, replicated, lambda index: x[index])
+        return jax.device_put(x, replicated)
 
     return jax.tree.map(put, tree)
 
@@ -245,43 +242,43 @@ HOST_MEMORY = "pinned_host"
 
 
 def offload_to_host(tree: Any) -> Any:
-    """`tree` in the host memory of its devices, laid out as it is; `load_to_device` brings it back."""
+    """Moves `tree` to the host memory of its devices with the same sharding; `load_to_device` reverses it."""
 
-    def parked(x: Any) -> Any:
+    def offload(x: Any) -> Any:
         return jax.device_put(x, x.sharding.with_memory_kind(HOST_MEMORY)) if isinstance(x, jax.Array) else x
 
-    return jax.tree.map(parked, tree)
+    return jax.tree.map(offload, tree)
 
 
 def load_to_device(tree: Any) -> Any:
-    """`tree` in its devices' own memory; what is there already is not copied."""
+    """Moves `tree` to device memory; arrays that are already there are not copied."""
 
-    def back(x: Any) -> Any:
+    def load(x: Any) -> Any:
         if not isinstance(x, jax.Array) or x.sharding.memory_kind != HOST_MEMORY:
             return x
         device = next(iter(x.sharding.addressable_devices))
         return jax.device_put(x, x.sharding.with_memory_kind(device.default_memory().kind))
 
-    return jax.tree.map(back, tree)
+    return jax.tree.map(load, tree)
 
 
 # --- activations ---------------------------------------------------------------------------------------------------
 
 
 def context() -> dict[str, int] | None:
-    """Sizes of the axes inside `use_mesh`, None outside."""
+    """Sizes of the mesh axes inside `use_mesh`, None outside."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else dict(mesh.shape)
 
 
 def row_shards() -> int:
-    """Over how many devices rows are spread."""
+    """Number of devices over which rows are sharded."""
     sizes = context()
     return 1 if sizes is None else sizes[DATA] * sizes[FSDP]
 
 
 def row_axes(rows: int) -> tuple[str, ...]:
-    """The axes that `rows` rows are spread over: as many as divide them evenly."""
+    """Returns the axes over which `rows` rows are sharded: as many as divide them evenly."""
     sizes = context() or {}
     for axes in ((DATA, FSDP), (FSDP,), (DATA,)):
         size = math.prod(sizes.get(axis, 1) for axis in axes)
@@ -291,19 +288,19 @@ def row_axes(rows: int) -> tuple[str, ...]:
 
 
 def shard(x: jax.Array, *axes: Any) -> jax.Array:
-    """`x` laid out by `axes` (None: whole); as it is outside `use_mesh`."""
+    """Constrains `x` to be sharded over `axes` (None: replicated); a no-op outside `use_mesh`."""
     return x if context() is None else jax.lax.with_sharding_constraint(x, P(*axes))
 
 
 def shard_rows(tree: Any, axis: int = 0) -> Any:
-    """Every array of `tree` with its rows (dimension `axis`) spread, whole in all others."""
+    """Shards the rows (dimension `axis`) of every array in `tree`, and replicates all other dimensions."""
     if context() is None:
         return tree
     return jax.tree.map(lambda x: shard(x, *(None,) * axis, row_axes(x.shape[axis]) or None), tree)
 
 
 def shard_heads(x: jax.Array, axis: int = 2) -> jax.Array:
-    """`x` [B, S, heads, h], or with its heads at another `axis`: rows and heads spread, heads where they divide."""
+    """Shards rows and heads of `x` [B, S, heads, h], or with heads at another `axis`, where their numbers divide."""
     sizes = context()
     if sizes is None:
         return x
@@ -313,5 +310,5 @@ def shard_heads(x: jax.Array, axis: int = 2) -> jax.Array:
 
 
 def path_name(path: Any) -> str:
-    """`params/model/norm/weight` of a key path."""
+    """Formats a key path as `params/model/norm/weight`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

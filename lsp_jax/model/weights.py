@@ -1,8 +1,8 @@
-"""Hugging Face directories <-> parameters: `config.json` and safetensors, by the names of `model/hf_names.py`.
+"""Loading and saving parameters as Hugging Face directories: `config.json` and safetensors.
 
-Weights are read from memory-mapped files into one stacked array a leaf, and written tensor by tensor. On a mesh each
-process reads the parts that its devices hold and nothing else; only process 0 writes.
-Pickled weights (`.bin`, `.pt`) are never opened: unpickling runs whatever code the file holds.
+Weights are read from memory-mapped files into one stacked array per leaf, and written tensor by tensor. On a mesh each
+process reads only the shards of its own devices; only process 0 writes. Pickled weights (`.bin`, `.pt`) are never
+opened: unpickling can run arbitrary code.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  importing it gives numpy, and through it safetensors, bfloat16
+import ml_dtypes  # noqa: F401  the import registers bfloat16 with numpy, for safetensors
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from lsp_jax.core.errors import InputError
+from lsp_jax.core.errors import InputError, one_of
 from lsp_jax.core.runtime import to_host
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.hf_names import Tensor, file_tensors, leaf_shapes
@@ -35,7 +35,7 @@ _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DTYPES = tuple(_STORED)
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 _CONVERT = (
-    "make safetensors of a trusted model with transformers: "
+    "convert a trusted model to safetensors with transformers: "
     "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT), for a reward model with "
     "AutoModelForSequenceClassification"
 )
@@ -44,14 +44,14 @@ _CONVERT = (
 
 
 def read_config(directory: str | Path) -> LlamaConfig:
-    """The `LlamaConfig` of a Hugging Face directory; InputError where `config.json` is missing or unusable."""
-    config = _read_json(Path(directory) / "config.json", "a model directory holds one")
+    """Reads the `LlamaConfig` of a Hugging Face directory; InputError if `config.json` is missing or unusable."""
+    config = _read_json(Path(directory) / "config.json", "a model directory must contain it")
     try:
         return LlamaConfig.from_hf(config)
     except InputError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise InputError("config.json", str(directory), f"not a usable Llama configuration ({error})") from error
+        raise InputError("config.json", str(directory), f"is not a usable Llama configuration ({error})") from error
 
 
 def load_params(
@@ -61,14 +61,14 @@ def load_params(
     mesh: Mesh | None = None,
     layout: Layout = "train",
 ) -> Params:
-    """The parameters of a Hugging Face directory, cast to `dtype`, on the default device or spread over `mesh`.
+    """Loads the parameters of a Hugging Face directory, cast to `dtype`, onto the default device or `mesh`.
 
-    Reads `model.safetensors`, or the shards named by `model.safetensors.index.json`, in float32, bfloat16 or float16.
-    All names, types and shapes are checked before the first tensor is read. On a mesh leaves lie as the table of
-    `model/sharding.py` says for `layout`; a process reads only what its own devices hold, once where several hold the
-    same. The host holds one leaf at a time, or one device's part of it, which on the CPU becomes the parameter, and as
-    much of one tensor of a file.
-    Raises InputError for a mesh that does not divide the model, a name, shape or type that `config` does not expect, a
+    Reads `model.safetensors`, or the shards listed in `model.safetensors.index.json`, in float32, bfloat16 or float16.
+    All names, dtypes and shapes are checked before the first tensor is read. On a mesh, leaves are sharded by the table
+    of `model/sharding.py` for `layout`, and each process reads only the shards of its own devices, replicated shards
+    once. Host memory holds one leaf, or one device's shard of it, at a time (on CPU this buffer becomes the parameter)
+    and as much of one tensor of a file.
+    Raises InputError for a mesh that does not divide the model, names, shapes or dtypes that do not match `config`, a
     missing tensor, or a damaged file.
     """
     check_dtype(dtype)
@@ -85,17 +85,17 @@ def load_params(
 
 
 def check_weights(directory: str | Path, config: LlamaConfig) -> None:
-    """Everything that `load_params` refuses, read from the files' headers alone; InputError."""
+    """Runs the checks of `load_params` on the headers of the files alone; raises InputError."""
     with ExitStack() as stack:
         _open_checked(Path(directory), config, stack)
 
 
 def _open_checked(directory: Path, config: LlamaConfig, stack: ExitStack) -> list[tuple[Tensor, Any]]:
-    """Every tensor of the model with the open file that holds it; names, types and shapes are checked."""
+    """Returns every tensor of the model with the open file that holds it; checks names, dtypes and shapes."""
     handles = {path: stack.enter_context(_open(path)) for path in _weight_files(directory)}
-    found = {name: path for path, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
-    tensors = _check_names(found, config)
-    sources = [(tensor, handles[found[tensor.name]]) for tensor in tensors]
+    path_of = {name: path for path, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
+    tensors = _check_names(path_of, config)
+    sources = [(tensor, handles[path_of[tensor.name]]) for tensor in tensors]
     for tensor, handle in sources:
         _check_tensor(handle, tensor)
     return sources
@@ -105,17 +105,17 @@ def _check_mesh(mesh: Mesh | None, config: LlamaConfig) -> None:
     if mesh is None:
         return
     if mesh.axis_names != AXES:
-        raise InputError("mesh", mesh.axis_names, f"its axes must be {AXES}, as lsp_jax.model.sharding.make_mesh gives")
+        raise InputError("mesh", mesh.axis_names, f"axes must be {AXES}, as made by lsp_jax.model.sharding.make_mesh")
     check_model([mesh.shape[axis] for axis in AXES], config)
 
 
 def _load_leaf(
     parts: list[tuple[Tensor, Any]], shape: tuple[int, ...], dtype: str, sharding: NamedSharding | None
 ) -> jax.Array:
-    """One leaf out of the tensors of its layers; with a sharding, this process's part of it."""
+    """Loads one leaf from the tensors of its layers; with a sharding, only this process's shards."""
     if sharding is None:
-        whole = (slice(None),) * len(shape)
-        return jax.block_until_ready(jax.device_put(_host_part(parts, whole, shape, dtype)))
+        full = (slice(None),) * len(shape)
+        return jax.block_until_ready(jax.device_put(_host_part(parts, full, shape, dtype)))
     indices = sharding.devices_indices_map(shape)
     holders: dict[str, list[Any]] = {}
     for device in sorted(sharding.addressable_devices, key=lambda device: device.id):
@@ -130,7 +130,7 @@ def _load_leaf(
 def _host_part(
     parts: list[tuple[Tensor, Any]], index: tuple[slice, ...], shape: tuple[int, ...], dtype: str
 ) -> np.ndarray:
-    """The part `index` of a leaf, of shape `shape`. Layers are never split, other dimensions are sliced in the file."""
+    """Reads the slice `index` of a leaf, with shape `shape`. Layers are never sharded, other axes sliced on disk."""
     part = _aligned_empty(shape, jnp.dtype(dtype))
     for tensor, handle in parts:
         inside = index if tensor.layer is None else index[1:]
@@ -140,7 +140,7 @@ def _host_part(
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array at a multiple of 64 bytes, which JAX's CPU backend takes over without a copy."""
+    """Returns an uninitialised array aligned to 64 bytes, which JAX's CPU backend adopts without a copy."""
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -148,9 +148,8 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def check_dtype(dtype: str) -> None:
-    """InputError unless `dtype` names one of float32, bfloat16, float16."""
-    if dtype not in DTYPES:
-        raise InputError("dtype", dtype, f"one of {', '.join(DTYPES)}")
+    """Raises InputError unless `dtype` is one of float32, bfloat16, float16."""
+    one_of("dtype", dtype, DTYPES)
 
 
 def _insert(params: Params, path: str, leaf: jax.Array) -> None:
@@ -165,10 +164,10 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(path.name, str(path), f"cannot be read ({error.strerror}); {remedy}") from error
-    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise InputError(path.name, str(path), f"is not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise InputError(path.name, str(path), "must hold a JSON object")
+        raise InputError(path.name, str(path), "must be a JSON object")
     return value
 
 
@@ -176,23 +175,25 @@ def _weight_files(directory: Path) -> list[Path]:
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if (directory / INDEX).is_file():
-        shards = _read_json(directory / INDEX, "the list of shards").get("weight_map")
+        shards = _read_json(directory / INDEX, "it lists the shards").get("weight_map")
         names = shards.values() if isinstance(shards, dict) else ()
         if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise InputError(INDEX, str(directory), "'weight_map' must map tensor names to files beside it")
-        there = {path.name for path in directory.iterdir() if path.is_file()}
-        missing = sorted(set(names) - there)
+            raise InputError(INDEX, str(directory), "'weight_map' must map tensor names to files in the same directory")
+        present = {path.name for path in directory.iterdir() if path.is_file()}
+        missing = sorted(set(names) - present)
         if missing:
             raise InputError(INDEX, missing[0], f"this shard is not in {directory}; download it again")
         return [directory / name for name in sorted(set(names))]
     pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
     if pickled:
-        raise InputError("weights", pickled[0], f"pickled weights can run code and are never opened; {_CONVERT}")
-    raise InputError("weights", str(directory), f"holds neither {SINGLE} nor {INDEX}; {_CONVERT}")
+        raise InputError(
+            "weights", pickled[0], f"pickled weights can run arbitrary code and are never opened; {_CONVERT}"
+        )
+    raise InputError("weights", str(directory), f"contains neither {SINGLE} nor {INDEX}; {_CONVERT}")
 
 
 def _damaged(path: str, error: Exception) -> InputError:
-    return InputError("safetensors", path, f"the file is damaged or cut short ({error}); download it again")
+    return InputError("safetensors", path, f"the file is damaged or truncated ({error}); download it again")
 
 
 def _open(path: Path) -> Any:
@@ -203,28 +204,27 @@ def _open(path: Path) -> Any:
 
 
 def _read(handle: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index` of a tensor in the file's order; no other bytes are touched."""
+    """Reads the slice `index` of a tensor, in the axis order of the file, and no other bytes."""
     try:
         return handle.get_slice(name)[index]
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(name, error) from error
 
 
-def _check_names(found: dict[str, Path], config: LlamaConfig) -> list[Tensor]:
-    """Every tensor of the model; InputError for the first that is missing, whatever number of layers comes after it,
-    and for one too many."""
+def _check_names(path_of: dict[str, Path], config: LlamaConfig) -> list[Tensor]:
+    """Returns every tensor of the model; InputError for the first that is missing from the files, or unexpected."""
     tensors: list[Tensor] = []
     for tensor in file_tensors(config):
-        if tensor.name not in found:
-            head = "; only with tie_word_embeddings true it may be absent" if tensor.path == "lm_head/weight" else ""
+        if tensor.name not in path_of:
+            head = "; it may be absent only with tie_word_embeddings true" if tensor.path == "lm_head/weight" else ""
             raise InputError(tensor.name, None, f"missing from the weights; expected shape {tensor.shape}{head}")
         tensors.append(tensor)
     expected = {tensor.name for tensor in tensors}
-    for name in sorted(found):
+    for name in sorted(path_of):
         tied_head = config.tie_word_embeddings and name == "lm_head.weight"
         if name not in expected and not tied_head and not name.endswith("rotary_emb.inv_freq"):
-            shape = tuple(_open(found[name]).get_slice(name).get_shape())
-            raise InputError(name, shape, "no tensor of this name belongs to the model that config.json describes")
+            shape = tuple(_open(path_of[name]).get_slice(name).get_shape())
+            raise InputError(name, shape, "is not a tensor of the model described by config.json")
     return tensors
 
 
@@ -232,9 +232,9 @@ def _check_tensor(handle: Any, tensor: Tensor) -> None:
     stored = handle.get_slice(tensor.name)
     shape = tuple(stored.get_shape())
     if shape != tensor.shape:
-        raise InputError(tensor.name, shape, f"config.json makes its shape {tensor.shape}")
+        raise InputError(tensor.name, shape, f"must have shape {tensor.shape} according to config.json")
     if stored.get_dtype() not in _STORED.values():
-        remedy = f"readable types are {', '.join(_STORED.values())}, not quantised ones"
+        remedy = f"must be one of {', '.join(_STORED.values())}; quantised weights are not supported"
         raise InputError(tensor.name, stored.get_dtype(), remedy)
 
 
@@ -248,19 +248,19 @@ def save_params(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes `config.json` and `model.safetensors` into `directory`, made where missing; existing ones are replaced.
+    """Writes `config.json` and `model.safetensors` to `directory`, which is created if missing; replaces existing ones.
 
-    Above `max_shard_bytes` (of tensors) the weights become `model-0000i-of-0000N.safetensors` and an index. `dtype`
-    None keeps that of the parameters. One tensor of a file at a time is on the host. Parameters spread over several
-    processes are gathered so too: all must call this, process 0 alone touches `directory`, and the others return when
-    the last tensor is gathered, which may be before its file is written.
+    Above `max_shard_bytes` (of tensors) the weights are split into `model-0000i-of-0000N.safetensors` with an index.
+    `dtype` None keeps that of the parameters. Only one tensor at a time is on the host, also when parameters are
+    gathered from several processes: all processes must call this, process 0 alone writes, and the others return when
+    the last tensor is gathered, possibly before its file is written.
     """
     if dtype is not None:
         check_dtype(dtype)
     directory = Path(directory)
     writes = jax.process_index() == 0
-    kept = str(params["model"]["embed_tokens"]["weight"].dtype)
-    shards = _split(file_tensors(config), jnp.dtype(dtype or kept).itemsize, max_shard_bytes)
+    file_dtype = dtype or str(params["model"]["embed_tokens"]["weight"].dtype)
+    shards = _split(file_tensors(config), jnp.dtype(file_dtype).itemsize, max_shard_bytes)
     weight_map: dict[str, str] = {}
     total = 0
     if writes:
@@ -273,11 +273,11 @@ def save_params(
     if writes and len(shards) > 1:
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     if writes:
-        _write_json(directory / "config.json", config.to_hf(dtype or kept))
+        _write_json(directory / "config.json", config.to_hf(file_dtype))
 
 
 def _split(tensors: Iterable[Tensor], itemsize: int, max_bytes: int) -> list[list[Tensor]]:
-    """Consecutive tensors in shards of at most `max_bytes`; a larger tensor has a shard to itself."""
+    """Groups consecutive tensors into shards of at most `max_bytes`; a larger tensor gets a shard of its own."""
     shards: list[list[Tensor]] = [[]]
     used = 0
     for tensor in tensors:
@@ -291,11 +291,10 @@ def _split(tensors: Iterable[Tensor], itemsize: int, max_bytes: int) -> list[lis
 
 
 def _write_tensors(file: BinaryIO | None, params: Params, shard: list[Tensor], dtype: str | None) -> int:
-    """Writes one safetensors file, tensor by tensor, as its own writer would; without a file it only gathers.
+    """Writes one safetensors file tensor by tensor (without a file only gathers); returns the bytes of its tensors.
 
-    The library's writer wants all tensors of a file at once. The format is the header's length in 8 bytes, the header
-    in JSON, and the tensors' bytes: wider types first, then by name, which keeps every tensor aligned. Returns the
-    bytes of the tensors.
+    The library's writer needs all tensors of a file in memory. The format is the header's length in 8 bytes, the header
+    in JSON, and the tensors' bytes, ordered by descending item size and name, which keeps every tensor aligned.
     """
     dtypes = {tensor.name: jnp.dtype(dtype or _leaf(params, tensor).dtype) for tensor in shard}
     ordered = sorted(shard, key=lambda tensor: (-dtypes[tensor.name].itemsize, tensor.name))
@@ -327,14 +326,14 @@ def _leaf(params: Params, tensor: Tensor) -> jax.Array:
 
 
 def _gathered(leaf: jax.Array) -> NamedSharding | None:
-    """Whole on every device for a leaf that other processes hold parts of; else None: the host puts it together."""
+    """Replicated sharding for a leaf with shards in other processes; else None, and the host assembles it."""
     mesh = mesh_of(leaf)
     return NamedSharding(mesh, PartitionSpec()) if mesh is not None and mesh.is_multi_process else None
 
 
 @lru_cache
 def _file_form(out: NamedSharding | None) -> Callable[..., jax.Array]:
-    """(leaf, layer, transposed, dtype) -> one tensor as it is in the file, laid out as `out`."""
+    """Jitted (leaf, layer, transposed, dtype) -> one tensor as stored in the file, with sharding `out`."""
 
     def form(leaf: jax.Array, layer: int | None, transposed: bool, dtype: str | None) -> jax.Array:
         value = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)

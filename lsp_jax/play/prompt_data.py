@@ -9,16 +9,14 @@ What a data set says is text: tags that it spells stay plain text, and nothing i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lsp_jax.core.errors import LONGEST, InputError, shown
-from lsp_jax.core.files import user_path
+from lsp_jax.core.files import read_jsonl, user_path
 from lsp_jax.model.sharding import replicate
 from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts
 from lsp_jax.play.selfplay import Queries
@@ -145,26 +143,10 @@ def read_rows(config: DataConfig, field: str = "data.source") -> Iterator[Mappin
     """The rows of a JSONL file or of a hub data set. InputError names `field`."""
     path = user_path(field, config.source)
     if path.is_file():
-        return _read_jsonl(path, field)
+        return read_jsonl(path, field)
     if path.suffix in (".jsonl", ".json") or (config.source.startswith((".", "/", "~")) and not path.is_dir()):
         raise InputError(field, config.source, "no such file; give a JSONL file or a hub data set's id")
     return iter(_read_hub(config, field))
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise InputError(field, f"{path}:{number}", f"must be a JSON object, not {shown(row, 40)}")
-                yield row
-        except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
-            if isinstance(error, InputError):
-                raise
-            raise InputError(field, str(path), f"is not JSON Lines in UTF-8 ({error})") from error
 
 
 def _read_hub(config: DataConfig, field: str) -> Any:

@@ -18,10 +18,10 @@ from typing import Any
 
 from lsp_jax.checkpoint.provenance import MANIFEST
 from lsp_jax.checkpoint.run_dir import ALARMS_FILE, METRICS_FILE, REPORT, TRANSCRIPTS_FILE
-from lsp_jax.config import TrainConfig, flat
+from lsp_jax.config import TrainConfig, flat, flatten
 from lsp_jax.core import console
 from lsp_jax.core.errors import InputError
-from lsp_jax.core.files import check_writable, user_path
+from lsp_jax.core.files import check_writable, read_jsonl, user_path, write_text
 from lsp_jax.monitor.hooks import Event, StepRecord
 from lsp_jax.reporting.metrics import PHASES, describe
 
@@ -74,7 +74,7 @@ def collect(run: Path) -> dict[str, Any]:
         "queries": queries,
         "repeated": repeated,
         "config": {name: json.dumps(value) for name, value in flat(config).items()},
-        "started": {name: str(value) for name, value in _flattened(started)},
+        "started": {name: str(value) for name, value in flatten(started).items()},
     }
 
 
@@ -90,18 +90,8 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file, none where there is no file; a torn last line of a run under way is left out."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                if not line.endswith(b"\n"):
-                    return
-                remedy = f"line {number} is not JSON ({error}); restore the file"
-                raise InputError(path.name, str(path), remedy) from error
+    """The records of a file that a run may be writing."""
+    return read_jsonl(path, skip="torn")
 
 
 def _columns(lines: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -158,14 +148,6 @@ def _cut(record: dict[str, Any]) -> dict[str, Any]:
     """A record with its long texts cut; `key` is the whole query."""
     answers = [{**answer, "text": answer["text"][:SHOWN_CHARACTERS]} for answer in record["answers"]]
     return {**record, "query": record["query"][:SHOWN_CHARACTERS], "answers": answers, "key": record["query"]}
-
-
-def _flattened(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flattened(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -240,9 +222,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path = "") -> Path:
     check_writable("output", file.parent)
     text = page(folders)
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f".{file.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(file)  # a browser that reloads finds the old one or the new one, whole
+    write_text(file, text)  # atomic: a browser may reload it at any time
     return file
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lsp_jax.checkpoint.run_dir import ALARMS_FILE, CHECKSUMS_FILE, FILES, METRICS_FILE, TRANSCRIPTS_FILE
 from lsp_jax.core.errors import InputError, RunError
+from lsp_jax.core.files import read_jsonl
 from lsp_jax.monitor.hooks import Event, StepRecord
 from lsp_jax.reporting.metrics import describe
 
@@ -69,9 +70,7 @@ class MetricsWriter:
 
     def rollback_records(self, offset: int) -> list[dict[str, Any]]:
         """Alarms written after `offset` for which the run went back: that it did is not undone by going back again."""
-        with (self.directory / ALARMS_FILE).open("rb") as file:
-            file.seek(offset)
-            return [record for record in map(json.loads, file) if "back_to" in record]
+        return [record for record in read_jsonl(self.directory / ALARMS_FILE, offset=offset) if "back_to" in record]
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         # ASCII: model text may hold characters that readers take for line ends

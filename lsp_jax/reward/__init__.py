@@ -1,4 +1,1 @@
-"""The rewards: what an answer is worth.
-
-Read `base` (what a reward is), `build` (which ones a run has), `scoring`; one file a component.
-"""
+"""Reward components. Read `base` (the interface), `build` (from configuration to components), `scoring`."""

@@ -1,7 +1,7 @@
-"""Arithmetic questions and answers, read by small grammars of ours.
+"""Parsing and grading of arithmetic questions and answers.
 
-What a model wrote is never evaluated: `parse_arithmetic` reads a query, `final_number` an answer. Both take time
-linear in the text. Imports no JAX: this runs in a worker process.
+Model text is never evaluated: `parse_arithmetic` parses a query, `final_number` an answer, both in linear time. Imports
+no JAX, because it runs in a worker process.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 from decimal import Decimal
 
 MAX_QUESTION = 200  # characters
-MAX_BRACKETS = 10  # opened in one question: bounds the recursion
-MAX_NUMBER = 40  # characters of an answer's number; no value of a question comes near it
+MAX_BRACKETS = 10  # brackets in one question, which bounds the recursion
+MAX_NUMBER = 40  # characters of an answer's number, far above the value of any question
 
 _LEAD_IN = re.compile(
     r"\s*(?:(?:what\s+is|what['’]s|how\s+much\s+is|calculate|compute|find|solve|evaluate)\b\s*:?)?",
@@ -23,8 +23,8 @@ _TOKEN = re.compile(
 )
 _OPERATORS = {"plus": "+", "minus": "-", "−": "-", "times": "*", "multiplied": "*", "x": "*", "×": "*"}
 
-# Atomic and possessive: nothing that was matched is tried again, so the time is linear. Only the first number of a run
-# joined by commas tries to read the run as thousands, for the same reason.
+# Atomic groups and possessive quantifiers never backtrack, so matching is linear. For the same reason only the first
+# number of a run joined by commas is tried as digit groups of thousands.
 _NUMBER = re.compile(
     r"(?<![A-Za-z_\d])(?<!\d\.)"
     r"(?>(?>(?<!\d,)[1-9][0-9]{0,2}(?:,[0-9]{3})++|[0-9]++)(?:\.[0-9]++)?+|(?<![\w.])\.[0-9]++)"
@@ -33,15 +33,15 @@ _NUMBER = re.compile(
 
 
 class _NotArithmeticError(Exception):
-    """The text is not a sentence of the grammar."""
+    """The text does not match the grammar."""
 
 
 def parse_arithmetic(text: str) -> int | None:
-    """The value of an arithmetic question, None when the text is anything else.
+    """Returns the value of an arithmetic question, None for any other text.
 
     A question is an optional lead-in ("What is", "What's", "How much is", "Calculate", "Compute", "Find", "Solve",
     "Evaluate", in any case, a colon may follow), an expression, and an optional "=", "?" and "." in this order. The
-    expression has 2 to 4 whole numbers of up to 4 ASCII digits, joined by + - − * x × plus, minus, times or "multiplied
+    expression has 2 to 4 integers of up to 4 ASCII digits, joined by + - − * x × plus, minus, times or "multiplied
     by", with the usual precedence; brackets are allowed, and a minus at its start or after an opening bracket.
     """
     if len(text) > MAX_QUESTION:
@@ -60,7 +60,7 @@ def parse_arithmetic(text: str) -> int | None:
 
 
 def _tokens(text: str) -> list[int | str]:
-    """Numbers, and one character for all else; no tokens when a part of the text is not one."""
+    """Splits the text into numbers and operator characters; empty if any part of it is not a token."""
     text = text.rstrip()
     match = _LEAD_IN.match(text)
     position, tokens = match.end() if match else 0, []
@@ -80,7 +80,7 @@ def _take(tokens: list[int | str], *kinds: str) -> int | str | None:
 
 
 def _sum(tokens: list[int | str]) -> int:
-    """["-"] product {("+" | "-") product}."""
+    """Parses ["-"] product {("+" | "-") product}."""
     value = -_product(tokens) if _take(tokens, "-") else _product(tokens)
     while sign := _take(tokens, "+", "-"):
         value += _product(tokens) if sign == "+" else -_product(tokens)
@@ -88,7 +88,7 @@ def _sum(tokens: list[int | str]) -> int:
 
 
 def _product(tokens: list[int | str]) -> int:
-    """factor {"*" factor}."""
+    """Parses factor {"*" factor}."""
     value = _factor(tokens)
     while _take(tokens, "*"):
         value *= _factor(tokens)
@@ -96,7 +96,7 @@ def _product(tokens: list[int | str]) -> int:
 
 
 def _factor(tokens: list[int | str]) -> int:
-    """A number, or a sum in brackets."""
+    """Parses a number or a sum in brackets."""
     token = tokens.pop() if tokens else None
     if isinstance(token, int):
         return token
@@ -108,15 +108,15 @@ def _factor(tokens: list[int | str]) -> int:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The last number in `text`, exactly; None when there is none, or when the last is over 40 characters long.
+    """Returns the last number in `text`, exactly; None if there is none or the last has over 40 characters.
 
     - "1,234" is 1234; commas that do not group by thousands separate numbers: the last of "12,5" is 5.
     - "7.0" equals 7, ".5" is a half, and the full stop after "7." ends a sentence.
-    - A minus sign ("-" or "−") counts when it touches the number and is neither between two operands ("10-7", "10 -7",
-      "(3) -7") nor after a letter that it touches ("GPT-4").
+    - A minus sign ("-" or "−") counts if it directly precedes the number and is neither between two operands ("10-7",
+      "10 -7", "(3) -7") nor directly after a letter ("GPT-4").
     - Letters may follow ("12km", "7th"). Runs with a digit after a letter ("x2", "H2O", "1e5") or with several points
-      ("1.2.3") are names and are skipped.
-    - Only ASCII digits make numbers; a number that touches other digits is skipped.
+      ("1.2.3") are taken as names and skipped.
+    - Only ASCII digits count; a number adjacent to other digits is skipped.
     """
     last = None
     for match in _NUMBER.finditer(text):
@@ -128,7 +128,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def _negative(before: str) -> bool:
-    """Whether the text before a number ends in its sign."""
+    """Whether the text before a number ends in a minus sign of the number."""
     if not before.endswith(("-", "−")):
         return False
     touching, operand = before[-2:-1], before[:-1].rstrip()[-1:]
@@ -136,7 +136,7 @@ def _negative(before: str) -> bool:
 
 
 def grade(queries: list[str], answers: list[list[str]]) -> list[list[float]]:
-    """[N, G]: 1 when the answer's final number equals the query's value, else 0; NaN where the query is no question."""
+    """Returns [N, G]: 1 if the answer's final number equals the query's value, else 0; NaN for unparsable queries."""
     expected = [parse_arithmetic(query) for query in queries]
     return [
         [float("nan") if value is None else float(final_number(answer) == value) for answer in group]

@@ -1,8 +1,8 @@
-"""From a configuration to the reward components of a run, and how they are mixed.
+"""Building the reward components of a run from its configuration.
 
-1. `open_rewards`: everything that can be checked without weights: names and weights, the user's function, the sandbox,
-   the data's fields, the reward model's files.
-2. `load_rewards`: the components themselves, once the policy is there.
+1. `open_rewards` checks everything that needs no weights: names and weights, the user's function, the sandbox, the
+   fields of the data, the files of the reward model.
+2. `load_rewards` builds the components once the policy is loaded.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from lsp_jax.reward.user_callable import arithmetic_reward, callable_reward, pro
 
 
 class OpenedRewards(NamedTuple):
-    """The input of `load_rewards`; making it has read no weights."""
+    """Checked reward components before any weights are read; the input of `load_rewards`."""
 
     components: tuple[Reward, ...]
-    """Those that need no weights."""
+    """Components without weights."""
     reward_model: Policy | None
     """Configuration and tokenizer of the preference reward's model; `params` is empty."""
     specs: tuple[RewardSpec, ...]
-    """How all components are mixed, in the order of `load_rewards`."""
+    """Specs of all components, in the order of `load_rewards`."""
 
 
 def open_rewards(
     config: RewardConfig, given: Sequence[Reward], workers: Workers, *, use_quality: bool = True, date: str = ""
 ) -> OpenedRewards:
-    """The checked components of a run; `given` are those beside the configured ones. Raises InputError.
+    """Checks the components of a run, both configured and `given` ones; raises InputError.
 
-    Host components score in `workers`; `use_quality`: whether the Challenger gets quality rewards too; `date` (ISO) is
-    the day that the reward model's template shows. What depends on the data's rows is checked by `check_data`.
+    Host components score in `workers`; `use_quality` tells whether quality rewards are trained on; `date` is shown by
+    the reward model's chat template. `check_data` checks what depends on the rows of the data set.
     """
     specs = [RewardSpec(component.name, component.kind, component.weight) for component in given]
     check_rewards([*_configured_specs(config), *specs], use_quality)
@@ -63,7 +63,7 @@ def open_rewards(
 
 
 def check_data(config: RewardConfig, data: PromptData | None) -> None:
-    """Raises InputError when the rows lack what a configured component compares with."""
+    """Raises InputError when the rows lack a field that a configured component needs."""
     if data is not None and config.maths_weight:
         maths.check_rows(data.rows)
     if data is not None and config.code_weight:
@@ -78,7 +78,7 @@ def load_rewards(
     token_classes: jax.Array,
     mesh: Mesh | None = None,
 ) -> tuple[Reward, ...]:
-    """Every component, in the order of `opened.specs`; reads the reward model's weights onto `mesh`."""
+    """Returns all components in the order of `opened.specs`; loads the reward model onto `mesh`."""
     components = list(opened.components)
     if opened.reward_model is not None:
         model = load_reward_model(opened.reward_model.source, "auto", config.preference_revision or None, mesh)
@@ -91,7 +91,7 @@ def load_rewards(
 
 
 def _configured_specs(config: RewardConfig) -> list[RewardSpec]:
-    """Every component that the configuration asks for, known before any is made."""
+    """Specs of all configured components, before any is built."""
     specs = [
         RewardSpec(name, "task", getattr(config, f"{name}_weight"))
         for name in ("arithmetic", "maths", "code")
@@ -125,11 +125,11 @@ def _host_rewards(config: RewardConfig, workers: Workers) -> list[HostReward]:
 
 
 def _mixed(config: RewardConfig, specs: Sequence[RewardSpec]) -> tuple[RewardSpec, ...]:
-    """`specs` with standardisation and clipping; InputError for a name that is none of theirs."""
+    """Adds standardisation and clipping to `specs`; InputError for an unknown component name."""
     names, bounds = [spec.name for spec in specs], config.bounds()
     for field, used in (("reward.standardize", config.standardize), ("reward.clip", tuple(bounds))):
         unknown = [name for name in used if name not in names]
         if unknown:
-            raise InputError(field, unknown[0], f"no component has this name; there are {', '.join(names)}")
+            raise InputError(field, unknown[0], f"is not a component of this run; those are {', '.join(names)}")
     standardize = config.standardize
     return tuple(spec._replace(standardize=spec.name in standardize, clip=bounds.get(spec.name)) for spec in specs)

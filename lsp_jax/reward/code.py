@@ -1,16 +1,15 @@
-"""The code reward: a program from the answer, run in the sandbox against the row's tests.
+"""The code reward: the program in an answer, run in the sandbox against the tests of the data row.
 
-Rows are spelled as HumanEval's (`prompt`, `test`, `entry_point`) or as MBPP's (`test_list`, perhaps `test_setup_code`).
-Every program gets a sandbox of its own.
+Rows have the fields of HumanEval (`prompt`, `test`, `entry_point`) or of MBPP (`test_list`, optionally
+`test_setup_code`). Every program gets its own sandbox.
 
-A program has passed when the harness, after the last test, says a number that was drawn for this program alone and is
-in no file, environment or source that the program can see. So it does not help to print, to exit with 0, to close or
-write to descriptors, to raise exceptions of any kind, or to define the tests' functions and Python's builtins anew.
+A program passes when the harness, after the last test, returns a nonce drawn for this program, which is in no file,
+environment or source that the program can see. So printing, exiting with 0, closing or writing to descriptors, raising
+exceptions, and redefining the tests' functions or Python's builtins do not help.
 
-What this cannot show is that the function is right where the tests are blind: results whose `__eq__` is always true,
-modules of the standard library changed under the tests' feet, or a program that was written against this harness and
-searches the interpreter's memory for the number. The tests run in the program's process, and such a program can pass
-them. It still gets no further than its sandbox. Programs have one process and one thread.
+The tests run in the program's process, so a program can still cheat: return objects whose `__eq__` is always true,
+patch the standard library, or, if written against this harness, search the interpreter's memory for the nonce. It
+cannot leave its sandbox. Programs have one process and one thread.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ from typing import Any
 import numpy as np
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.reward.base import HostReward, RewardOutput, Rows
+from lsp_jax.reward.base import DataRows, HostReward, RewardOutput
 from lsp_jax.reward.execution.pool import Workers
 from lsp_jax.reward.execution.sandbox import sandboxed
 
 MAX_PROGRAM = 100_000  # characters; a longer program scores 0
-SECONDS = 10.0  # for a program and its tests
+SECONDS = 10.0  # time limit of a program with its tests
 logger: logging.Logger = logging.getLogger(__name__)
 
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
 
 
 def extract_code(answer: str) -> str:
-    """The program in an answer: its last block fenced as Python, else its last fenced block, else all of it.
+    """Returns the program in an answer: the last fenced Python block, else the last fenced block, else all of it.
 
-    A block without an end reaches to the end of the answer.
+    An unclosed block extends to the end of the answer.
     """
     blocks, opened = [], None
     for match in _FENCE.finditer(answer):
@@ -60,10 +59,10 @@ def _defines(program: str, name: str) -> bool:
 
 
 def program_and_tests(row: Mapping[str, Any], answer: str) -> tuple[str, list[str]]:
-    """The request for an answer: the program, and the tests one by one. `row` has passed `check_rows`.
+    """Returns the program of an answer and its tests. `row` has passed `check_rows`.
 
-    A HumanEval answer that defines the function follows the prompt, whose imports and helpers it may use; any other
-    answer is the rest of the prompt's function.
+    A HumanEval answer that defines the function is appended to the prompt, whose imports and helpers it may use; any
+    other answer continues the prompt's function.
     """
     code = extract_code(answer)
     if "entry_point" not in row:
@@ -74,8 +73,8 @@ def program_and_tests(row: Mapping[str, Any], answer: str) -> tuple[str, list[st
     return program, [f"{row['test']}\n\ncheck({name})\n"]
 
 
-def check_rows(rows: Rows) -> None:
-    """Raises InputError for a row that has no tests of a known form."""
+def check_rows(rows: DataRows) -> None:
+    """Raises InputError for a row without tests in a known form."""
     if not rows:
         raise InputError("code reward rows", None, "needs a data set with tests; self-play has none")
     for place, row in enumerate(rows):
@@ -83,13 +82,13 @@ def check_rows(rows: Rows) -> None:
             wrong = [key for key in ("prompt", "test", "entry_point") if not _text(row.get(key))]
             if not wrong and not str(row["entry_point"]).isidentifier():
                 wrong = ["entry_point"]
-            kind = "a text (HumanEval's form)"
+            kind = "a string (HumanEval's form)"
         else:
             tests = row.get("test_list")
             wrong = [] if isinstance(tests, list) and tests and all(map(_text, tests)) else ["test_list"]
             kind = "a list of tests (MBPP's form), or there must be prompt, test and entry_point (HumanEval's)"
         if not wrong and not isinstance(row.get("test_setup_code") or "", str):
-            wrong, kind = ["test_setup_code"], "a text"
+            wrong, kind = ["test_setup_code"], "a string"
         if wrong:
             raise InputError(f"code reward rows[{place}].{wrong[0]}", row.get(wrong[0]), f"must be {kind}")
 
@@ -101,9 +100,9 @@ def _text(value: Any) -> bool:
 def code_reward(
     weight: float = 1.0, name: str = "code", workers: Workers | None = None, timeout: float = SECONDS
 ) -> HostReward:
-    """Task reward: 1 when the answer's program passes all tests of its row within `timeout` seconds, else 0.
+    """Returns a task reward: 1 if the answer's program passes all tests of its row within `timeout` seconds, else 0.
 
-    An answer is masked only when its sandbox did not start. Check the rows with `check_rows` and the sandbox with
+    An answer is masked only if its sandbox did not start. Check the rows with `check_rows` and the sandbox with
     `check_sandbox` before long work.
 
     Raises:
@@ -111,7 +110,7 @@ def code_reward(
     """
     pool, program = workers or Workers(), sandboxed("code", once=True)
 
-    def score(queries: list[str], answers: list[list[str]], rows: Rows = ()) -> RewardOutput:
+    def score(queries: list[str], answers: list[list[str]], rows: DataRows = ()) -> RewardOutput:
         check_rows(rows)
         shape = (len(queries), len(answers[0]))
         items = []

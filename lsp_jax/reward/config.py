@@ -1,4 +1,4 @@
-"""Which reward components a run has, and how they are mixed."""
+"""Configuration of the reward components and of their combination."""
 
 from __future__ import annotations
 
@@ -11,48 +11,50 @@ from lsp_jax.core.errors import InputError, one_of
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Which components score an episode, and how they are mixed. A weight of 0 leaves a component out."""
+    """Reward components and their combination. A weight of 0 disables a component."""
 
     preference_model: str = ""
-    """A Llama sequence classifier with one label (directory or hub id) that scores answers (kind task); empty: none."""
+    """Reward model: a Llama sequence classifier with one label, as a directory or hub id (kind task); empty: none."""
     preference_revision: str = ""
     """Branch, tag or commit of its hub id."""
     preference_weight: float = 1.0
-    """Weight of its scores."""
+    """Weight of the reward model's score."""
     preference_rows: int = 16
-    """Conversations that it reads at one time."""
+    """Batch size of the reward model, in conversations per device."""
     quality_weight: float = 1.0
-    """The reference's quality score 0..7 (kind quality)."""
+    """Weight of the reference's quality score 0..7 (kind quality)."""
     quality_mode: Literal["logits", "text"] = "logits"
     """logits: seven yes/no probabilities from one prefill; text: the reference writes its score, as in the paper."""
     quality_max_length: int = 64
-    """text: tokens that the judge may write for one answer; a verdict cut off there is a parse failure."""
+    """text: maximum length of the judge's completion in tokens; a truncated verdict is a parse failure."""
     rubric: str = ""
-    """A TOML file of seven criteria in place of ours (`lsp_jax/text/rubric.toml`); empty: ours."""
+    """TOML file with seven criteria for the quality judge; empty: those of `lsp_jax/text/rubric.toml`."""
     judge_rows: int = 16
-    """Answers that the quality judge reads at one time."""
+    """Batch size of the quality judge, in answers per device."""
     arithmetic_weight: float = 0.0
-    """1 for the right final number of an arithmetic question, else 0 (kind task)."""
+    """Weight of the arithmetic reward: 1 for the correct final number, else 0 (kind task)."""
     maths_weight: float = 0.0
-    """1 when the final answer equals the data's reference answer, else 0 (kind task); needs data and a sandbox."""
+    """Weight of the maths reward: 1 if the final answer equals the data's, else 0 (kind task); needs data and a
+    sandbox."""
     code_weight: float = 0.0
-    """1 when the answer's program passes the data's tests, else 0 (kind task); needs --allow-code-execution."""
+    """Weight of the code reward: 1 if the program passes the data's tests, else 0 (kind task); needs
+    --allow-code-execution."""
     callable: str = ""
-    """A Python function `package.module:function` or `file.py:function`, (queries, answers) -> rewards [N, G]."""
+    """Python function `package.module:function` or `file.py:function`: (queries, answers) -> rewards [N, G]."""
     callable_weight: float = 1.0
     """Weight of that function's rewards."""
     callable_kind: Literal["task", "quality"] = "task"
-    """task: the Challenger gets it negated; quality: as it is."""
+    """Kind of that function's rewards: task: negated for the Challenger; quality: not negated."""
     workers: int = 2
-    """Processes that score texts on the host."""
+    """Worker processes that score texts on the host."""
     timeout: float = 60.0
-    """Seconds that one call of a host reward may take; what takes longer is masked."""
+    """Time limit of one call of a host reward, in seconds; answers that exceed it are masked."""
     code_timeout: float = 10.0
-    """Seconds that one program may run; what takes longer has failed its tests."""
+    """Time limit of one program, in seconds; programs that exceed it fail their tests."""
     standardize: tuple[str, ...] = ()
-    """Names of components brought to mean 0 and standard deviation 1 over each iteration, before clipping."""
+    """Components standardised to mean 0 and standard deviation 1 over each iteration, before clipping."""
     clip: tuple[str, ...] = ()
-    """Bounds of components before their weight, each as `name:lowest:highest`."""
+    """Clipping bounds of components before weighting, each as `name:lowest:highest`."""
 
     def check(self) -> None:
         """Raises InputError naming the field."""
@@ -70,7 +72,7 @@ class RewardConfig:
         self.bounds()
 
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """`clip` by component; InputError for what is not `name:lowest:highest`."""
+        """Parses `clip` by component; InputError for entries that are not `name:lowest:highest`."""
         bounds = {}
         for entry in self.clip:
             name, _, limits = entry.partition(":")

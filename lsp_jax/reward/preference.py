@@ -34,8 +34,8 @@ from lsp_jax.model.sharding import replicate, shard_rows
 from lsp_jax.model.weights import check_weights, load_params
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.policy import Policy, open_pretrained
-from lsp_jax.reward.base import DeviceReward, EpisodeReward, Kind, RewardOutput, episode_texts, groups_at_once
-from lsp_jax.text.prompts import SLOT, Ragged, harmless, ids_row, pack, template_pieces, text_tags
+from lsp_jax.reward.base import DeviceReward, EpisodeReward, Kind, RewardOutput, episode_texts, groups_per_chunk
+from lsp_jax.text.prompts import SLOT, Ragged, blank_special, ids_row, pack, template_pieces, text_tags
 from lsp_jax.text.template_tags import TagTables, blank_tags, tag_tables
 from lsp_jax.text.tokenizer import Tokenizer
 
@@ -169,7 +169,7 @@ def preference_scores(
 
     Texts enter as written: white space that the policy left at an end stays, also where the template would trim it.
     """
-    query, answer = _harmless_texts(episode, params["token_classes"], params["tags"], blank)
+    query, answer = _blanked_texts(episode, params["token_classes"], params["tags"], blank)
     values = score_conversations(params["model"], query, answer, config, template, rows)
     return RewardOutput(values, jnp.ones_like(values, bool), jnp.ones(values.shape[0], bool))
 
@@ -183,7 +183,7 @@ def score_conversations(
     Each query is prefilled once for its G answers.
     """
     number, group = answers[1].shape
-    chunk = groups_at_once(number, group, rows)
+    chunk = groups_per_chunk(number, group, rows)
 
     def some(part: tuple[Ragged, Ragged]) -> jax.Array:
         query, (answer, answer_lengths) = shard_rows(part)
@@ -200,11 +200,11 @@ def score_conversations(
 
 
 @partial(jax.jit, static_argnames="blank")
-def _harmless_texts(episode: Episode, token_classes: jax.Array, tags: TagTables, blank: int) -> tuple[Ragged, Ragged]:
+def _blanked_texts(episode: Episode, token_classes: jax.Array, tags: TagTables, blank: int) -> tuple[Ragged, Ragged]:
     tokens, lengths = episode.answers.tokens, episode.answer_lengths
     flat = (tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
     query, answer = (
-        blank_tags(harmless(text, token_classes, blank), tags, blank) for text in (episode.queries.text, flat)
+        blank_tags(blank_special(text, token_classes, blank), tags, blank) for text in (episode.queries.text, flat)
     )
     return query, (answer[0].reshape(tokens.shape), lengths)
 
@@ -227,7 +227,7 @@ def _foreign_scores(
     What spells a control token is ordinary text there. An answer that is too long for the widest program or for the
     model's context is masked, and so are all answers of such a query.
     """
-    query, (answer, _) = _harmless_texts(episode, **written, blank=blank)
+    query, (answer, _) = _blanked_texts(episode, **written, blank=blank)
     plain = episode._replace(
         queries=episode.queries._replace(text=query), answers=episode.answers._replace(tokens=answer)
     )

@@ -1,4 +1,4 @@
-"""Scores of an episode by each of a run's components: compiled ones on the device, the others from texts here."""
+"""Scoring of an episode by all reward components: compiled ones on the device, others on texts on the host."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lsp_jax.reward.base import (
 from lsp_jax.text.tokenizer import Tokenizer
 
 Outputs = dict[str, RewardOutput]
-"""By the component's name."""
+"""Outputs by component name."""
 
 
 def score(
     rewards: Sequence[Reward], tokenizer: Tokenizer, episode: Episode, rows: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[RewardOutput, ...]:
-    """Every component's output, in the order of `rewards`; `rows` of the data set lie behind the queries."""
+    """Returns the outputs of all components, in the order of `rewards`; `rows` are the data set rows of the queries."""
     outputs = score_compiled(rewards, episode)
     if texts := texts_to_score(rewards, tokenizer, episode, rows):
         outputs |= score_texts(rewards, texts)
@@ -36,28 +36,28 @@ def score(
 
 
 def score_compiled(rewards: Sequence[Reward], episode: Episode) -> Outputs:
-    """Outputs of the components that need no text on the host."""
+    """Returns the outputs of the components that need no texts on the host."""
     return {reward.name: score_episode(reward, episode) for reward in rewards if not isinstance(reward, HostReward)}
 
 
 def score_texts(rewards: Sequence[Reward], texts: EpisodeTexts) -> Outputs:
-    """Outputs of the components that read texts, on this machine's processors."""
+    """Returns the outputs of the components that score texts on the host."""
     return {reward.name: score_on_host(reward, texts) for reward in rewards if isinstance(reward, HostReward)}
 
 
 def texts_to_score(
     rewards: Sequence[Reward], tokenizer: Tokenizer, episode: Episode, rows: Sequence[Mapping[str, Any]]
 ) -> EpisodeTexts | None:
-    """This process's share of the episode in words; None where no component reads any."""
+    """Decodes this process's share of the episode; None if no component scores texts."""
     if not any(isinstance(reward, HostReward) for reward in rewards):
         return None
-    mine = processes.share(episode.queries.valid.shape[0])
-    texts = episode_texts(episode, tokenizer, queries=mine)
-    return texts._replace(rows=[rows[n] for n in mine] if rows else rows)
+    share = processes.share(episode.queries.valid.shape[0])
+    texts = episode_texts(episode, tokenizer, queries=share)
+    return texts._replace(rows=[rows[n] for n in share] if rows else rows)
 
 
 def score_episode(reward: DeviceReward | EpisodeReward, episode: Episode) -> RewardOutput:
-    """One component's output, on device."""
+    """Returns the output of one component that scores on the device."""
     if isinstance(reward, EpisodeReward):
         return reward.score(episode)
     return score_component(load_to_device(reward.params), episode, score=reward.score)
@@ -65,5 +65,5 @@ def score_episode(reward: DeviceReward | EpisodeReward, episode: Episode) -> Rew
 
 @stage(static="score")
 def score_component(params: Any, episode: Episode, *, score: Callable[[Any, Episode], RewardOutput]) -> RewardOutput:
-    """One compiled component's output."""
+    """Returns the output of one compiled component."""
     return score(params, episode)

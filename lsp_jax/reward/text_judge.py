@@ -1,12 +1,11 @@
-"""`text` mode of the quality self-reward: the judge writes a calculation and a tagged score, and only that is read.
+"""`text` mode of the quality self-reward: the judge writes a calculation and a tagged score, which are parsed.
 
     1+0+1+1+0+1+1=5
     <score>5</score>
 
-The grammar covers all of what the judge wrote in its turn, from its first token to its stop token. Nothing else is
-ever parsed: a calculation or a tag in a query or an answer is text that the judge was shown. The score is the sum of
-the seven items, recomputed; a judge that contradicts itself, adds a word or is cut off has not scored, and the answer
-is masked. LSP, Section 3 (quality self-reward).
+The grammar must match the judge's complete turn, from its first token to its stop token; queries and answers are never
+parsed. The score is the recomputed sum of the seven items. If the judge contradicts itself, adds words or is truncated,
+the answer is masked. LSP, Section 3 (quality self-reward).
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ _TURN = re.compile(_SPACE.join(("", _ITEMS, "=", _TOTAL, "<score>", _TOTAL, "</s
 
 
 def parse_score(turn: str) -> int | None:
-    """The score 0..7 in the judge's whole turn (without its stop token), None when it is not of the form.
+    """Parses the score 0..7 from the judge's complete turn (without its stop token); None if it does not match.
 
-    Seven digits 0 or 1 joined by `+`, `=`, their total, and the total between `<score>` and `</score>`, with white
-    space between them as it comes and nothing else. All three totals must agree.
+    The form is seven digits 0 or 1 joined by `+`, `=`, their total, and the total between `<score>` and `</score>`,
+    with optional white space between these. All three totals must agree.
     """
     match = _TURN.fullmatch(turn)
     if match is None:
@@ -48,9 +47,8 @@ def parse_score(turn: str) -> int | None:
 
 
 def text_scores(params: Any, tokenizer: Tokenizer, judge: Judge, spec: DecodeSpec, episode: Episode) -> RewardOutput:
-    """R_Q of every answer, `values` [N, G] on device; what cannot be parsed is masked. One read from the device."""
-    written = write_judgements(params, episode, judge=judge, spec=spec)
-    turns = judge_turns(written, tokenizer)
+    """Returns R_Q of every answer on the device, unparsable ones masked; reads from the device once."""
+    turns = judge_turns(write_judgements(params, episode, judge=judge, spec=spec), tokenizer)
     scores = [[None if turn is None else parse_score(turn) for turn in group] for group in turns]
     values = np.array([[score or 0 for score in group] for group in scores], np.float32)
     valid = np.array([[score is not None for score in group] for group in scores], bool)
@@ -64,20 +62,20 @@ def judge_spec(judge: Judge, max_length: int, stop_ids: tuple[int, ...]) -> Deco
 
 @stage(static=("judge", "spec"))
 def write_judgements(params: Any, episode: Episode, *, judge: Judge, spec: DecodeSpec) -> Completions:
-    """The judge's turns, greedy: arrays [N, G, ...]. Pure. On a mesh the reference is laid out for decoding first."""
+    """Decodes the judge's turns greedily: arrays [N, G, ...]. Pure. On a mesh the reference is resharded first."""
     params = params | {"reference": shard_params(params["reference"], "decode")}
 
     def write(prefixes: Any, last: jax.Array) -> Completions:
-        keys = row_keys(jax.random.key(0), last.shape[0])  # greedy: never drawn from
+        keys = row_keys(jax.random.key(0), last.shape[0])  # greedy: unused
         return continue_prompts(params["reference"], prefixes, last, keys, spec)
 
     return judge_episode(params, episode, judge, write)
 
 
-def judge_turns(written: Completions, tokenizer: Tokenizer) -> list[list[str | None]]:
-    """[N][G] texts without the stop tokens, control tokens spelled; None for a turn that was cut off."""
-    tokens, lengths, stopped = runtime.to_host((written.tokens, written.lengths - written.stopped, written.stopped))
+def judge_turns(turns: Completions, tokenizer: Tokenizer) -> list[list[str | None]]:
+    """Returns [N][G] texts without stop tokens but with other control tokens; None for a truncated turn."""
+    tokens, lengths, stopped = runtime.to_host((turns.tokens, turns.lengths - turns.stopped, turns.stopped))
     return [
-        [tokenizer.decode(ids[:length].tolist()) if whole else None for ids, length, whole in zip(*group, strict=True)]
+        [tokenizer.decode(ids[:length].tolist()) if ended else None for ids, length, ended in zip(*group, strict=True)]
         for group in zip(tokens, lengths, stopped, strict=True)
     ]

@@ -1,8 +1,8 @@
-"""Verifiable rewards: arithmetic answers, and any Python callable, neither of which can hang the run.
+"""Host rewards that cannot hang the run: arithmetic answers and any Python callable.
 
-A function that is named (`module:function`, `file.py:function`) is called in a worker process. A function object, as a
-notebook has it, is called in a thread of its own that is watched. A call that fails or takes too long raises
-`WorkerFailure`, which `score_on_host` logs, and masks all of the component's answers of that iteration.
+A named function (`module:function`, `file.py:function`) runs in a worker process; a function object, as in a notebook,
+in a separate thread with a time limit. A call that fails or times out raises `WorkerFailure`; `score_on_host` logs it
+and masks all answers of the component in that iteration.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.reward.base import HostReward, Kind, RewardOutput, Rows
+from lsp_jax.reward.base import DataRows, HostReward, Kind, RewardOutput
 from lsp_jax.reward.execution.pool import Program, WorkerFailure, Workers, printable
 from lsp_jax.reward.execution.user_functions import call_reward, one_line, reward_array
 
@@ -23,13 +23,13 @@ _ARITHMETIC = "lsp_jax.reward.arithmetic:grade"
 
 
 def arithmetic_reward(weight: float = 1.0, name: str = "arithmetic", workers: Workers | None = None) -> HostReward:
-    """Task reward: 1 when the answer's final number equals the query's value, else 0, also for an answer without one.
+    """Returns a task reward: 1 if the answer's final number equals the query's value, else 0.
 
-    A query that `parse_arithmetic` cannot read is not valid. Graded in `workers`, by default a pool of its own.
+    Queries that `parse_arithmetic` cannot parse are invalid. Grading runs in `workers`, by default a pool of its own.
     """
     pool = workers or Workers(1)
 
-    def score(queries: list[str], answers: list[list[str]], rows: Rows = ()) -> RewardOutput:
+    def score(queries: list[str], answers: list[list[str]], rows: DataRows = ()) -> RewardOutput:
         values = _in_worker(pool, _ARITHMETIC, name, queries, answers, ())
         valid_query = np.all(np.isfinite(values), axis=1)
         values[~valid_query] = 0
@@ -46,31 +46,30 @@ def callable_reward(
     workers: Workers | None = None,
     timeout: float = 60.0,
 ) -> HostReward:
-    """A reward from a Python function: (N queries, N lists of G answers) -> rewards [N, G].
+    """Returns a reward from a Python function: (N queries, N lists of G answers) -> rewards [N, G].
 
-    A parameter named `rows` gets the data set's N rows as well (none in self-play). Lists of lists, numpy, jax and CPU
-    torch arrays of numbers are taken. NaN or infinity masks the answer; all queries are valid.
+    A parameter named `rows` also receives the N data set rows (none in self-play). The function may return lists of
+    lists, or numpy, jax or CPU torch arrays of numbers. NaN or infinity masks the answer; all queries are valid.
 
-    A string names the function, as `load_callable` reads it: it runs in `workers` (by default a pool of its own), with
-    the pool's time limit, and may leave the process in any state. A function object runs in this process for at most
-    `timeout` seconds a call. Python cannot stop a thread: after that the call is left to itself, and until it has ended
-    every further one fails at once, so that there is never more than one.
+    A string names the function, as in `load_callable`: it runs in `workers` (by default a pool of its own) with the
+    pool's time limit. A function object runs in this process for at most `timeout` seconds per call. As Python cannot
+    stop a thread, a call that times out keeps running, and further calls fail immediately until it ends.
 
-    The score raises InputError for another shape or for what are not numbers, WorkerFailure when the call took too long
-    or its process died, and what a function object raises.
+    The score raises InputError for a wrong shape or non-numeric values, WorkerFailure when the call timed out or its
+    process died, and any exception of a function object.
     """
     if isinstance(function, str):
         pool, spec = workers or Workers(1), function
 
-        def call(queries: list[str], answers: list[list[str]], rows: Rows) -> np.ndarray:
+        def call(queries: list[str], answers: list[list[str]], rows: DataRows) -> np.ndarray:
             return _in_worker(pool, spec, name, queries, answers, rows)
     else:
-        watched, direct = _Watched(timeout), function
+        timed, direct = _TimedCall(timeout), function
 
-        def call(queries: list[str], answers: list[list[str]], rows: Rows) -> np.ndarray:
-            return watched(lambda: call_reward(direct, name, queries, answers, rows))
+        def call(queries: list[str], answers: list[list[str]], rows: DataRows) -> np.ndarray:
+            return timed(lambda: call_reward(direct, name, queries, answers, rows))
 
-    def score(queries: list[str], answers: list[list[str]], rows: Rows = ()) -> RewardOutput:
+    def score(queries: list[str], answers: list[list[str]], rows: DataRows = ()) -> RewardOutput:
         values = call(queries, answers, rows)
         return RewardOutput(values, np.isfinite(values), np.ones(len(queries), bool))
 
@@ -85,11 +84,11 @@ def _in_worker(
     answers: list[list[str]],
     rows: Sequence[Mapping[str, Any]],
 ) -> np.ndarray:
-    """float32 [N, G] of the function that `spec` names, the whole batch in one call.
+    """Calls the function named by `spec` with the complete batch; returns float32 [N, G].
 
     Raises:
-        InputError: no such function, or it returned another shape or what are not numbers.
-        WorkerFailure: it raised, took too long, or its process died.
+        InputError: no such function, or it returned a wrong shape or non-numeric values.
+        WorkerFailure: it raised, timed out, or its process died.
     """
     item = {"queries": queries, "answers": answers, "rows": [dict(row) for row in rows]}
     (outcome,) = pool.run(_program(spec), [item])
@@ -109,8 +108,8 @@ def _program(spec: str) -> Program:
     return Program((sys.executable, "-m", "lsp_jax.reward.execution.worker_main", spec))
 
 
-class _Watched:
-    """Calls functions in a daemon thread, one at a time."""
+class _TimedCall:
+    """Calls functions in a daemon thread with a time limit, one at a time."""
 
     def __init__(self, seconds: float):
         if not 0 < seconds < float("inf"):
@@ -126,7 +125,7 @@ class _Watched:
         def work() -> None:
             try:
                 result.append(function())
-            except BaseException as error:  # SystemExit too: it is told, not obeyed
+            except BaseException as error:  # including SystemExit, which must not end the run
                 result.append(error)
 
         self.thread = threading.Thread(target=work, name="reward function", daemon=True)
@@ -142,11 +141,10 @@ class _Watched:
 
 
 def probe_callable(reward: HostReward, queries: int = 2, answers: int = 3) -> None:
-    """Scores `queries` x `answers` example texts, all distinct, before any long work.
+    """Scores `queries` x `answers` distinct example texts before any long work.
 
     Raises:
-        InputError: the reward raised, took too long, or gave a wrong shape, something other than numbers, or a number
-            not finite.
+        InputError: the reward raised, timed out, or returned a wrong shape, non-numeric or non-finite values.
     """
     questions = [f"What is {i + 2} + 3?" for i in range(queries)]
     replies = [[f"Example {j}: {i + 2} + 3 = {i + j + 4}." for j in range(answers)] for i in range(queries)]
@@ -161,6 +159,8 @@ def probe_callable(reward: HostReward, queries: int = 2, answers: int = 3) -> No
         remedy = f"raised {one_line(error)} on example texts; it must score every text"
         raise InputError("reward.callable", reward.name, remedy) from error
     if not np.isfinite(values).all():
-        found = ", ".join(str(value) for value in values[~np.isfinite(values)][:3])
-        remedy = f"returned {found} for example texts; rewards must be finite (NaN is for what cannot be scored)"
+        examples = ", ".join(str(value) for value in values[~np.isfinite(values)][:3])
+        remedy = (
+            f"returned {examples} for example texts; rewards must be finite (NaN is for answers that cannot be scored)"
+        )
         raise InputError("reward.callable", reward.name, remedy)

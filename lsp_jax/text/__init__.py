@@ -1,1 +1,1 @@
-"""Text to token ids and back; every prompt that a role or the judge is shown. Read `tokenizer`, then `prompts`."""
+"""Tokenizers, and the prompts of both roles and the judge. Read `tokenizer`, then `prompts`."""

@@ -1,6 +1,6 @@
-"""Tasks for the Challenger: one message a task. Each asks for one query and nothing else.
+"""Challenger tasks: one user message each, asking for one query and nothing else.
 
-The wording is ours; the paper's prompts are not copied. A task of your own is a text: `prompts.challenger`.
+The wording is ours; the paper's prompts are not copied. Set `prompts.challenger` to use another task.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ You are testing an assistant that answers written requests. Invent one request f
 could want, that can be answered in text alone, and that is hard to answer well. It may come from any field. Write \
 only the request, as the person would write it. Do not answer it, do not explain it and add no hints."""
 
-# No example: a small model copies it word for word and every query is the same
+# No example: a small model copies it verbatim, and all queries are the same
 ARITHMETIC = """\
 You write questions for an arithmetic test. Write one question: what is one number plus, minus or times another? Use \
 two whole numbers between 0 and 99. Write only the question."""

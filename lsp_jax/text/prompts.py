@@ -1,8 +1,8 @@
-"""The roles' prompts as token ids: fixed pieces cut from the chat template once, model text spliced in on device.
+"""The roles' prompts as token ids: fixed pieces taken from the chat template once, model text spliced in on device.
 
-A role's prompt is a list of messages with slots. `template_pieces` renders it with several stand-ins for each slot and
-keeps what never changes, so that the ids are exactly `apply_chat_template(tokenize=True)`'s, and a query or an answer
-enters as the ids that the model wrote: no decoding, no second tokenisation.
+A role's prompt is a list of messages with slots. `template_pieces` renders it with several placeholder texts per slot
+and keeps the ids that never change, so that prompts equal those of `apply_chat_template(tokenize=True)`. Queries and
+answers are inserted as the ids the model sampled, without decoding and tokenising them again.
 
 The wording is ours; the paper's prompts are not copied.
 """
@@ -24,18 +24,18 @@ Message = dict[str, str]
 Ragged = tuple[jax.Array, jax.Array]
 """Tokens int32 [B or 1, W] and their real lengths int32 [B or 1]."""
 
-SLOT = "\0slot\0"  # a NUL cannot stand in a sensible prompt
-_STAND_INS = ("Apples", "Which 2", "question?", "seven things.", "Blue", "Write code")
+SLOT = "\0slot\0"  # real prompts do not contain NUL
+_PLACEHOLDERS = ("Apples", "Which 2", "question?", "seven things.", "Blue", "Write code")
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """The prompts: what the Challenger is asked for."""
+    """Prompts of the roles, including the Challenger's task."""
 
     challenger: str = challenger_tasks.INSTRUCTIONS
-    """The Challenger's user message: names the task and the form of one input to it."""
+    """The Challenger's user message: describes the task and the form of one query."""
     query_prefix: str = ""
-    """Fixed beginning of every query, such as `What is `. It belongs to the query; only what follows is sampled."""
+    """Fixed start of every query, such as `What is `. It is part of the query; only the rest is sampled."""
 
 
 class TokenTemplate(NamedTuple):
@@ -47,20 +47,20 @@ class TokenTemplate(NamedTuple):
 
 @dataclass(frozen=True)
 class PlayPrompts:
-    """Every fixed piece of the game as ids; hashable, a static argument of the jitted stages."""
+    """All fixed prompt pieces as token ids; hashable, a static argument of the jitted stages."""
 
     challenger_ids: tuple[int, ...]
-    """The Challenger's whole prompt, the query's fixed beginning included."""
+    """The Challenger's complete prompt, including the query prefix."""
     query_prefix_ids: tuple[int, ...]
-    """That beginning alone; it goes into the Solver's prompt before the sampled tokens."""
+    """The query prefix alone; it precedes the sampled tokens in the Solver's prompt."""
     solver: TokenTemplate
     """The Solver's chat template around a query."""
     tags: tuple[tuple[int, ...], ...]
-    """Template tags that are ordinary text (`[INST]`), as id sequences that spell them, with and without a space."""
+    """Template tags made of ordinary tokens (`[INST]`), as their token ids with and without a leading space."""
 
     @classmethod
     def build(cls, tokenizer: Tokenizer, config: PromptConfig) -> PlayPrompts:
-        """Raises InputError when the chat template is missing or changes the text put into it."""
+        """Tokenises the prompts; raises InputError when the chat template is missing or changes inserted text."""
         prefix, suffix = template_pieces(tokenizer, [{"role": "user", "content": SLOT}])
         query_prefix = tuple(tokenizer.encode(config.query_prefix))
         tags = text_tags(tokenizer, (prefix, suffix))
@@ -75,10 +75,10 @@ class PlayPrompts:
 def template_pieces(
     tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
 ) -> tuple[tuple[int, ...], ...]:
-    """The fixed ids before, between and after the slots of `messages`, generation prompt included unless declined.
+    """Returns the fixed ids before, between and after the slots of `messages`, by default with generation prompt.
 
-    Found by rendering: what stays the same while one slot's text varies is fixed. Raises InputError when a slot's text
-    does not come back out of the ids between the pieces.
+    Ids are fixed if they stay the same while the text of a slot varies. Raises InputError when the ids between the
+    pieces do not decode to the slot's text.
     """
     slots = sum(message["content"].count(SLOT) for message in messages)
 
@@ -91,28 +91,30 @@ def template_pieces(
             filled.append({**message, "content": text})
         return tokenizer.chat_ids(filled, add_generation_prompt)
 
-    first = [_STAND_INS[0]] * slots
+    first = [_PLACEHOLDERS[0]] * slots
     base = render(first)
     pieces, end = [], 0
     for slot in range(slots):
-        others = [render([*first[:slot], text, *first[slot + 1 :]]) for text in _STAND_INS[1:]]
+        others = [render([*first[:slot], text, *first[slot + 1 :]]) for text in _PLACEHOLDERS[1:]]
         start = min(_common(base, other) for other in others)
         after = min(_common(base[::-1], other[::-1]) for other in others)
         content = tokenizer.decode(base[start : len(base) - after])
-        if content.strip() != _STAND_INS[0]:
-            raise InputError("chat_template", content, f"must hold a message's text as it is ({_STAND_INS[0]!r})")
+        if content.strip() != _PLACEHOLDERS[0]:
+            raise InputError(
+                "chat_template", content, f"must keep the text of messages unchanged ({_PLACEHOLDERS[0]!r})"
+            )
         pieces.append(tuple(base[end:start]))
         end = len(base) - after
     return (*pieces, tuple(base[end:]))
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def text_tags(tokenizer: Tokenizer, pieces: Sequence[Sequence[int]]) -> tuple[str, ...]:
-    """Template tags in `pieces` that are spelled in ordinary tokens."""
+    """Returns the template tags in `pieces` that are made of ordinary tokens."""
     runs: list[list[int]] = []
     for piece in pieces:
         run: list[int] = []
@@ -130,12 +132,12 @@ def text_tags(tokenizer: Tokenizer, pieces: Sequence[Sequence[int]]) -> tuple[st
 
 
 def ids_row(ids: Sequence[int]) -> Ragged:
-    """Fixed ids as a part for `pack`: one row shared by all."""
+    """Returns fixed ids as one row for `pack`, shared by all rows of the batch."""
     return jnp.asarray(ids, jnp.int32).reshape(1, -1), jnp.full(1, len(ids), jnp.int32)
 
 
 def pack(parts: Sequence[Ragged]) -> Ragged:
-    """Joins ragged parts row by row without gaps: tokens [B, sum of widths] padded with 0 at the right, lengths [B]."""
+    """Concatenates ragged parts row by row: tokens [B, sum of widths], right-padded with 0, and lengths [B]."""
     rows = max(tokens.shape[0] for tokens, _ in parts)
     width = sum(tokens.shape[1] for tokens, _ in parts)
     columns = jnp.arange(width)[None, :]
@@ -152,18 +154,18 @@ def pack(parts: Sequence[Ragged]) -> Ragged:
 
 
 def splice(template: TokenTemplate, text: Ragged) -> Ragged:
-    """Token ids [N, T] with lengths [N] into the template's slot: prompts [N, P] and their lengths."""
+    """Inserts token ids [N, T] with lengths [N] into the template's slot; returns prompts [N, P] and lengths [N]."""
     return pack((ids_row(template.prefix_ids), text, ids_row(template.suffix_ids)))
 
 
-def harmless(text: Ragged, token_classes: jax.Array, blank: int) -> Ragged:
-    """`text` with `blank` in place of control ids, so that none closes a turn; `token_classes` is uint8 [V]."""
+def blank_special(text: Ragged, token_classes: jax.Array, blank: int) -> Ragged:
+    """Replaces control tokens in `text` by `blank`, so that none closes a turn; `token_classes` is uint8 [V]."""
     tokens, lengths = text
     return jnp.where(token_classes[tokens] == SPECIAL, blank, tokens), lengths
 
 
 def contains_sequence(text: Ragged, sequence: Sequence[int]) -> jax.Array:
-    """bool [B]: whether `sequence` stands in the real tokens of a row."""
+    """bool [B]: whether the unpadded tokens of a row contain `sequence`."""
     tokens, lengths = text
     width, size = tokens.shape[1], len(sequence)
     if size == 0 or size > width:

@@ -1,4 +1,4 @@
-"""tokenizer.model files, for `text/tokenizer.py`."""
+"""SentencePiece backend of `text/tokenizer.py` for tokenizer.model files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from lsp_jax.text.tokenizer_files import added_tokens, chat_template_of, one_lin
 
 
 class SentencePieceBackend:
-    """tokenizer.model, run by SentencePiece, with the ids that transformers' LlamaTokenizer gives for the same files.
+    """A tokenizer.model run by SentencePiece, matching the ids of transformers' LlamaTokenizer for the same files.
 
-    Equal: text is cut at the special and added tokens, and each piece encoded on its own. The dummy prefix (a space
-    before the text) goes to the first piece of a text only; with `"legacy": true` in tokenizer_config.json to every
-    piece; with `"add_prefix_space": false` to none; and never to a piece that begins with a space, where SentencePiece
-    alone would make it two. Different: transformers 5 ranks the merges of a tokenizer.model by id, SentencePiece, with
-    which the model was trained, by score, which shows before a word after two or more spaces (SentencePiece is followed
-    here); and a normalizer inside tokenizer.model (Llama's and Mistral's do nothing) is applied here, ignored there.
+    As there, text is split at special and added tokens and each piece is encoded separately. The dummy prefix (a space
+    before the text) is added to the first piece of a text only; with `"legacy": true` in tokenizer_config.json to every
+    piece; with `"add_prefix_space": false` to none; and never to a piece that starts with a space, which SentencePiece
+    alone would double.
+
+    Two differences remain. transformers 5 ranks the merges of a tokenizer.model by id; this class ranks them by score
+    like SentencePiece, with which the model was trained, which matters for words after two or more spaces. A normalizer
+    inside tokenizer.model (a no-op in Llama's and Mistral's) is applied here and ignored there.
     """
 
     def __init__(self, directory: Path):
@@ -84,10 +86,12 @@ class SentencePieceBackend:
         if not piece:
             return []
         prefix = self._prefix_space and (first or self._legacy) and not piece.startswith((" ", "▁"))
-        # SentencePiece prefixes a space to what it encodes, but not after a newline, whose ids are then cut off.
+        # SentencePiece prepends a space to its input, but not after a newline, whose ids are removed again.
         ids: list[int] = self._model.encode("\n" + " " * prefix + piece)
         if ids[: len(self._newline)] != self._newline:
-            raise InputError("tokenizer.model", piece, "its vocabulary joins newlines to text; give a tokenizer.json")
+            raise InputError(
+                "tokenizer.model", piece, "its vocabulary merges newlines with text; provide a tokenizer.json"
+            )
         return ids[len(self._newline) :]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
@@ -115,7 +119,7 @@ class SentencePieceBackend:
 
 
 def _decode_bytes(data: bytes) -> str:
-    """UTF-8 text of a run of byte tokens; one U+FFFD a byte where the run is not UTF-8, as transformers decodes it."""
+    """Decodes a run of byte tokens; invalid UTF-8 gives one U+FFFD per byte, as in transformers."""
     try:
         return data.decode()
     except UnicodeDecodeError:

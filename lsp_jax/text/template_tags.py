@@ -1,8 +1,8 @@
-"""Blanks template tags that are ordinary text (Llama 2's `[/INST]`) in what a model wrote, however they are tokenised.
+"""Blanking of template tags made of ordinary tokens (Llama 2's `[/INST]`) in model text, however they are tokenised.
 
-A model may spell a tag in tokens that its tokenizer would never choose, or with a neighbour in the same token (`].`).
-So a tag is looked for in characters: for each token and each number of the tag's characters matched so far, a table
-says how many are matched after it. The table is made once on the host; the search is a scan over the tokens on device.
+A model may spell a tag with tokens that its tokenizer would never choose, or together with a neighbour in one token
+(`].`). Tags are therefore matched by characters: for each token and each number of characters matched so far, a table
+gives the number matched after the token. The table is built once on the host; matching is a scan over tokens on device.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from lsp_jax.text.tokenizer import Tokenizer
 
 
 class TagTables(NamedTuple):
-    """For `blank_tags`."""
+    """Matching tables of `blank_tags`."""
 
     steps: tuple[np.ndarray | jax.Array, ...]
-    """One tag each: int32 [V, m] for its m characters. Entry [v, s] is the number of characters matched after token v
-    when s were before it, plus m if the tag ended inside v."""
+    """One int32 [V, m] per tag of m characters. Entry [v, s] is the number of characters matched after token v given s
+    matched before it, plus m if the tag ended inside v."""
     widths: np.ndarray | jax.Array
-    """int32 [V]: characters of each token."""
+    """int32 [V]: number of characters of each token."""
 
 
 def tag_tables(tokenizer: Tokenizer, tags: Sequence[str]) -> TagTables:
-    """The tables of `tags` (none of them empty) over the tokenizer's vocabulary."""
+    """Builds the tables of `tags` (none of them empty) for the tokenizer's vocabulary."""
     texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)] if tags else []
     return TagTables(tuple(_steps(texts, tag) for tag in tags), np.array([len(text) for text in texts], np.int32))
 
@@ -41,7 +41,7 @@ def _steps(texts: Sequence[str], tag: str) -> np.ndarray:
     @lru_cache
     def after(matched: int, character: str) -> int:
         seen = tag[:matched] + character
-        return next(kept for kept in range(len(seen), -1, -1) if tag.startswith(seen[len(seen) - kept :]))
+        return next(length for length in range(len(seen), -1, -1) if tag.startswith(seen[len(seen) - length :]))
 
     steps = np.zeros((len(texts), size), np.int32)
     for token, text in enumerate(texts):
@@ -58,9 +58,9 @@ def _steps(texts: Sequence[str], tag: str) -> np.ndarray:
 
 
 def blank_tags(text: Ragged, tables: TagTables, blank: int) -> Ragged:
-    """`text` [B, W] with the token `blank` in place of every token that holds part of a tag. Pure.
+    """Replaces every token of `text` [B, W] that holds part of a tag by the token `blank`. Pure.
 
-    Neighbours may be blanked along with a tag, never less than it. Tokens after a row's length are not looked at.
+    Neighbours of a tag may be blanked with it; the tag always is. Padding is ignored.
     """
     tokens, lengths = text
     real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
@@ -71,7 +71,7 @@ def blank_tags(text: Ragged, tables: TagTables, blank: int) -> Ragged:
 
 
 def _covered(tokens: jax.Array, real: jax.Array, steps: jax.Array, widths: jax.Array) -> jax.Array:
-    """bool [B, W]: tokens that hold part of the tag of `steps`."""
+    """bool [B, W]: whether a token holds part of the tag of `steps`."""
     size = steps.shape[1]
 
     def forward(matched: jax.Array, column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,7 @@
-"""Text to token ids and back, for fast tokenizers and SentencePiece models behind one class.
+"""Encoding and decoding, with fast tokenizers and SentencePiece models behind one class.
 
-Nothing here adds a token that was not asked for: `encode` never adds a beginning-of-sequence token, and the ids of a
-prompt come from the chat template alone: they equal `apply_chat_template(tokenize=True)`, and a BOS is never doubled.
+No token is added implicitly: `encode` never adds a beginning-of-sequence token, and prompts come from the chat template
+alone. They equal `apply_chat_template(tokenize=True)`, and BOS is never doubled.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Tokenizer:
     """A tokenizer read from a local directory.
 
     Attributes:
-        directory: where it was read from; `save` copies its files from there.
+        directory: source directory; `save` copies its files from there.
         vocab_size: highest id + 1.
-        bos_id: the beginning-of-sequence id, None where there is none. `encode` does not add it.
-        stop_ids: sorted ids that end a completion: every `eos_token_id` of generation_config.json (of config.json where
-            generation_config.json names none), and the tokenizer's own end-of-sequence token.
-        pad_id: an id to fill unused positions: the tokenizer's pad token, else the first stop id. It may be a stop id:
-            no mask may be made from it.
-        special_ids: every control token, Llama 3's reserved range and the unknown token included.
+        bos_id: the beginning-of-sequence id, None if there is none. `encode` does not add it.
+        stop_ids: sorted ids that end a completion: every `eos_token_id` of generation_config.json (of config.json if
+            generation_config.json has none), and the tokenizer's own end-of-sequence token.
+        pad_id: id that fills unused positions: the tokenizer's pad token, else the first stop id. As it may be a stop
+            id, masks must not be derived from it.
+        special_ids: all control tokens, including Llama 3's reserved range and the unknown token.
     """
 
     def __init__(self, directory: Path, backend: _FastBackend | SentencePieceBackend):
@@ -53,43 +53,43 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
-        """Read tokenizer.json, or tokenizer.model where there is no tokenizer.json, from the directory `path`.
+        """Reads tokenizer.json, or if absent tokenizer.model, from the directory `path`; never runs code in it.
 
         Raises:
-            InputError: the directory or its tokenizer is missing, or a file cannot be read. Code in it never runs.
+            InputError: the directory or its tokenizer is missing, or a file cannot be read.
         """
         directory = Path(path)
         if not directory.is_dir():
             raise InputError(
-                "tokenizer", str(path), "no such directory; give one that holds tokenizer.json or tokenizer.model"
+                "tokenizer", str(path), "no such directory; give one with tokenizer.json or tokenizer.model"
             )
         if (directory / "tokenizer.json").is_file():
             return cls(directory, _FastBackend(directory))
         if (directory / "tokenizer.model").is_file():
             return cls(directory, SentencePieceBackend(directory))
-        raise InputError("tokenizer", str(path), "no tokenizer.json and no tokenizer.model there; add one of them")
+        raise InputError("tokenizer", str(path), "has neither tokenizer.json nor tokenizer.model; add one of them")
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of `text`, with no token added.
+        """Returns the ids of `text`, with no token added.
 
-        Text that spells a special token is ordinary text, so that what a model wrote cannot end a turn or open one;
-        `allow_special=True` parses it as transformers does, for text from a chat template. Text that the vocabulary
-        cannot spell may still give the unknown token's id.
+        Text that spells a special token is encoded as ordinary text, so that model text cannot end or open a turn;
+        `allow_special=True` parses it as transformers does, for text from a chat template. Text outside the vocabulary
+        may still give the unknown token's id.
 
         Raises:
-            InputError: `text` holds half a surrogate pair, or the tokenizer's files are at odds with one another.
+            InputError: `text` holds a lone surrogate, or the tokenizer's files contradict each other.
         """
         check_text("text", text)
         try:
             ids = self._backend.encode(text, allow_special)
         except InputError:
             raise
-        except Exception as error:  # the libraries raise what they like when an unknown token is not in the vocabulary
+        except Exception as error:  # the libraries raise various types when the vocabulary lacks the unknown token
             remedy = f"cannot encode a text ({one_line(error)}); restore the original files"
             raise InputError("tokenizer", str(self.directory), remedy) from error
         if allow_special or self._control_ids.isdisjoint(ids):
             return ids
-        # A vocabulary whose merges build a control token out of plain characters: spell it character by character.
+        # The merges of this vocabulary build a control token from plain characters: encode it character by character.
         parts = [self._spell_out(token) if token in self._control_ids else [token] for token in ids]
         return [token for part in parts for token in part]
 
@@ -103,23 +103,23 @@ class Tokenizer:
         return [token for part in parts for token in part if token not in self._control_ids]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of `ids`, spaces as they are; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of `ids` with spaces unchanged; invalid UTF-8 becomes U+FFFD."""
         return self._backend.decode([int(token) for token in ids], skip_special_tokens)
 
     def dated(self, date: str) -> Tokenizer:
-        """This tokenizer with `date` in chat templates that show the day (Llama 3.1 and later), instead of today's."""
+        """Returns a copy that uses `date` instead of today's in chat templates that show it (Llama 3.1 and later)."""
         other = copy.copy(self)
         other._template_arguments = {"date_string": date}
         return other
 
     def chat_ids(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation in the model's chat template; a string is one user message.
+        """Returns the ids of a conversation in the model's chat template; a string is one user message.
 
-        Equal to transformers' `apply_chat_template(messages, tokenize=True)`: special tokens spelled inside a message
-        are parsed there and here, so text that a model wrote does not belong in `messages` (splice its ids instead).
+        Equal to transformers' `apply_chat_template(messages, tokenize=True)`. Like there, special tokens spelled inside
+        a message are parsed, so model text does not belong in `messages` (splice its ids instead).
 
         Raises:
-            InputError: there is no chat template, no message, or the template refuses the messages.
+            InputError: there is no chat template, no message, or the template rejects the messages.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -138,23 +138,23 @@ class Tokenizer:
             return self._backend.chat_ids(messages, add_generation_prompt, self._template_arguments)
         except InputError:
             raise
-        except Exception as error:  # a template is a program: it may also divide by zero, or call what is not there
-            raise InputError("messages", messages, f"the chat template refuses them: {one_line(error)}") from error
+        except Exception as error:  # a template is a program and may raise anything
+            raise InputError("messages", messages, f"rejected by the chat template: {one_line(error)}") from error
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """Every token as the vocabulary spells it, and its id."""
+        """All tokens, as spelled in the vocabulary, with their ids."""
         return self._backend.vocabulary()
 
     def token_classes(self) -> np.ndarray:
-        """Token classes, uint8 [vocab_size]: 0 text, 1 blank (decodes to white space or nothing), 2 in `special_ids`.
+        """Returns uint8 [vocab_size]: 0 for text, 1 for blank (decodes to white space or nothing), 2 for special ids.
 
-        A token that is part of a UTF-8 character counts as text; the byte token of a newline or a space as blank.
+        A token that is part of a UTF-8 character counts as text, the byte token of a newline or a space as blank.
         """
-        return self._kinds
+        return self._token_classes
 
     @cached_property
-    def _kinds(self) -> np.ndarray:
+    def _token_classes(self) -> np.ndarray:
         texts = (self._backend.decode([token], skip_special_tokens=False) for token in range(self.vocab_size))
         token_classes = np.array([TEXT if text.strip() else BLANK for text in texts], dtype=np.uint8)
         token_classes[list(self.special_ids)] = SPECIAL
@@ -162,7 +162,7 @@ class Tokenizer:
         return token_classes
 
     def save(self, directory: str | Path) -> None:
-        """Copy the tokenizer's files and generation_config.json, byte for byte, into `directory` (made if missing)."""
+        """Copies the tokenizer's files and generation_config.json into `directory`, which is created if missing."""
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         if target.samefile(self.directory):
@@ -173,7 +173,7 @@ class Tokenizer:
 
 
 class _FastBackend:
-    """tokenizer.json, read and run by transformers."""
+    """A tokenizer.json run by transformers."""
 
     def __init__(self, directory: Path):
         from transformers import AutoTokenizer
@@ -188,8 +188,8 @@ class _FastBackend:
             self.unk_id: int | None = tokenizer.unk_token_id
             added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
             special = added | set(tokenizer.all_special_ids)
-            self.special_ids: frozenset[int] = frozenset(special) - {None}  # None: of an empty text
-        except Exception as error:  # the Rust library raises bare Exception for a file it cannot parse
+            self.special_ids: frozenset[int] = frozenset(special) - {None}  # None for an empty token text
+        except Exception as error:  # the Rust library raises a bare Exception for a file it cannot parse
             remedy = f"cannot be read ({one_line(error)}); restore the original file"
             raise InputError("tokenizer.json", str(directory), remedy) from error
         self._tokenizer: Any = tokenizer

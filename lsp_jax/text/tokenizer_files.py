@@ -1,4 +1,4 @@
-"""The small files beside a tokenizer: what they say of stop ids, added tokens and the chat template."""
+"""Auxiliary tokenizer files: stop ids, added tokens and the chat template."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lsp_jax.core.errors import InputError
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what a library says."""
+    """Returns the first line of a library's error message."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no file."""
+    """Reads the object in a JSON file; {} if there is no file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise InputError(path.name, str(path.parent), f"is not JSON ({error}); restore the original file") from error
     if not isinstance(value, dict):
         raise InputError(path.name, str(path.parent), "must hold a JSON object; restore the original file")
@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def stop_ids_of(directory: Path, eos_id: int | None) -> tuple[int, ...]:
-    """Sorted ids that end a completion: all that generation_config.json (or config.json) declares, and `eos_id`."""
+    """Returns the sorted ids that end a completion: those in generation_config.json (or config.json), and `eos_id`."""
     name = "generation_config.json"
     declared = read_json(directory / name).get("eos_token_id")
     if declared is None:
@@ -47,27 +47,27 @@ def stop_ids_of(directory: Path, eos_id: int | None) -> tuple[int, ...]:
 
 
 def token_text(entry: object, default: str | None) -> str | None:
-    """A token's text from tokenizer_config.json, where it is a string or an object with "content"."""
+    """Returns a token's text from tokenizer_config.json, where it is a string or an object with "content"."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     check_text("token", text)
     return text if isinstance(text, str) else default
 
 
 def check_text(field: str, text: object) -> None:
-    """InputError for half a surrogate pair: `"\\ud800"` in JSON gives one, and bytes on a command line do."""
+    """Raises InputError for a lone surrogate, which comes from `"\\ud800"` in JSON or bytes on a command line."""
     try:
         str(text).encode()
     except UnicodeEncodeError as error:
-        raise InputError(field, text, "holds half of a surrogate pair, which is no character; take it out") from error
+        raise InputError(field, text, "contains a lone surrogate, which is not a character; remove it") from error
 
 
 def is_id(value: object) -> bool:
-    """Whether a value from a file can be a token's id, which the devices hold as int32."""
+    """Whether a value from a file is a valid token id (int32 on device)."""
     return type(value) is int and 0 <= value < 2**31
 
 
 def added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, tuple[int, bool]]:
-    """Added tokens by text: (id, whether it is special)."""
+    """Returns the added tokens by text: (id, whether it is special)."""
     named = {token_text(config.get(f"{role}_token"), None) for role in ("bos", "eos", "unk", "pad")}
     more = config.get("additional_special_tokens") or []
     named |= {token_text(entry, None) for entry in (more if isinstance(more, list) else [])}
@@ -91,13 +91,13 @@ def added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, tuple[int
 def _id_of(value: object, field: str, text: str) -> int:
     number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 11 else value
     if not is_id(number):
-        raise InputError(f"{field} {text!r}", value, "must be a token id, a whole number from 0")
+        raise InputError(f"{field} {text!r}", value, "must be a token id, an integer >= 0")
     assert isinstance(number, int)
     return number
 
 
 def chat_template_of(directory: Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else the (default) template of tokenizer_config.json."""
+    """Returns chat_template.jinja, else the (default) template in tokenizer_config.json."""
     path = directory / "chat_template.jinja"
     if path.is_file():
         try:

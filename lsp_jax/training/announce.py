@@ -88,7 +88,7 @@ def findings(found: Sequence[Finding]) -> None:
     """Prints the findings of `examine` that are not well. Raises InputError at the first error."""
     for finding in found:
         if finding.level == "error":
-            raise InputError(finding.check, finding.said, finding.remedy)
+            raise InputError(finding.check, finding.message, finding.remedy)
         if finding.level == "warning" and processes.is_writer():
             print(finding, flush=True)
 

@@ -1,7 +1,7 @@
-"""One pass over a run before its first long compilation: what goes wrong without a word, each finding with what to do.
+"""Checks of a run before its first long compilation, for problems that cause no error: findings with remedies.
 
-What cannot be used at all has been refused by `setup`. Training makes this pass too and ends at an error;
-`lsp-jax doctor` makes it alone, and has a pair of answers scored as well (`training/doctor.py`).
+Invalid configurations are rejected earlier, by `setup`. Training runs these checks too and stops at an error;
+`lsp-jax doctor` runs only them, and also scores a pair of example answers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from lsp_jax.core import runtime
 from lsp_jax.core.console import printable
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import existing_part
-from lsp_jax.learn.losses import kl_terms
 from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import replicate, row_shards, use_mesh
 from lsp_jax.perf.chips import GIB
@@ -42,24 +41,23 @@ QUERY, ANSWER = "What is 3 + 4?", "It is 7."
 
 
 class Finding(NamedTuple):
-    """One line of the pass."""
+    """The result of one check."""
 
     level: Level
     check: str
-    """The subject of the check."""
-    said: str
-    """The finding."""
+    """Subject of the check."""
+    message: str
     remedy: str = ""
-    """The remedy; empty where all is well."""
+    """What to do; empty if nothing is wrong."""
 
     def __str__(self) -> str:
-        line = f"{self.level:7}  {self.check}: {self.said}"
+        line = f"{self.level:7}  {self.check}: {self.message}"
         return f"{line}: {self.remedy}" if self.remedy else line
 
 
 def examine(run: Run, params: Params) -> list[Finding]:
-    """Everything that can be looked at in a moment; changes nothing, and all processes may call it. `params` are those
-    that the run starts from."""
+    """Runs all quick checks, without side effects; may be called in all processes. `params` are those that the run
+    starts from."""
     tokenizer = run.policy.tokenizer
     return [
         _vocabulary(run, tokenizer),
@@ -76,15 +74,15 @@ def examine(run: Run, params: Params) -> list[Finding]:
 
 
 def _vocabulary(run: Run, tokenizer: Tokenizer) -> Finding:
-    """A tokenizer larger than the model has been refused; padding may be any id, since masks come from lengths."""
-    rows, known = run.policy.config.vocab_size, tokenizer.vocab_size
-    beyond = f", {rows - known} rows of the embedding have no token" if rows > known else ""
+    """Reports the vocabulary; a tokenizer larger than the model has already been rejected."""
+    rows, tokens = run.policy.config.vocab_size, tokenizer.vocab_size
+    unused = f", {rows - tokens} rows of the embedding have no token" if rows > tokens else ""
     pad = f"padding {_shown(tokenizer, [tokenizer.pad_id])} ({tokenizer.pad_id})"
-    return Finding("ok", "vocabulary", f"{known} tokens, model {rows}{beyond}; {pad}")
+    return Finding("ok", "vocabulary", f"{tokens} tokens, model {rows}{unused}; {pad}")
 
 
 def _stop_ids(run: Run, tokenizer: Tokenizer) -> Finding:
-    """The token that ends an answer in the chat template must end a completion too."""
+    """Checks that the token that ends an answer in the chat template is a stop id."""
     rows, stops = run.policy.config.vocab_size, tokenizer.stop_ids
     outside = [token for token in stops if not 0 <= token < rows]
     if outside:
@@ -94,26 +92,26 @@ def _stop_ids(run: Run, tokenizer: Tokenizer) -> Finding:
     messages = [{"role": "user", "content": SLOT}, {"role": "assistant", "content": SLOT}]
     try:
         tail = template_pieces(tokenizer, messages, add_generation_prompt=False)[-1]
-    except InputError:  # a template for one turn: enough to train the Solver on data
-        return Finding("ok", "stop ids", f"{shown}; the chat template has no place for an answer to compare with")
+    except InputError:  # a template for a single turn is enough to train the Solver on data
+        return Finding("ok", "stop ids", f"{shown}; the chat template has no assistant turn to compare with")
     end = next((token for token in tail if token in tokenizer.special_ids or token in stops), None)
     if end in stops:
         return Finding("ok", "stop ids", shown)
     if end is None:
-        remedy = "answers end only where the model writes one of them by itself: watch the truncated fractions"
+        remedy = "answers end only if the model emits one of them on its own: watch the clipped ratios"
         return Finding("warning", "stop ids", f"{shown}; the chat template ends an answer with no such token", remedy)
-    remedy = f"add {end} to eos_token_id in generation_config.json, or answers run on to their longest"
-    said = f"{shown}; the chat template ends an answer with {_shown(tokenizer, [end])} ({end})"
-    return Finding("warning", "stop ids", said, remedy)
+    remedy = f"add {end} to eos_token_id in generation_config.json, or answers run to the maximum length"
+    message = f"{shown}; the chat template ends an answer with {_shown(tokenizer, [end])} ({end})"
+    return Finding("warning", "stop ids", message, remedy)
 
 
 def _prompts(run: Run, tokenizer: Tokenizer) -> Iterator[Finding]:
-    """Compares each role's prompt with the chat template's own ids, and decodes it back to text."""
+    """Compares each role's prompt with the ids of the chat template, and decodes it back to text."""
     prompts, reward = run.game.prompts, run.config.reward
     if run.data is None:
-        asked = prompts.challenger_ids[: len(prompts.challenger_ids) - len(prompts.query_prefix_ids)]
-        own = tokenizer.chat_ids(run.config.prompts.challenger)
-        yield _prompt(tokenizer, "Challenger's prompt", list(asked), own, [run.config.prompts.challenger])
+        task = prompts.challenger_ids[: len(prompts.challenger_ids) - len(prompts.query_prefix_ids)]
+        expected = tokenizer.chat_ids(run.config.prompts.challenger)
+        yield _prompt(tokenizer, "Challenger's prompt", list(task), expected, [run.config.prompts.challenger])
     query, answer = tokenizer.encode(QUERY), tokenizer.encode(ANSWER)
     spliced = [*prompts.solver.prefix_ids, *query, *prompts.solver.suffix_ids]
     yield _prompt(tokenizer, "Solver's prompt", spliced, tokenizer.chat_ids(QUERY), [QUERY])
@@ -122,30 +120,31 @@ def _prompts(run: Run, tokenizer: Tokenizer) -> Iterator[Finding]:
         make = judge_template if reward.quality_mode == "logits" else text_judge_template
         judge = make(tokenizer, criteria)
         spliced = [*judge.rubric_ids, *query, *judge.middle_ids, *answer, *judge.tail_ids]
-        own = tokenizer.chat_ids(judge_messages(criteria, reward.quality_mode, QUERY, ANSWER))
-        yield _prompt(tokenizer, "judge's prompt", spliced, own, [QUERY, ANSWER])
+        expected = tokenizer.chat_ids(judge_messages(criteria, reward.quality_mode, QUERY, ANSWER))
+        yield _prompt(tokenizer, "judge's prompt", spliced, expected, [QUERY, ANSWER])
 
 
-def _prompt(tokenizer: Tokenizer, name: str, ids: list[int], own: list[int], texts: list[str]) -> Finding:
-    """`ids` are what the role is given, `own` the chat template's; `texts` must come back out of them.
+def _prompt(tokenizer: Tokenizer, name: str, ids: list[int], expected: list[int], texts: list[str]) -> Finding:
+    """Compares the `ids` that a role gets with the `expected` ids of the chat template, which must contain `texts`.
 
-    SentencePiece opens a text alone with a space of its own; a Challenger writes its query without, so no matter.
+    Spaces are ignored: SentencePiece adds one at the start of a text, which a sampled query does not have.
     """
     bos = tokenizer.bos_id
-    if bos is not None and own[:2] == [bos, bos]:
-        remedy = "the chat template writes it twice: take one out of chat_template"
+    if bos is not None and expected[:2] == [bos, bos]:
+        remedy = "the chat template adds BOS twice: remove one from chat_template"
         return Finding("error", name, f"begins with {_shown(tokenizer, [bos, bos])}", remedy)
-    decoded = tokenizer.decode(own)
+    decoded = tokenizer.decode(expected)
     lost = [text for text in texts if text.strip() not in decoded]
     if lost:
-        remedy = "the chat template changes what it is given: the role is not asked what is configured"
-        return Finding("warning", name, f"{lost[0]!r} does not come back out of its ids", remedy)
+        remedy = "the chat template changes message text, so the role does not see the configured prompt"
+        return Finding("warning", name, f"{lost[0]!r} is not in the decoded prompt", remedy)
     if tokenizer.decode(ids).replace(" ", "") != decoded.replace(" ", ""):
-        at = next((n for n, (a, b) in enumerate(zip(ids, own, strict=False)) if a != b), min(len(ids), len(own)))
-        there, here = (_shown(tokenizer, row[at : at + 4]) for row in (own, ids))
-        remedy = "the game does not show what the chat template would: please report it with the template"
-        return Finding("error", name, f"at token {at} the template has {there}, the game {here}", remedy)
-    same = "as the chat template's" if ids == own else "that read as the chat template's, cut otherwise"
+        pairs = zip(ids, expected, strict=False)
+        at = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(expected)))
+        template, prompt = (_shown(tokenizer, row[at : at + 4]) for row in (expected, ids))
+        remedy = "the prompt differs from the chat template: please report this with the template"
+        return Finding("error", name, f"at token {at} the template has {template}, the prompt {prompt}", remedy)
+    same = "equal to the chat template's" if ids == expected else "with the chat template's text, tokenised differently"
     return Finding("ok", name, f"{len(ids)} tokens {same}, ending {_shown(tokenizer, ids[-6:])}")
 
 
@@ -153,44 +152,30 @@ def _shown(tokenizer: Tokenizer, ids: list[int]) -> str:
     return repr(printable(tokenizer.decode(ids), 60))
 
 
-# --- the objective and the machine -----------------------------------------------------------------------------------
+# --- objective, memory and disk --------------------------------------------------------------------------------------
 
-
-def kl_pull(estimator: str) -> float:
-    """How much a small step down the KL term's expected gradient takes off the exact KL to the reference, over what
-    the exact gradient takes: 1 for the exact one, 0 for none, below 0 away from the reference. (On seven tokens.)"""
-    reference = jax.nn.log_softmax(jnp.sin(2.0 * jnp.arange(7.0)))
-
-    def exact(logits: jax.Array) -> jax.Array:
-        own = jax.nn.log_softmax(logits)
-        return jnp.sum(jnp.exp(own) * (own - reference))
-
-    def expected(logits: jax.Array) -> jax.Array:
-        own = jax.nn.log_softmax(logits)
-        drawn = jax.lax.stop_gradient(jnp.exp(own))
-        return jnp.sum(drawn * kl_terms(own, reference, estimator, exact(logits)))
-
-    @jax.jit
-    def pull(logits: jax.Array) -> jax.Array:
-        down, best = jax.grad(expected)(logits), jax.grad(exact)(logits)
-        return jnp.sum(down * best) / jnp.sum(best * best)
-
-    return float(runtime.to_host(pull(jnp.linspace(-1.0, 1.0, 7))))
+KL_GRADIENTS = {
+    "k1": "zero",
+    "k2": "that of KL(policy || reference)",
+    "k3": "that of KL(reference || policy)",
+    "full": "that of KL(policy || reference)",
+}
+"""Expected on-policy gradient of each KL estimator (`learn/losses.py`)."""
 
 
 def _kl_gradient(run: Run) -> Finding:
     loss = run.config.loss
     if not loss.beta:
         return Finding("ok", "KL", "no KL to the reference (loss.beta 0)")
-    pull = kl_pull(loss.kl_estimator)
-    said = f"{loss.kl_estimator}, its expected gradient takes {pull:.2f} of the exact one's way to the reference"
-    if pull > 0.05:
-        return Finding("ok", "KL", said)
-    return Finding("warning", "KL", said, "nothing holds the policy there: take --loss.kl-estimator k2, k3 or full")
+    message = f"the expected gradient of {loss.kl_estimator} is {KL_GRADIENTS[loss.kl_estimator]}"
+    if loss.kl_estimator != "k1":
+        return Finding("ok", "KL", message)
+    remedy = "the policy is not pulled to the reference: use --loss.kl-estimator k2, k3 or full"
+    return Finding("warning", "KL", message, remedy)
 
 
 def _mesh(run: Run) -> Finding:
-    """Heads against the mesh: what does not divide has been refused."""
+    """Reports the mesh, and warns if answers do not divide it; heads that do not have already been rejected."""
     model, devices = run.policy.config, jax.device_count()
     heads = f"{model.num_attention_heads} heads, {model.num_key_value_heads} of keys and values"
     if run.mesh is None:
@@ -199,62 +184,62 @@ def _mesh(run: Run) -> Finding:
     rows = run.config.play.num_queries * run.config.play.num_generations
     shards = run.mesh.size // run.mesh.shape["tensor"]
     if rows % shards:
-        remedy = f"they are not spread over all of them: make num_queries x num_generations a multiple of {shards}"
-        return Finding("warning", "mesh", f"{sizes}; {rows} answers for {shards} groups of devices", remedy)
-    return Finding("ok", "mesh", f"{sizes} of {devices} devices; {heads}; {rows // shards} answers a group")
+        remedy = f"not sharded over all of them: make num_queries x num_generations a multiple of {shards}"
+        return Finding("warning", "mesh", f"{sizes}; {rows} answers for {shards} row shards", remedy)
+    return Finding("ok", "mesh", f"{sizes} of {devices} devices; {heads}; {rows // shards} answers per row shard")
 
 
 def _memory(run: Run) -> Finding:
-    """The estimate of the update against what a device, or on CPUs the machine, can hold."""
+    """Compares the estimated memory of the update with that of a device, or on CPUs of the host."""
     scorer = run.reward_model and run.reward_model.config
     needed = update_bytes(run.game, run.config, scorer, run.mesh, run.data.width if run.data else 0)
     limit, place = device_memory(), "a device"
     if limit is None:
-        limit, place = host_memory(), "this machine"
+        limit, place = host_memory(), "this host"
         needed *= 1 if run.mesh is None else len(run.mesh.local_devices)
-    said = f"about {needed / GIB:.2f} GiB for the update"
+    message = f"about {needed / GIB:.2f} GiB for the update"
     if limit is None:
-        return Finding("ok", "memory", f"{said}; how much there is, nobody says")
-    said = f"{said} of {limit / GIB:.2f} on {place}"
+        return Finding("ok", "memory", f"{message}; memory limit unknown")
+    message = f"{message} of {limit / GIB:.2f} on {place}"
     if needed <= USED * limit:
-        return Finding("ok", "memory", said)
+        return Finding("ok", "memory", message)
     remedy = (
-        "lower --optimizer.micro-batch-size and --optimizer.logprob-chunk, take --optimizer.moment-dtype bfloat16 or "
-        "--park-frozen, or more devices (lsp-jax plan says for machines that are not at hand)"
+        "lower --optimizer.micro-batch-size and --optimizer.logprob-chunk, use --optimizer.moment-dtype bfloat16 or "
+        "--park-frozen, or more devices (lsp-jax plan predicts the memory on other hardware)"
     )
-    return Finding("warning", "memory", said, remedy)
+    return Finding("warning", "memory", message, remedy)
 
 
 def _disk(run: Run, params: Params) -> Finding:
-    """Room for the checkpoints: a new one is written before the oldest goes, and the export at the end."""
+    """Checks for free space: a new checkpoint is written before the oldest is deleted, and the export at the end."""
     state = jax.eval_shape(run.game.init_train_state, params)
     one = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    whole = run.reference if run.game.learner.lora.rank else state.params  # adapters are merged
-    export = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(whole))
+    exported = run.reference if run.game.learner.lora.rank else state.params  # adapters are merged
+    export = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(exported))
     folder = run.directory / CHECKPOINTS
     existing = existing_part(run.directory)
     try:
-        there = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+        saved = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
         free = shutil.disk_usage(existing).free
     except OSError as error:
-        return Finding("warning", "disk", f"{existing}: {error.strerror}", "what is free there cannot be told")
-    if max(there, default=0) >= run.config.max_steps:
-        one = 0  # nothing is left to save but the export
-    kept = run.config.save_total_limit + 1 + bool(run.config.metric_for_best_model)
-    kept += 2 * run.config.health.rolls_back
-    wanted = max(kept - len(there), 1) * one + export
-    said = f"{one / GIB:.2f} GiB a checkpoint, {wanted / GIB:.2f} wanted, {free / GIB:.2f} free in {existing}"
-    if free >= wanted:
-        return Finding("ok", "disk", said)
+        return Finding("warning", "disk", f"{existing}: {error.strerror}", "its free space cannot be determined")
+    if max(saved, default=0) >= run.config.max_steps:
+        one = 0  # only the export is left to save
+    number = run.config.save_total_limit + 1 + bool(run.config.metric_for_best_model)
+    number += 2 * run.config.health.rolls_back
+    needed = max(number - len(saved), 1) * one + export
+    message = f"{one / GIB:.2f} GiB per checkpoint, {needed / GIB:.2f} needed, {free / GIB:.2f} free in {existing}"
+    if free >= needed:
+        return Finding("ok", "disk", message)
     level: Level = "error" if free < one and run.config.save_errors == "stop" else "warning"
-    return Finding(level, "disk", said, "free some, lower --save-total-limit, or give another --output-dir")
+    return Finding(level, "disk", message, "free some space, lower --save-total-limit, or use another --output-dir")
 
 
 BAD_ANSWER = "no no no no"
 
 
 def examine_all(config: TrainConfig) -> list[Finding]:
-    """The whole pass over the run `config`; its model is loaded, nothing is trained and nothing written."""
+    """Runs all checks of the run `config`: loads its model, trains and writes nothing."""
     run, params = setup(config)
     try:
         with use_mesh(run.mesh):
@@ -264,10 +249,9 @@ def examine_all(config: TrainConfig) -> list[Finding]:
 
 
 def examine_rewards(run: Run) -> list[Finding]:
-    """Has every compiled component score a right and a senseless answer; compiles what they need for that. Call it
-    inside the run's mesh.
+    """Scores a correct and a nonsensical answer with every compiled component, which compiles them.
 
-    What scores on the host has been asked already (`probe_callable`).
+    Call it inside the run's mesh. Host components have already been probed (`probe_callable`).
     """
     findings, episode = [], pair(run.policy.tokenizer, row_shards())
     for reward in run.rewards:
@@ -279,21 +263,21 @@ def examine_rewards(run: Run) -> list[Finding]:
 
 def _finding(name: str, values: np.ndarray, valid: np.ndarray) -> Finding:
     good, bad = map(float, values)
-    said = f"{good:.3f} for {ANSWER!r}, {bad:.3f} for {BAD_ANSWER!r} to {QUERY!r}"
+    message = f"{good:.3f} for {ANSWER!r}, {bad:.3f} for {BAD_ANSWER!r} to {QUERY!r}"
     check = f"reward {name}"
     if not (math.isfinite(good) and math.isfinite(bad)):
-        return Finding("error", check, said, "not a number: its weights or its dtype are wrong")
+        return Finding("error", check, message, "not finite: its weights or its dtype are wrong")
     if not valid.all():
-        remedy = "masked where it cannot be read: a judge that keeps to no form, use --reward.quality-mode logits"
-        return Finding("warning", check, said, remedy)
+        remedy = "masked, because the judge's verdict cannot be parsed: use --reward.quality-mode logits"
+        return Finding("warning", check, message, remedy)
     if good <= bad:
-        remedy = "it does not tell them apart: is it the model that was meant, and was it trained on chats?"
-        return Finding("warning", check, said, remedy)
-    return Finding("ok", check, said)
+        remedy = "the correct answer does not score higher: is it the intended model, and was it trained on chats?"
+        return Finding("warning", check, message, remedy)
+    return Finding("ok", check, message)
 
 
 def pair(tokenizer: Tokenizer, queries: int) -> Episode:
-    """An episode of `queries` times the same query with both answers, each of which stopped."""
+    """Returns an episode of `queries` copies of one query with both answers, each ended by a stop token."""
     query, stop = tokenizer.encode(QUERY), tokenizer.stop_ids[0]
     answers = [[*tokenizer.encode(text), stop] for text in (ANSWER, BAD_ANSWER)]
     width, shape = max(map(len, answers)), (queries, len(answers))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +15,7 @@ from lsp_jax.checkpoint.provenance import identity
 from lsp_jax.checkpoint.run_dir import CHECKPOINTS, METRICS_FILE, TRANSCRIPTS_FILE
 from lsp_jax.config import TrainConfig
 from lsp_jax.core.errors import InputError
-from lsp_jax.core.files import user_path
+from lsp_jax.core.files import read_jsonl, user_path
 from lsp_jax.core.processes import ProcessConfig
 from lsp_jax.core.runtime import keep_programs
 from lsp_jax.learn.optimizer import TrainState
@@ -79,14 +78,11 @@ def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: P
 
 def _decided(folder: Path) -> dict[int, tuple[int, bool]]:
     """The alarms' decisions before each iteration of the run: its attempt, and whether the Challenger was paused."""
-    file = folder / METRICS_FILE
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    found = {}
-    for text in lines:
-        with suppress(ValueError, KeyError, TypeError):  # half a line of a run that is at work; an earlier version's
-            line = json.loads(text)
-            found[line["iteration"]] = int(line["attempt"]), bool(line["challenger/paused"])
-    return found
+    decisions = {}
+    for line in read_jsonl(folder / METRICS_FILE, skip="invalid"):
+        with suppress(KeyError, TypeError):  # metrics of an earlier version
+            decisions[line["iteration"]] = int(line["attempt"]), bool(line["challenger/paused"])
+    return decisions
 
 
 def _again(run: Run, state: TrainState, ctx: StepContext, decided: tuple[int, bool] | None) -> StepResult:
@@ -100,8 +96,4 @@ def _again(run: Run, state: TrainState, ctx: StepContext, decided: tuple[int, bo
 
 def _written(folder: Path, step: int) -> list[dict[str, Any]]:
     """The run's own lines of that iteration."""
-    file = folder / TRANSCRIPTS_FILE
-    if not file.is_file():
-        return []
-    with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.startswith(f'{{"iteration": {step},')]
+    return [line for line in read_jsonl(folder / TRANSCRIPTS_FILE, skip="torn") if line["iteration"] == step]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from lsp_jax.checkpoint.run_dir import CHECKSUMS_FILE
 from lsp_jax.config import TrainConfig
 from lsp_jax.core import console, processes
 from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import read_jsonl
 from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.model.llama import Params
 from lsp_jax.training.run import Run
@@ -45,7 +44,7 @@ def start_state(
         except Damaged as error:
             if before is not None:
                 continue
-            console.set_aside(step, str(error), checkpoints.set_aside(step))
+            console.report_quarantined(step, str(error), checkpoints.set_aside(step))
             continue
         _check_reference(run.config, host.provenance["reference"], provenance["reference"])
         return state, replace(host, provenance=provenance)
@@ -60,12 +59,9 @@ def _check_none(directory: Path, checkpoints: Checkpoints) -> None:
     remedy = "put one back, or start in a new output_dir"
     if checkpoints.damaged.is_dir():
         raise InputError("checkpoint", str(checkpoints.damaged), f"none of the run's checkpoints is whole: {remedy}")
-    file = directory / CHECKSUMS_FILE
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     kept = 0
-    for line in lines:
-        with suppress(ValueError, KeyError, TypeError):  # half a line: its save came to no end
-            kept = json.loads(line)["before"]
+    for line in read_jsonl(directory / CHECKSUMS_FILE, skip="invalid"):
+        kept = line.get("before", kept)
     if kept:
         remedy = f"checkpoint {kept} was there, and none is now: {remedy}"
         raise InputError("checkpoint", str(checkpoints.directory), remedy)

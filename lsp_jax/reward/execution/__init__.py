@@ -1,1 +1,1 @@
-"""Child processes that score: user functions, and programs of the model in a sandbox. Read `pool`, then `sandbox`."""
+"""Child processes for scoring: user functions, and model-written programs in a sandbox. Read `pool`, then `sandbox`."""

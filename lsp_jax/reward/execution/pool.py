@@ -1,11 +1,11 @@
-"""Child processes that score for the run and cannot hang it.
+"""A pool of child processes that score for the run and cannot hang it.
 
-A child is a command that speaks JSON lines: first `{"ready": true, ...}`, then one reply for each request. It may be
-compromised by what it grades, so nothing it says is unpickled or believed: replies are bounded, parsed as data and must
-carry the request's number. An item that takes too long, or whose child dies or talks nonsense, is a failure with a
-reason; the child is ended, the other items keep their results, and the next item gets a new child.
+A child is a command that speaks JSON lines: first `{"ready": true, ...}`, then one reply per request. It may be
+compromised by what it grades, so its output is not trusted: replies are limited in size, parsed as data, and must carry
+the number of the request. An item that times out, or whose child dies or violates the protocol, fails with a reason;
+the child is killed, other items keep their results, and the next item gets a new child.
 
-Children end with the run: their input ends, and on Linux they are killed with the thread that started them.
+Children end with the run: their input is closed, and on Linux they are killed with the thread that started them.
 """
 
 from __future__ import annotations
@@ -27,48 +27,48 @@ from typing import Any, NamedTuple
 
 from lsp_jax.core.errors import InputError
 
-START_SECONDS = 60.0  # until a child says that it is ready; its imports count here, not in the item's time
-START_FAILURES = 3  # in a row: then the remaining items of the call fail too
-MAX_REPLY = 8 << 20  # bytes of one line
-MAX_LOG = 10_000  # bytes of a child's stderr that are passed on for one item
+START_SECONDS = 60.0  # time limit until a child is ready; its imports do not count towards the time of the item
+START_FAILURES = 3  # consecutive failures to start after which the remaining items of a call fail too
+MAX_REPLY = 8 << 20  # bytes per line
+MAX_LOG = 10_000  # bytes of a child's stderr that are forwarded per item
 
 
 class Program(NamedTuple):
-    """How a kind of child is started; children of one program are interchangeable."""
+    """The command that starts a child; children of one program are interchangeable."""
 
     argv: tuple[str, ...]
     isolated: bool = False
-    """Started with an empty environment; else with ours, where `sys.path` is the same as here."""
+    """Start with an empty environment; else with that of this process and the same `sys.path`."""
     once: bool = False
-    """A new child for every item."""
+    """Start a new child for every item."""
 
 
 class Outcome(NamedTuple):
-    """The outcome of an item."""
+    """The outcome of one item."""
 
     reply: dict[str, Any] | None
-    """None when there is none."""
+    """The child's reply; None on failure."""
     failure: str = ""
-    """Why there is none, in one printable line."""
+    """Reason of the failure, as one printable line."""
     started: bool = True
-    """Whether a child was ready and given the item: False is never the item's own fault."""
+    """Whether a child was ready and received the item; if False, the item itself is not at fault."""
     refused: str = ""
-    """The child's reason for not being ready: the remedy of an InputError."""
+    """The child's reason for not starting: the remedy of an InputError."""
 
 
 class WorkerFailure(RuntimeError):
-    """A call that gave no result: too late, or its process died."""
+    """A call without a result: it timed out, raised, or its process died."""
 
 
 def printable(data: bytes | str, limit: int = 300) -> str:
-    """One printable line of at most `limit` characters."""
+    """Returns one printable line of at most `limit` characters."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)[:limit]
 
 
 class _Child:
-    """One process and the item it works on."""
+    """One child process and its current item."""
 
     def __init__(self, program: Program):
         self.program, self.number = program, 0
@@ -78,7 +78,7 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={} if program.isolated else _environment(),
-            start_new_session=True,  # Ctrl-C is the run's to handle; and the whole group can be ended
+            start_new_session=True,  # Ctrl-C is handled by the run, and the process group can be killed
         )
         assert self.process.stdin and self.process.stdout and self.process.stderr
         self.stdin, self.stdout, self.stderr = self.process.stdin, self.process.stdout, self.process.stderr
@@ -88,7 +88,7 @@ class _Child:
         self.reading, self.log, self.logged, self.log_open = bytearray(), bytearray(), 0, True
 
     def give(self, item: Mapping[str, Any], seconds: float) -> None:
-        """The item's number tells its reply from a late one."""
+        """Assigns an item, with a number that distinguishes its reply from a late one."""
         self.number += 1
         self.seconds, self.outcome = seconds, None
         request = json.dumps({**item, "number": self.number}, default=str).encode() + b"\n"
@@ -96,8 +96,8 @@ class _Child:
         self.deadline = time.monotonic() + (START_SECONDS if self.ready is None else seconds)
 
     def fail(self, why: str) -> None:
-        said = f" ({printable(bytes(self.log[-1000:]))})" if self.log and self.ready is None else ""
-        self.outcome = Outcome(None, why + said, started=self.ready is not None)
+        log = f" ({printable(bytes(self.log[-1000:]))})" if self.log and self.ready is None else ""
+        self.outcome = Outcome(None, why + log, started=self.ready is not None)
 
     def is_late(self, now: float) -> bool:
         return self.outcome is None and now > self.deadline
@@ -112,11 +112,11 @@ class _Child:
             self.request = self.request[os.write(self.stdin.fileno(), self.request) :]
         except BlockingIOError:
             pass
-        except OSError:  # it ended; what it last said decides how
+        except OSError:  # it exited; its remaining output decides the outcome
             self.request = self.request[:0]
 
     def read_log(self) -> bool:
-        """Passes stderr on; False at its end."""
+        """Forwards stderr; returns False at end of file."""
         data = _read(self.stderr)
         if data is None:
             return True
@@ -130,7 +130,7 @@ class _Child:
         return bool(data)
 
     def read(self) -> bool:
-        """Takes what the child says as the readiness or the outcome; False at the end of its output."""
+        """Reads a message of the child, readiness or reply; returns False at end of file."""
         data = _read(self.stdout)
         if data is None:
             return True
@@ -138,10 +138,10 @@ class _Child:
         end = self.reading.find(b"\n")
         if end < 0:
             if len(self.reading) > MAX_REPLY:
-                self.fail(f"said more than {MAX_REPLY} bytes")
+                self.fail(f"replied with more than {MAX_REPLY} bytes")
             elif not data:
                 while self.read_log() and self.ready is None and self.process.poll() is None:
-                    time.sleep(0.001)  # why it could not start
+                    time.sleep(0.001)  # collects the reason why it could not start
                 self.fail(f"ended without a reply{self._status()}")
             return bool(data)
         line, self.reading = bytes(self.reading[:end]), self.reading[end + 1 :]
@@ -155,9 +155,9 @@ class _Child:
             refused = printable(message["refused"])
             self.outcome = Outcome(None, refused, started=False, refused=refused)
         elif self.ready is None or not isinstance(message, dict) or message.get("number") != self.number:
-            self.fail("said something that is no reply")
+            self.fail("sent an invalid reply")
         elif self.reading:
-            self.fail("said more than its reply")
+            self.fail("sent more than one reply")
         else:
             self.outcome = Outcome(message)
         return True
@@ -168,7 +168,7 @@ class _Child:
         return ""
 
     def end(self) -> None:
-        """Kills it and what it started."""
+        """Kills the child and its process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
@@ -179,7 +179,7 @@ class _Child:
 
 
 def _read(pipe: Any) -> bytes | None:
-    """None when there is nothing yet, empty at the end."""
+    """Reads without blocking: None if there is nothing yet, empty at end of file."""
     try:
         return os.read(pipe.fileno(), 1 << 16)
     except BlockingIOError:
@@ -189,7 +189,7 @@ def _read(pipe: Any) -> bytes | None:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with the same module path; unless told otherwise, JAX in a child stays off the run's accelerator."""
+    """This process's environment with the same `sys.path`; JAX in a child uses the CPU unless JAX_PLATFORMS is set."""
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     return {"JAX_PLATFORMS": "cpu", **os.environ, "PYTHONPATH": path}
 
@@ -202,10 +202,10 @@ def _end_all(idle: dict[Program, list[_Child]]) -> None:
 
 
 class Workers:
-    """Up to `count` children at work side by side, each item for at most `timeout` seconds.
+    """A pool of up to `count` children running in parallel, with at most `timeout` seconds per item.
 
-    Children start when they are first needed, wait for the next call, and are closed with the pool. Calls from several
-    threads take turns; Linux ends a child with the thread that started it, so call from a thread that stays.
+    Children are started on demand, reused by later calls, and ended with the pool. Calls from several threads are
+    serialised. Linux kills a child with the thread that started it, so call from a long-lived thread.
 
     Raises:
         InputError: `count` below 1 or `timeout` not above 0.
@@ -235,11 +235,11 @@ class Workers:
             _end_all(self._idle)
 
     def show_stacks(self) -> None:
-        """Has every child at work write where it is to standard error; any thread may ask, also while they score."""
+        """Makes every busy child print its stack to standard error; may be called from any thread at any time."""
         _show_stacks(list(self._busy.values()))
 
     def run(self, program: Program, items: Sequence[Mapping[str, Any]], timeout: float | None = None) -> list[Outcome]:
-        """One outcome an item, in their order; never raises for what a child does."""
+        """Returns one outcome per item, in order; never raises for the behaviour of a child."""
         with self._lock:
             return self._run(program, items, timeout or self.timeout)
 
@@ -279,7 +279,7 @@ class Workers:
         return [outcomes[place] for place in range(len(items))]
 
     def _child(self, program: Program) -> _Child:
-        """One that waits, or a new one."""
+        """Returns an idle child or starts a new one."""
         idle = self._idle.get(program, [])
         while idle:
             child = idle.pop()
@@ -289,7 +289,7 @@ class Workers:
         return _Child(program)
 
     def ready(self, program: Program) -> Outcome:
-        """The message of a child of this program when it is ready, as `reply`; or why it is not."""
+        """Starts a child of this program if needed; returns its ready message as `reply`, or the failure."""
         with self._lock:
             try:
                 child = self._child(program)
@@ -308,7 +308,7 @@ class Workers:
 
 
 def _attend(children: list[_Child], write: bool = True) -> None:
-    """Waits until a child says something, takes its request, or is late; and deals with it."""
+    """Waits until a child sends output, accepts input or times out, and handles that."""
     if not children:
         return
     with selectors.DefaultSelector() as selector:
@@ -321,7 +321,7 @@ def _attend(children: list[_Child], write: bool = True) -> None:
         wait = max(min(child.deadline for child in children) - time.monotonic(), 0.0)
         for key, _ in selector.select(wait + 0.001):
             key.data()
-    now = time.monotonic()  # one moment for all: what follows takes time that is nobody's fault
+    now = time.monotonic()  # one time for all: printing stacks below must not make others late
     late = [child for child in children if child.is_late(now)]
     if late:
         _show_stacks(late)
@@ -330,13 +330,13 @@ def _attend(children: list[_Child], write: bool = True) -> None:
 
 
 def _show_stacks(children: list[_Child]) -> None:
-    """Has those that can do so write where they are to their stderr, which is passed on."""
+    """Makes children that support it print their stacks to stderr, which is forwarded."""
     able = [child for child in children if child.ready and child.ready.get("stacks") is True]
     for child in able:
-        child.logged = 0  # however much they have said already
+        child.logged = 0  # forwards the stack even if the log limit is reached
         child.process.send_signal(signal.SIGUSR1)
     for _ in range(10 if able else 0):
         time.sleep(0.02)
         for child in able:
-            with contextlib.suppress(ValueError):  # its pipe may have been closed by now
+            with contextlib.suppress(ValueError):  # its pipe may be closed by now
                 child.read_log()

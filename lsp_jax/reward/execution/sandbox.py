@@ -1,13 +1,13 @@
-"""The sandbox: a child that sees nothing of this machine but Python, and can change nothing of it.
+"""The sandbox: a child process that can see little more of the host than Python, and can modify nothing.
 
-bubblewrap (the program `bwrap`) gives the child user, mount, pid, network, ipc and uts name spaces of its own: a
-read-only file system with the system's libraries, Python and one file of ours, an empty private directory in memory as
-the one writable place, no network device, no other process, no environment, no descriptors but its three pipes, no
-capabilities, no new privileges, a session of its own, and another user than root. `sandbox_main`
-then gives up processes, memory, file size and open files before it takes a request; time is the pool's to watch.
+bubblewrap (the program `bwrap`) gives the child its own user, mount, pid, network, ipc and uts namespaces: a read-only
+file system with system libraries, Python and one file of this package, a private writable directory in memory, no
+network device, no other processes, no environment, no descriptors except three pipes, no capabilities, no new
+privileges, its own session, and a non-root user. `sandbox_main` then limits processes, memory, file size and open files
+before it accepts a request; the pool enforces time limits.
 
-What it does not protect from: a hole in the kernel that an unprivileged process can reach with the system calls that
-Python needs. Reading is not hidden either: /usr and Python's own directory are visible.
+It does not protect against kernel vulnerabilities reachable through the system calls that Python needs. /usr and
+Python's own directory are readable.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 from lsp_jax.core.errors import InputError
 from lsp_jax.reward.execution.pool import Program, Workers
 
-DISK = 32 << 20  # bytes of the writable place
+DISK = 32 << 20  # bytes of the writable directory
 _SANDBOX_MAIN = Path(__file__).with_name("sandbox_main.py")
 _SYSTEM = ("/bin", "/lib", "/lib32", "/lib64")  # links into /usr, or directories on older systems
 
 
 def sandboxed(mode: str, packages: tuple[str, ...] = (), once: bool = False) -> Program:
-    """The program that runs `sandbox_main.py` in `mode` with the named Python packages and nothing else installed.
+    """Returns the program that runs `sandbox_main.py` in `mode` with only the named Python packages installed.
 
     Raises:
         InputError: not Linux, no `bwrap` on PATH, or a package is missing.
@@ -52,8 +52,8 @@ def sandboxed(mode: str, packages: tuple[str, ...] = (), once: bool = False) -> 
         if not directory.startswith("/usr/"):
             argv += ["--ro-bind", directory, directory]
     for name in packages:
-        found = _package(name)
-        for path in (found, *sorted(found.parent.glob(f"{name}*.dist-info"))):  # some read their versions
+        package = _package(name)
+        for path in (package, *sorted(package.parent.glob(f"{name}*.dist-info"))):  # some read their own version
             argv += ["--ro-bind", str(path), f"/packages/{path.name}"]
     argv += ["--ro-bind", str(_SANDBOX_MAIN), "/sandbox_main.py"]
     for device in ("/dev/null", "/dev/urandom"):
@@ -71,20 +71,20 @@ def _package(name: str) -> Path:
 
 
 def check_sandbox(workers: Workers) -> None:
-    """Tries every property of the sandbox once, from inside.
+    """Probes every property of the sandbox from inside.
 
     Raises:
-        InputError: it cannot be had here: names what is missing.
+        InputError: the sandbox does not start, or does not confine; names what is missing.
     """
     program = sandboxed("probe", once=True)
     with socket.create_server(("127.0.0.1", 0)) as server, tempfile.NamedTemporaryFile() as file:
         (outcome,) = workers.run(program, [{"port": server.getsockname()[1], "file": file.name}])
     if outcome.reply is None:
-        remedy = (
-            f"did not start: {outcome.failure}; it needs user name spaces, which some systems and containers forbid"
-        )
+        remedy = f"did not start: {outcome.failure}; it needs user namespaces, which some systems and containers forbid"
         raise InputError("sandbox", "bwrap", remedy)
     allowed = outcome.reply.get("allowed")
     if allowed != []:
         names = ", ".join(map(str, allowed)) if isinstance(allowed, list) else allowed
-        raise InputError("sandbox", names, "should be impossible inside and is not: nothing runs there")
+        raise InputError(
+            "sandbox", names, "should be impossible in the sandbox but is not; refusing to run programs in it"
+        )

@@ -1,10 +1,10 @@
 """The program inside the sandbox: `python -I -S sandbox_main.py code|maths|probe`. Standard library only.
 
-Before it takes a request it gives up for good what would be left to it: processes and threads, memory, file size, open
-files, core dumps, and the system calls that reach deep into the kernel. Then it speaks the JSON lines of
-`lsp_jax.reward.execution.pool` on its first standard output; what a program prints goes nowhere.
+Before it accepts a request it irrevocably limits processes and threads, memory, file size, open files and core dumps,
+and denies risky system calls. It then speaks the JSON lines protocol of `lsp_jax.reward.execution.pool` on its original
+standard output; output of programs is discarded.
 
-Never run this outside the sandbox: `code` executes what a model wrote.
+Never run this outside the sandbox: `code` executes model-written programs.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from typing import Any
 MEMORY = 1 << 30  # bytes of address space
 FILE = 16 << 20  # bytes of one file
 OPEN_FILES = 64
-MAX_ANSWER = 4000  # characters at an answer's end that are read for a final result
+MAX_ANSWER = 4000  # characters at the end of an answer in which the final result is searched
 
-# System calls that a single process needs not: new processes and threads, name spaces and mounts, tracing, key rings,
-# and the kernel's own virtual machines and queues. Numbers from asm/unistd.h of each architecture.
+# System calls that a single process does not need: new processes and threads, namespaces and mounts, tracing, key
+# rings, BPF and io_uring. Numbers from asm/unistd.h of each architecture.
 _DENIED = {
     # clone fork vfork clone3 unshare setns mount umount2 pivot_root ptrace process_vm_readv process_vm_writev
     # bpf perf_event_open userfaultfd io_uring_setup add_key request_key keyctl kexec_load init_module
     "x86_64": (56, 57, 58, 435, 272, 308, 165, 166, 155, 101, 310, 311, 321, 298, 323, 425, 248, 249, 250, 246, 175),
-    # the same, without fork and vfork, which this architecture has not
+    # the same, without fork and vfork, which this architecture lacks
     "aarch64": (220, 435, 97, 268, 40, 39, 41, 117, 270, 271, 280, 241, 282, 425, 217, 218, 219, 104, 105),
 }
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # linux/audit.h
@@ -43,10 +43,10 @@ _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2  # linux
 
 
 def system_call_filter(machine: str) -> bytes:
-    """A classic BPF program: EPERM for what `_DENIED` names, death for another architecture's calls.
+    """Returns a classic BPF program: EPERM for calls in `_DENIED`, kill for calls of another architecture.
 
     Raises:
-        OSError: no table for this machine.
+        OSError: no table for this architecture.
     """
     if machine not in _DENIED:
         raise OSError(f"no system call filter for {machine}")
@@ -69,7 +69,7 @@ class _Filter(ctypes.Structure):
 
 
 def confine() -> None:
-    """Limits that hold until the process ends. Raises OSError where one cannot be had."""
+    """Sets limits that hold until the process exits. Raises OSError if one cannot be set."""
     for kind, most in (
         (resource.RLIMIT_AS, MEMORY),
         (resource.RLIMIT_FSIZE, FILE),
@@ -88,23 +88,23 @@ def confine() -> None:
 
 
 def limit_cpu(seconds: float, for_good: bool) -> None:
-    """Processor time from now on; the kernel ends the process that takes more."""
+    """Limits CPU time from now on; the kernel kills a process that exceeds it."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     most = int(used.ru_utime + used.ru_stime + seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (most, most if for_good else resource.RLIM_INFINITY))
 
 
 def run_program(program: str, tests: list[str]) -> bool:
-    """Executes the program, then each test in a namespace of its own with what the program defined.
+    """Executes the program, then the tests with the names it defined; returns whether nothing raised.
 
-    The test sees Python's builtins as they were, whatever the program did to them by then.
+    The tests see Python's original builtins, even if the program modified them.
     """
     module = types.ModuleType("program")
-    sys.modules["program"] = sys.modules["__main__"] = module  # dataclasses look their module up
+    sys.modules["program"] = sys.modules["__main__"] = module  # dataclasses look up their module here
     standard = builtins.__dict__
     clean = dict(standard)
     try:
-        exec(compile(program, "<program>", "exec"), vars(module))  # noqa: S102 - the sandbox is for this
+        exec(compile(program, "<program>", "exec"), vars(module))  # noqa: S102 - confined by the sandbox
         standard.clear()
         standard.update(clean)
         sys.settrace(None)
@@ -112,13 +112,13 @@ def run_program(program: str, tests: list[str]) -> bool:
         names = {key: value for key, value in vars(module).items() if key not in clean and key != "__builtins__"}
         for test in tests:
             exec(compile(test, "<test>", "exec"), names)  # noqa: S102
-    except BaseException:  # SystemExit and what the program derives itself
+    except BaseException:  # including SystemExit and exceptions of the program's own
         return False
     return True
 
 
 def serve_code(source: Any, protocol: int) -> None:
-    """One program, whose proof of passing is the request's nonce; then the end, whatever it left running."""
+    """Runs one program, replies with the request's nonce if it passed, and exits, whatever is still running."""
     write, leave, dumps = os.write, os._exit, json.dumps
     request = json.loads(source.readline())
     source.close()
@@ -130,7 +130,7 @@ def serve_code(source: Any, protocol: int) -> None:
 
 
 def _boxed(text: str) -> str | None:
-    """The content of the last \\boxed{}; None without one that is closed."""
+    """Returns the content of the last \\boxed{}; None if there is none or it is not closed."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
         return None
@@ -143,7 +143,7 @@ def _boxed(text: str) -> str | None:
 
 
 def final_answer(text: str) -> tuple[str, bool]:
-    """(the result, whether it was marked as such): in the last \\boxed{}, after the last ####, or the text's end."""
+    """Returns (result, whether it was marked): from the last \\boxed{}, after the last ####, or the end of the text."""
     tail = text[-MAX_ANSWER:]
     boxed = _boxed(tail)
     if boxed is not None:
@@ -153,7 +153,7 @@ def final_answer(text: str) -> tuple[str, bool]:
 
 
 def serve_maths(source: Any, protocol: int) -> None:
-    """Pairs of a row's answer and a model's: whether they are equal."""
+    """Compares pairs of a data row's answer and a model's."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     kinds = [LatexExtractionConfig(), ExprExtractionConfig()]
@@ -174,11 +174,11 @@ def serve_maths(source: Any, protocol: int) -> None:
 
 
 def serve_probe(source: Any, protocol: int) -> None:
-    """Probes the sandbox; returns the names of what should be impossible and is not."""
+    """Probes the sandbox; replies with the names of actions that should be impossible but are not."""
     request = json.loads(source.readline())
     probes = {
         "network": lambda: _network(request["port"]),
-        "the run's files": lambda: _there(request["file"]),
+        "the run's files": lambda: _exists(request["file"]),
         **PROBES,
     }
     allowed = [name for name, attempt in probes.items() if _possible(attempt)]
@@ -193,7 +193,7 @@ def _possible(attempt: Any) -> bool:
 
 
 def _network(port: int) -> bool:
-    """Whether a server of this machine can be reached."""
+    """Whether a server on this host can be reached."""
     import socket
 
     with socket.create_connection(("127.0.0.1", port), 5):
@@ -211,12 +211,12 @@ def _writable(path: str) -> bool:
         return file.write("x") > 0
 
 
-def _there(path: str) -> bool:
-    return os.stat(path) is not None  # noqa: PTH116 - pathlib costs a third of the start
+def _exists(path: str) -> bool:
+    return os.stat(path) is not None  # noqa: PTH116 - importing pathlib takes a third of the start-up time
 
 
 def _fill() -> bool:
-    """Whether the writable place takes 1 GiB."""
+    """Whether the writable directory accepts 1 GiB."""
     for number in range(64):
         with open(f"fill{number}", "wb") as file:  # noqa: PTH123
             file.write(bytes(FILE))
@@ -232,8 +232,8 @@ PROBES: dict[str, Callable[[], object]] = {
     "root's rights": lambda: os.getuid() == 0 or os.setuid(0) is None,
     "capabilities": lambda: os.chroot("/") is None,
     "the environment": lambda: set(os.environ) - {"PWD", "LC_CTYPE"},
-    "other processes": lambda: os.getpid() > 10 or _there("/proc/1"),
-    "the terminal's session": lambda: _there("/dev/tty"),
+    "other processes": lambda: os.getpid() > 10 or _exists("/proc/1"),
+    "the terminal's session": lambda: _exists("/dev/tty"),
 }
 
 
@@ -241,7 +241,7 @@ def main() -> None:
     source = os.fdopen(os.dup(0), "rb")
     protocol = os.dup(1)
     serve = {"code": serve_code, "maths": serve_maths, "probe": serve_probe}[sys.argv[1]]
-    if serve is serve_maths:  # before the limits: a package that is missing is told, not a crash
+    if serve is serve_maths:  # before the limits, so that a missing package gives a clear error
         sys.path.append("/packages")
         import math_verify  # noqa: F401
     confine()

@@ -1,7 +1,7 @@
 """The worker process of a reward function: `python -m lsp_jax.reward.execution.worker_main package.module:function`.
 
-Its standard output is the protocol of `lsp_jax.reward.execution.pool`; what the function prints goes to its standard
-error. It imports no JAX. It ends when its input does, whatever the function is doing, and with its parent.
+Standard output carries the protocol of `lsp_jax.reward.execution.pool`; prints of the function go to standard error.
+Imports no JAX. The process exits with its parent, and when its input ends, even during a call.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def _die_with_parent() -> None:
-    """The kernel ends this process with its parent, also one that is stuck in a C loop."""
+    """Asks the kernel to kill this process with its parent, even if it is stuck in a C loop."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _requests() -> queue.SimpleQueue[bytes]:
-    """Lines of standard input, read by a thread that ends the process after the last."""
+    """Returns a queue of the lines of standard input, filled by a thread that exits the process at end of file."""
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     source = os.fdopen(os.dup(0), "rb")
     null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)  # a function that reads its input finds none
+    os.dup2(null, 0)  # a function that reads standard input gets end of file
 
     def read() -> None:
         for line in source:
@@ -45,7 +45,7 @@ def _requests() -> queue.SimpleQueue[bytes]:
 
 
 def answer(function: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request: `values`, or `refused` (a wrong shape or type), or `raised`."""
+    """Returns the reply to one request: `values`, `refused` (wrong shape or type) or `raised`."""
     try:
         values = call_reward(function, sys.argv[1], request["queries"], request["answers"], request["rows"])
     except InputError as error:
@@ -61,21 +61,21 @@ def main() -> None:
     protocol = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def say(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         protocol.write(json.dumps(message) + "\n")
         protocol.flush()
 
     if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1)  # where it is, for whoever waits for it
+        faulthandler.register(signal.SIGUSR1)  # prints the stack on request of the pool
     try:
         function = load_callable(sys.argv[1])
     except InputError as error:
-        say({"refused": error.remedy})
+        send({"refused": error.remedy})
         os._exit(1)
-    say({"ready": True, "rows": takes_rows(function), "stacks": hasattr(signal, "SIGUSR1")})
+    send({"ready": True, "rows": takes_rows(function), "stacks": hasattr(signal, "SIGUSR1")})
     while True:
         request = json.loads(requests.get())
-        say({**answer(function, request), "number": request["number"]})
+        send({**answer(function, request), "number": request["number"]})
 
 
 if __name__ == "__main__":
