@@ -26,8 +26,8 @@ MOST_BYTES = 2 << 30
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse implicit rank promotion: an added axis that was not meant is an error in every test.
 
-    What is compiled is kept for the workers, the processes that tests start, and the next run: the tiny models' programs
-    are the same ones over and over. The user's own cache is neither read nor filled.
+    What is compiled is kept for the workers, for processes that tests start, and for the next run: the tiny models'
+    programs are the same ones over and over. The user's own cache is neither read nor filled.
     """
     first = "PYTEST_XDIST_WORKER" not in os.environ
     if first:
