@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         let_go(PROGRAMS, MOST_BYTES)
     import jax
 
+    import quick  # noqa: F401
     from lsp_jax.core.runtime import keep_programs
 
     keep_programs(str(PROGRAMS))  # in a folder of this processor's kind
