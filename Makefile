@@ -1,12 +1,14 @@
 # Each command makes the virtual environment it needs; Python 3.11 or newer, make and the package index are all it takes.
 #   make quickstart    train the demo model by self-play (run-time packages only, no torch)
-#   make test          the whole suite but `slow`;  make test-fast  seconds a test;  make test-slow  the long ones
+#   make test          every test but `slow` and `step`;  make test-fast  seconds a test;  make test-slow  the long ones
 #   make test-peers    against TRL, alpaca_eval, lm-eval and transformers serve, in .venv-peers (they stay out of .venv)
 #   make bench-peers   the engines that benchmarks/ compares with, each in an environment of its own
+#   make lint          ruff, pyright, and that everything public has a type
 #   make docs          the documentation as a site, in build/site; a broken link is an error
-#   make lint          ruff and pyright
+#   make notebooks     every cell of experiments/notebooks, on a tiny model
 #   make clean         remove environments and caches (runs/ and models/ stay)
 # Variables: PYTHON=python3.12 VENV=.venv-3.12 PYTEST_WORKERS=2 PYTEST_ARGS="-k name"; TEST_EXTRA=checks leaves torch out.
+# Tests keep what they compile in .cache/programs, or where LSP_JAX_TEST_PROGRAMS says.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,24 +17,28 @@ PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-# --no-compile: Python compiles what it imports when it does; compiling all of torch and jax takes longer than the rest
+# --no-compile: Python compiles what it imports when it does; compiling all of torch and jax takes longer than the rest.
+# Then it has to keep what it compiled: without, every process of a test compiles the imports anew, 2 to 4 s each.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile
 PYTEST := $(BIN)/python -m pytest
 PINS := pyproject.toml requirements.txt requirements-nodeps.txt
 PEERS := torch tunix vllm llamacpp
 DEMO := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test test-fast test-slow test-peers bench-peers docs lint clean
+.PHONY: quickstart install test test-fast test-slow test-peers bench-peers lint docs notebooks clean
 
 quickstart: $(VENV)/.demo-installed
 	$(BIN)/lsp-jax demo-model $(DEMO)
 	$(BIN)/lsp-jax train --preset quickstart --resume auto
 
+install: $(VENV)/.test-installed-$(TEST_EXTRA)
+
 test: $(VENV)/.test-installed-$(TEST_EXTRA)
-	$(PYTEST) --dist loadfile --no-loadscope-reorder -n $(PYTEST_WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -n $(PYTEST_WORKERS) -m "not slow and not step" $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.test-installed-$(TEST_EXTRA)
-	$(PYTEST) --dist worksteal -n $(PYTEST_WORKERS) -m "not slow and not full" $(PYTEST_ARGS)
+	$(PYTEST) --dist worksteal -n $(PYTEST_WORKERS) -m "not slow and not step and not full" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(PYTEST) -n 0 --timeout 0 -o faulthandler_timeout=0 -m slow $(PYTEST_ARGS)
@@ -40,13 +46,17 @@ test-slow: $(VENV)/.test-installed-$(TEST_EXTRA)
 test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pytest -n 0 tests/test_trl_parity.py tests/test_evaluation_peers.py $(PYTEST_ARGS)
 
-docs: $(VENV)/.test-installed-$(TEST_EXTRA)
-	$(BIN)/python -m mkdocs build --quiet
-
 lint: $(VENV)/.test-installed-$(TEST_EXTRA)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(PYTEST) -q -n 0 -m step tests/test_types.py
+
+docs: $(VENV)/.test-installed-$(TEST_EXTRA)
+	$(PYTEST) -q -n 0 -m step tests/test_docs.py
+
+notebooks: $(VENV)/.test-installed-$(TEST_EXTRA)
+	$(PYTEST) -q -n $(PYTEST_WORKERS) -m step tests/test_notebooks.py
 
 # A stamp is written last, so an install that was interrupted is done again. Nothing but `-c` pins versions: extras say
 # what is installed, requirements.txt says which. `--no-deps` packages are data files, see requirements-nodeps.txt.
@@ -93,5 +103,5 @@ $(PEERS:%=.venv-bench-%): .venv-bench-%: benchmarks/peers/requirements-%.txt
 	echo "$* is not installed: $$(cat $@/.failed)"; fi
 
 clean:
-	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis .cache build dist
 	find lsp_jax tests -name __pycache__ -prune -exec rm -rf {} +

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,28 +17,49 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # unless somebody asks for another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-PROGRAMS = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+PROGRAMS = Path(os.environ.get("LSP_JAX_TEST_PROGRAMS") or Path(__file__).parents[1] / ".cache" / "programs")
+"""Compiled programs, kept from run to run. JAX names each by what it is made of, the versions of the compiler and all
+its options among it, so that any Python, any jax and any state of the sources can share the folder."""
+MOST_BYTES = 2 << 30
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse implicit rank promotion: an added axis that was not meant is an error in every test.
 
-    What is compiled is kept in a folder of this session alone, for the workers and the processes that tests start: the
-    tiny models' programs are the same ones over and over. The user's own cache is neither read nor filled.
+    What is compiled is kept for the workers, for processes that tests start, and for the next run: the tiny models'
+    programs are the same ones over and over. The user's own cache is neither read nor filled.
     """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        config.stash[PROGRAMS] = tempfile.TemporaryDirectory(prefix="lsp-jax-programs-", ignore_cleanup_errors=True)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[PROGRAMS].name
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    first = "PYTEST_XDIST_WORKER" not in os.environ
+    if first:
+        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+        let_go(PROGRAMS, MOST_BYTES)
     import jax
 
+    import quick  # noqa: F401
+    from lsp_jax.core.runtime import keep_programs
+
+    keep_programs(str(PROGRAMS))  # in a folder of this processor's kind
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if PROGRAMS in config.stash:
-        config.stash[PROGRAMS].cleanup()
+def let_go(folder: Path, most: int) -> None:
+    """Removes the programs that were read longest ago until the rest takes `most` bytes.
+
+    Not left to JAX, which with a bound of its own reads the whole folder at every program it keeps.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = 0
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may have begun as well
+        found = [(path, path.stat()) for path in folder.rglob("*-cache")]
+        for path, about in sorted(found, key=lambda each: -max(each[1].st_atime, each[1].st_mtime)):
+            kept += about.st_size
+            if kept > most:
+                path.unlink()
 
 
 LONGEST = ("test_sharding.py", "test_update.py", "test_generate.py", "test_fast_start.py")

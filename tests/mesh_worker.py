@@ -17,6 +17,7 @@ import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_xla_profile_version", 2)  # kept apart from what is compiled in full, see conftest.py
 
 import lsp_jax as lsp  # noqa: E402
 from lsp_jax.algorithm import stages  # noqa: E402

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from child_run import QUICK
 from tiny import tiny_dir
 
 jupytext = pytest.importorskip("jupytext")
@@ -35,7 +36,7 @@ def test_both_halves_of_a_pair_are_the_same(name: str) -> None:
     assert "CPU cores" in said and "minutes" in said, "its hardware and time"
 
 
-@pytest.mark.full
+@pytest.mark.step
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_cell_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +45,8 @@ def test_every_cell_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # a tiny model spends its time in the compiler
+    for variable, value in QUICK.items():  # a tiny model spends its time in the compiler
+        monkeypatch.setenv(variable, value)
     notebook = jupytext.read(FOLDER / f"{name}.py")
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})

@@ -15,7 +15,7 @@ UNTYPED = "lsp_jax.model.modules."
 """Flax's modules: `nnx.Module` and `nnx.Param` are dynamic to a type checker."""
 
 
-@pytest.mark.full
+@pytest.mark.step
 def test_the_public_surface_is_typed(tmp_path: Path) -> None:
     pytest.importorskip("pyright")
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson"]
