@@ -20,15 +20,19 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_xla_profile_version", 2)  # kept apart from what is compiled in full, see conftest.py
 
 import lsp_jax as lsp  # noqa: E402
-from lsp_jax.algorithm import stages  # noqa: E402
+from lsp_jax.algorithm import rollout, stages  # noqa: E402
+from lsp_jax.algorithm.learner_batch import learn_batch  # noqa: E402
+from lsp_jax.algorithm.spec import GameSpec  # noqa: E402
 from lsp_jax.config import RewardConfig  # noqa: E402
 from lsp_jax.learn.optimizer import OptimizerConfig  # noqa: E402
+from lsp_jax.learn.update import gradients, reference_logprobs  # noqa: E402
 from lsp_jax.model import llama  # noqa: E402
 from lsp_jax.model.sharding import HOST_MEMORY, MeshConfig, load_to_device, make_mesh, partitions, use_mesh  # noqa: E402
+from lsp_jax.play.sampler import SamplingConfig  # noqa: E402
 from lsp_jax.play.selfplay import Episode, PlayConfig  # noqa: E402
 from lsp_jax.reward import scoring  # noqa: E402
 from lsp_jax.reward.judge import Judge, judge_params  # noqa: E402
-from lsp_jax.reward.text_judge import write_judgements  # noqa: E402
+from lsp_jax.reward.text_judge import judge_spec, write_judgements  # noqa: E402
 from lsp_jax.text.judge_prompts import text_judge_template  # noqa: E402
 from lsp_jax.training import setup  # noqa: E402
 from lsp_jax.training.run import Run  # noqa: E402
@@ -52,17 +56,17 @@ def vector(tree: Any) -> np.ndarray:
 
 def iteration(run: Run, params: Any) -> dict[str, Any]:
     """The stages by themselves, so that the gradient before clipping can be seen."""
-    key = stages.iteration_key(run.seed_key, state := start(run, params))
-    playing = stages.rollout_params(state.params, run.game, run.reference)
-    episode = stages.solve(playing, stages.challenge(playing, run.token_classes, key, run.game), key, run.game)
+    state, game = start(run, params), in_one_piece(run.game)
+    key = stages.iteration_key(run.seed_key, state.iteration, state.attempt)
+    playing = stages.rollout_params(state.params, game, run.reference)
+    episode = rollout.solve(playing, rollout.challenge(playing, run.token_classes, key, game), key, game)
     outputs = tuple(
-        scoring.score_component(reward.score, load_to_device(reward.params), episode) for reward in run.rewards
+        scoring.score_component(load_to_device(reward.params), episode, score=reward.score) for reward in run.rewards
     )
-    learnable = stages.learn_batch(episode, outputs, run.specs, run.game)
-    reference = load_to_device(run.reference)
-    references = stages.reference(reference, learnable.batch, run.game)
-    arguments = state.params, reference, learnable.batch, references
-    program = stages.joint_gradient.lower(*arguments, run.game).compile()
+    learnable = learn_batch(episode, outputs, run.hyper, specs=run.specs, game=game)
+    references = reference_logprobs(load_to_device(run.reference), learnable.batch, game.learner)
+    arguments = state.params, learnable.batch, references, run.hyper
+    program = gradients.lower(*arguments, spec=game.learner).compile()
     gradient, metrics = program(*arguments)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
     played = train_step(run, state, StepContext(1))  # plays chunk by chunk, the stages above in one piece
@@ -86,12 +90,17 @@ def iteration(run: Run, params: Any) -> dict[str, Any]:
     }
 
 
+def in_one_piece(game: GameSpec) -> GameSpec:
+    """The same game, decoded by one program a role."""
+    return replace(game, challenger=replace(game.challenger, chunk=0), solver=replace(game.solver, chunk=0))
+
+
 def judged(run: Run, params: Any, episode: Episode) -> np.ndarray:
     """What the policy writes as the judge in `text` mode."""
     tokenizer = run.policy.tokenizer
     judge = Judge(run.game.model, text_judge_template(tokenizer), tokenizer.encode(" ")[0], 4)
     params = judge_params(params, judge, tokenizer, run.token_classes)
-    return np.asarray(write_judgements(params, episode, judge=judge, max_length=6, stop_ids=(2,)).tokens)
+    return np.asarray(write_judgements(params, episode, judge=judge, spec=judge_spec(judge, 6, (2,))).tokens)
 
 
 def is_spec(value: Any) -> bool:
@@ -126,7 +135,7 @@ def texts(model: str, mesh: Any) -> list[str]:
     return [
         text
         for temperature in (0.0, 0.7)
-        for text in lsp.generate(policy, prompts, max_completion_length=12, temperature=temperature, batch_size=2)
+        for text in lsp.generate(policy, prompts, SamplingConfig(temperature), max_completion_length=12, batch_size=2)
     ]
 
 

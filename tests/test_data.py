@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from lsp_jax.config import RewardConfig, TrainConfig
 from lsp_jax.core.errors import InputError
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.play.prompt_data import DataConfig, data_queries, load_data
-from lsp_jax.play.selfplay import splice_queries
+from lsp_jax.play.selfplay import solver_rows
 from lsp_jax.reward.base import DataRows, HostReward, RewardOutput
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
 from lsp_jax.text.tokenizer import Tokenizer
@@ -58,7 +59,8 @@ def test_solver_prompts_are_the_chat_template_over_the_prompts(kind: str, tokeni
         tokenizer = Tokenizer.from_pretrained(llama3_tokenizer.build(tmp_path / "llama3")).dated("26 Jul 2024")
     data = load(tmp_path, tokenizer, [{"prompt": prompt} for prompt in PROMPTS], shuffle=False)
     queries = data_queries(data, range(len(PROMPTS)))
-    tokens, lengths = splice_queries(queries, PlayPrompts.build(tokenizer, PromptConfig()))
+    prompts = PlayPrompts.build(tokenizer, PromptConfig())
+    (tokens, lengths), _ = solver_rows(queries, jax.random.key(0), prompts, 1)
     for prompt, row, length in zip(PROMPTS, np.asarray(tokens), np.asarray(lengths), strict=True):
         assert row[:length].tolist() == tokenizer.chat_ids(prompt.strip())
     assert np.asarray(queries.valid).all() and queries.sampled is None

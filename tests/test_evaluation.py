@@ -74,7 +74,7 @@ def test_greedy_answers_are_those_of_generate(model: Path, tmp_path: Path):
     with Store(tmp_path / "a.jsonl") as store:
         made = answers(policy, requests(policy, texts, 0.0), store, "m", batch_size=3)
     assert [answer.text for answer in made] == lsp.generate(
-        policy, texts, temperature=0.0, max_completion_length=COLUMNS
+        policy, texts, SamplingConfig(temperature=0), max_completion_length=COLUMNS
     )
     assert all(answer.stopped == (answer.tokens < COLUMNS) or answer.stopped for answer in made)
 

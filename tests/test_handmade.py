@@ -15,41 +15,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsp_jax.learn.advantages import Advantages, advantages
-from lsp_jax.learn.batch import make_rows
+from lsp_jax.learn.advantages import Advantages, GroupRewards, advantages
+from lsp_jax.learn.batch import Sampled, make_rows
 from lsp_jax.learn.logprobs import TokenStatistics
 from lsp_jax.learn.losses import LossConfig, policy_loss
+from specs import hyper
 
 R = [[1.0, 0.0], [2.0, 4.0]]
 R_Q = [[3.0, 5.0], [6.0, 2.0]]
 ANSWER_LENGTHS, QUERY_LENGTHS = [2, 2, 2, 1], [2, 2]
+LONGEST = 4
+"""Columns of a completion, its maximum length."""
 BETA, ALPHA = 0.5, 0.5
 
 
 def played(use_quality: bool, scale_rewards: str = "none") -> Advantages:
     valid = jnp.ones((2, 2), bool)
-    return advantages(jnp.asarray(R), jnp.asarray(R_Q), valid[0], valid, -1.0, use_quality, scale_rewards)
+    loss = LossConfig(use_quality=use_quality, scale_rewards=scale_rewards, invalid_query_penalty=-1.0)  # pyright: ignore
+    return advantages(GroupRewards(jnp.asarray(R), jnp.asarray(R_Q), valid[0], valid), loss.spec, hyper(loss))
 
 
 def role_loss(values: Any, lengths: list[int], scale: float, config: LossConfig, ratio: float = 1.0) -> float:
     """Loss of rows with the advantages `values`, whose tokens are `ratio` times as probable as when played."""
-    shape = (len(lengths), 2)
+    shape = (len(lengths), LONGEST)
     logprobs = jnp.full(shape, -1.0)
     rows = make_rows(
         prompts=(jnp.ones((1, 1), jnp.int32), jnp.ones(1, jnp.int32)),
-        completions=(jnp.ones(shape, jnp.int32), jnp.asarray(lengths)),
-        behaviour_logprobs=logprobs,
-        log_mass=jnp.zeros(shape),
+        sampled=Sampled(jnp.ones(shape, jnp.int32), jnp.asarray(lengths), logprobs, jnp.zeros(shape)),
         advantages=jnp.asarray(values).reshape(-1),
         counts=jnp.ones(len(lengths), bool),
         scale=scale,
         loss_type=config.loss_type,
-        longest=4,
     )
     if config.num_iterations > 1:
         rows = rows._replace(old_logprobs=logprobs - np.log(ratio))
     statistics = TokenStatistics(logprobs, jnp.zeros(shape), jnp.zeros(shape))
-    return float(policy_loss(statistics, logprobs - 0.2, rows, config)[0])
+    return float(policy_loss(statistics, logprobs - 0.2, rows, config.spec, hyper(config))[0])
 
 
 def close(actual: Any, expected: Any) -> None:
@@ -139,25 +140,23 @@ def test_grpo_second_inner_epoch(ratio: float, gains: float, kl: float) -> None:
 def test_importance_correction() -> None:
     """The sampler gave each token half of what the learner does: weight 2, cut to 1.6, on gain and k2 alike."""
     config = LossConfig(beta=BETA, loss_type="token_mean", importance_cap=1.6)
-    shape = (4, 2)
+    shape = (4, LONGEST)
+    drawn = jnp.full(shape, -1.0 - np.log(2))
     rows = make_rows(
         prompts=(jnp.ones((1, 1), jnp.int32), jnp.ones(1, jnp.int32)),
-        completions=(jnp.ones(shape, jnp.int32), jnp.asarray(ANSWER_LENGTHS)),
-        behaviour_logprobs=jnp.full(shape, -1.0 - np.log(2)),
-        log_mass=jnp.zeros(shape),
+        sampled=Sampled(jnp.ones(shape, jnp.int32), jnp.asarray(ANSWER_LENGTHS), drawn, jnp.zeros(shape)),
         advantages=played(False).solver.reshape(-1),
         counts=jnp.ones(4, bool),
         scale=1.0,
         loss_type="token_mean",
-        longest=4,
     )
     logprobs = jnp.full(shape, -1.0)
     statistics = TokenStatistics(logprobs, jnp.zeros(shape), jnp.zeros(shape))
-    loss, sums = policy_loss(statistics, logprobs - 0.2, rows, config)
+    loss, sums = policy_loss(statistics, logprobs - 0.2, rows, config.spec, hyper(config))
     close(loss, 1.6 * (1 + 0.07) / 7)
     close(sums["importance_weight"], 1.6 * 7)
     # half of the mass was cut off, and that is why the sampler's number is larger: no mismatch, no correction
     truncated = rows._replace(behaviour_logprobs=logprobs + np.log(2), log_mass=jnp.full(shape, -np.log(2)))
-    loss, sums = policy_loss(statistics, logprobs - 0.2, truncated, config)
+    loss, sums = policy_loss(statistics, logprobs - 0.2, truncated, config.spec, hyper(config))
     close(loss, (1 + 0.07) / 7)
     close(sums["importance_weight"], 7)

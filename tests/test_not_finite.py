@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
-from lsp_jax.algorithm import stages
+from lsp_jax.algorithm.learner_batch import learn_batch
 from lsp_jax.checkpoint.host_state import HostState
 from lsp_jax.core.errors import FAILED_STATUS
+from lsp_jax.core.stage import Backend, Call, execute
 from lsp_jax.learn.batch import Reference
 from lsp_jax.learn.nonfinite import component_names, first_not_finite
+from lsp_jax.learn.update import reference_logprobs, update
 from lsp_jax.monitor.numerics import Alarms, NumbersError, parameter_not_finite
 from lsp_jax.policy import Policy
 from lsp_jax.reward.user_callable import callable_reward
+from lsp_jax.training import step
 from test_resume import config_of, train
 from test_trainer import host_reward, low_share, read_lines
 
@@ -28,14 +31,9 @@ QUICK_COMPILES = True
 pytestmark = pytest.mark.full
 
 
-def planted(stage: Any, change: Callable[[Any], Any]) -> Any:
-    """The stage with what it returns changed."""
-
-    def call(*arguments: Any) -> Any:
-        return change(stage(*arguments))
-
-    call.__name__ = stage.__name__
-    return call
+def run_stages_by(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage of a run's iterations is run by `call`."""
+    monkeypatch.setattr(step, "Backend", partial(Backend, call=call))
 
 
 def nan_in_one_row(x: jax.Array) -> jax.Array:
@@ -51,13 +49,13 @@ def in_sampled(learnable: Any) -> Any:
 
 
 def in_reference(found: Any) -> Any:
-    solver, challenger = found
-    return solver, challenger._replace(logprobs=nan_in_one_row(challenger.logprobs))
+    challenger = found.challenger
+    return found._replace(challenger=challenger._replace(logprobs=nan_in_one_row(challenger.logprobs)))
 
 
 PLANTED = {
-    "log-probabilities with which the Solver sampled": ("learn_batch", in_sampled),
-    "the reference's log-probabilities of what the Challenger sampled": ("reference", in_reference),
+    "log-probabilities with which the Solver sampled": (learn_batch, in_sampled),
+    "the reference's log-probabilities of what the Challenger sampled": (reference_logprobs, in_reference),
 }
 
 
@@ -65,9 +63,13 @@ PLANTED = {
 def test_the_diagnosis_names_the_place(
     name: str, game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    stage, change = PLANTED[name]
-    monkeypatch.setattr("lsp_jax.training.step.first_checked", lambda call, *arguments: call(*arguments))
-    monkeypatch.setattr(stages, stage, planted(getattr(stages, stage), change))
+    place, change = PLANTED[name]
+
+    def planted(stage: Any, *arrays: Any, **static: Any) -> Any:
+        found = execute(stage, *arrays, **static)
+        return change(found) if stage is place else found
+
+    run_stages_by(planted, monkeypatch)
     config = config_of(game_model, tmp_path / "run", max_skipped=2)
     with pytest.raises(NumbersError, match=rf"iteration 2.*{name}; so for 2 iterations in a row") as error:
         train(config)
@@ -109,14 +111,14 @@ def test_every_component_by_itself(game_model: Path, tmp_path: Path, monkeypatch
     """A NaN or an infinity in each part in turn: its own name; in a masked place: nothing."""
     seen: dict[str, Any] = {}
 
-    def keep(call: Any, *arguments: Any) -> Any:
-        if call.__name__ == "update":
-            seen["update"] = jax.tree.map(jnp.copy, arguments[:4])
-        return call(*arguments)
+    def keep(stage: Any, *arrays: Any, **static: Any) -> Any:
+        if stage is update:
+            seen["update"] = jax.tree.map(jnp.copy, arrays)
+        return execute(stage, *arrays, **static)
 
-    monkeypatch.setattr(stages, "first_checked", keep)
+    run_stages_by(keep, monkeypatch)
     train(config_of(game_model, tmp_path / "run", max_steps=1))
-    state, _, batch, references = seen["update"]
+    state, batch, references, _ = seen["update"]
     names, check = component_names(batch), jax.jit(first_not_finite)
     sound = (batch, references, jnp.float32(1.0))
     assert len(set(names)) == len(names) and int(check(*sound)) == 0 and parameter_not_finite(state.params) is None
@@ -140,9 +142,9 @@ def test_every_component_by_itself(game_model: Path, tmp_path: Path, monkeypatch
         rows = batch.solver._replace(behaviour_logprobs=spoiled(batch.solver.behaviour_logprobs, place, jnp.nan))
         name = "log-probabilities with which the Solver sampled"
         assert said(batch._replace(solver=rows), *sound[1:]) == (name if counts else None)
-        bad = Reference(spoiled(references[0].logprobs, place, -jnp.inf), None)
+        bad = Reference(spoiled(references.solver.logprobs, place, -jnp.inf))
         name = "the reference's log-probabilities of what the Solver sampled"
-        assert said(batch, (bad, references[1]), *sound[2:]) == (name if counts else None)
+        assert said(batch, references._replace(solver=bad), *sound[2:]) == (name if counts else None)
     rows = batch.challenger._replace(advantages=spoiled(batch.challenger.advantages, 0, jnp.nan))
     assert said(batch._replace(challenger=rows), *sound[1:]) == "advantages of the Challenger"
 

@@ -14,7 +14,7 @@ import pytest
 import lsp_jax as lsp
 from lsp_jax.algorithm.resampling import replaced, sources
 from lsp_jax.core.errors import InputError
-from lsp_jax.learn.advantages import advantages
+from lsp_jax.learn.advantages import GroupRewards, advantages
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.novelty import MemoryConfig
 from lsp_jax.monitor.health import HealthConfig
@@ -25,6 +25,7 @@ from lsp_jax.reward.base import HostReward, RewardOutput, RewardSpec, combine
 from lsp_jax.reward.user_callable import callable_reward
 from lsp_jax.training.probe import query_values, raw
 from lsp_jax.training.replay import replay
+from specs import hyper
 from test_resume import assert_same_run, config_of
 from test_trainer import host_reward, read_lines, same_bits
 
@@ -45,13 +46,17 @@ def an_episode() -> Episode:
 def test_the_gate_and_the_price_by_hand():
     """V is 0, 0.5, 1 and (invalid) nothing; outside 0.1 .. 0.9 a query is paid as the invalid one, with no price."""
     task = jnp.asarray([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-    valid, price = jnp.asarray([True, True, True, False]), jnp.asarray([0.25, 0.25, 0.25, 0.25])
-    result = advantages(task, task * 0, valid, jnp.ones((4, 2), bool), -2.0, False, "none", (0.1, 0.9), price)
+    valid = jnp.asarray([True, True, True, False])
+    loss = LossConfig(use_quality=False, invalid_query_penalty=-2.0, value_low=0.1, value_high=0.9)
+    rewards = GroupRewards(task, task * 0, valid, jnp.ones((4, 2), bool))
+    scalars = hyper(loss, memory=MemoryConfig(penalty=0.25))
+    result = advantages(rewards, loss.spec, scalars, jnp.ones(4, bool))
     np.testing.assert_allclose(result.challenger_reward, [-2, -0.75, -2, -2])
     np.testing.assert_allclose(result.challenger, np.array([-2, -0.75, -2, -2]) + 6.75 / 4, atol=1e-6)
     np.testing.assert_allclose(result.solver, [[0, 0], [0.5, -0.5], [0, 0], [0, 0]])
     assert result.answer_counts.tolist() == [[True] * 2] * 3 + [[False] * 2], "the Solver learns as before"
-    open_gate = advantages(task, task * 0, valid, jnp.ones((4, 2), bool), -2.0, False)
+    loss = LossConfig(use_quality=False, invalid_query_penalty=-2.0)
+    open_gate = advantages(rewards, loss.spec, hyper(loss))
     np.testing.assert_allclose(open_gate.challenger_reward, [0, -0.5, -1, -2])
 
 

@@ -131,7 +131,7 @@ def test_every_parameter_has_a_partition_that_its_shape_divides(config: Any):
 
 
 def test_moments_lie_as_their_parameters_and_counters_everywhere():
-    state = jax.eval_shape(lambda p: init_state(p, OptimizerConfig()), params_shape(tiny_config()))
+    state = jax.eval_shape(lambda p: init_state(p, OptimizerConfig().spec), params_shape(tiny_config()))
     specs = partitions(state)
     wanted = specs.params["model"]["layers"]["mlp"]["down_proj"]["weight"]
     assert wanted == partition("model/layers/mlp/down_proj/weight") != jax.sharding.PartitionSpec()

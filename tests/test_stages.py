@@ -43,7 +43,7 @@ def second_config(first: Path, directory: Path, **changes: Any) -> TrainConfig:
 def test_the_second_stage_starts_from_the_firsts_policy_and_keeps_it_as_reference(first: Path, tmp_path: Path):
     run, params = setup(second_config(first, tmp_path / "second"), [host_reward()])
     policy = load_run_params(first, 2)
-    assert same_bits(params, policy) and same_bits(run.reference, cast(policy, run.game.compute_dtype))
+    assert same_bits(params, policy) and same_bits(run.reference, cast(policy, run.game.learner.compute_dtype))
     assert not same_bits(policy, load_run_params(first, 1)), "the newest checkpoint, and training moved it"
     assert run.config.init_step == 2
 

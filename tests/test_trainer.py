@@ -310,7 +310,7 @@ def test_transformers_continues_the_export_as_we_do(run: Trained):
         texts.append(tokenizer.decode(out[:-1] if out[-1] in STOPS else out, skip_special_tokens=True))
     assert any(texts)
     ours = lsp.load_pretrained(run.directory / "export")
-    assert lsp.generate(ours, PROMPTS, temperature=0.0, max_completion_length=16) == texts
+    assert lsp.generate(ours, PROMPTS, SamplingConfig(temperature=0), max_completion_length=16) == texts
 
 
 def test_export_run_writes_the_same_directory(run: Trained, tmp_path: Path):

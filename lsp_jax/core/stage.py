@@ -45,8 +45,10 @@ class Stage(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         # static arguments by name however they come: `jax.jit` would compile once for each way of passing them
-        arrays, rest = args[: self._arrays], zip(self._names[self._arrays :], args[self._arrays :], strict=False)
-        named_arguments: dict[str, Any] = {**dict(rest), **kwargs}
+        start, end = self._arrays, len(self._names)
+        arrays = args[:start] + args[end:]  # one too many is left for `jax.jit` to refuse
+        rest = dict(zip(self._names[start:], args[start:end], strict=False))
+        named_arguments: dict[str, Any] = dict(**rest, **kwargs)
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((arrays, named_arguments))):
             return self.jitted(*arrays, **named_arguments)
         with named(f"stage {self.__name__}"):
