@@ -72,7 +72,7 @@ DATA: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "blank lines": ("\n\n", ("data.source = ", "no rows")),
     "no prompts": ('{"text": "one"}\n', ("data.prompt_fields = 'prompt'", "no such field (it has text)")),
     "empty prompts": ('{"prompt": ""}\n{"prompt": null}\n', ("data.source = ", "2 rows, none with a prompt")),
-    "no text": ('{"prompt": 3}\n', ("data.prompt_fields = 'prompt'", "must hold text")),
+    "no text": ('{"prompt": 3}\n', ("data.prompt_fields = 'prompt'", "must be a string")),
     "no object": ('["one"]\n', (".jsonl:1", "must be a JSON object")),
     "no JSON": ("one\n", ("data.source = ", "is not JSON Lines")),
 }

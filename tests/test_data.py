@@ -112,7 +112,7 @@ BAD_FILES = {
     "no prompts": ('{"prompt": ""}\n{"prompt": "  "}\n', "none with a prompt"),
     "too long": ('{"prompt": "' + "a " * 400 + '"}\n', "none with a prompt of 1 to 50 tokens"),
     "no such field": ('{"question": "Why?"}\n', "no such field (it has question)"),
-    "not text": ('{"prompt": 7}\n', "must hold text"),
+    "not text": ('{"prompt": 7}\n', "must be a string"),
     "not an object": ('["Why?"]\n', "must be a JSON object"),
     "not JSON": ('{"prompt": "a"}\nWhy?\n', "is not JSON Lines"),
     "not UTF-8": (b'{"prompt": "\xff"}\n', "is not JSON Lines in UTF-8"),

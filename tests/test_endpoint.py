@@ -171,11 +171,11 @@ def test_an_endpoint_that_is_gone_ends_it_after_a_while(server: Server):
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refused_key_ends_it_at_once(server: Server, status: int):
     server.behave = lambda question, _: (status, {}, b"")
-    with pytest.raises(InputError, match=r"LSP_TEST_KEY.*refuses its key") as caught:
+    with pytest.raises(InputError, match=r"LSP_TEST_KEY.*rejects its key") as caught:
         ask(server, [f"q{n}" for n in range(50)], concurrency=1)
     assert len(server.asked) <= 2 and KEY not in str(caught.value)
     server.models = status, {}, b""
-    with pytest.raises(InputError, match="refuses its key"):
+    with pytest.raises(InputError, match="rejects its key"):
         Endpoint(server.config()).check()
 
 
@@ -213,11 +213,11 @@ def test_the_look_before_any_work(server: Server):
         ({"url": "http://judge.org/v1", "allow_local_http": True}, "must be https"),
         ({"url": "http://127.0.0.1.judge.org/v1", "allow_local_http": True}, "must be https"),
         ({"url": "http://localhost:8000/v1"}, "allow-local-http"),
-        ({"url": "https://user:word@judge.org/v1"}, "a key belongs into the environment"),
-        ({"url": "https://judge.org/v1?key=1"}, "a key belongs into the environment"),
-        ({"url": "https://judge.org:port/v1"}, "no URL"),
+        ({"url": "https://user:word@judge.org/v1"}, "put the key into the environment"),
+        ({"url": "https://judge.org/v1?key=1"}, "put the key into the environment"),
+        ({"url": "https://judge.org:port/v1"}, "is not a URL"),
         ({"model": ""}, "give the model's name"),
-        ({"key_variable": "LSP_NO_SUCH_KEY"}, "holds no key"),
+        ({"key_variable": "LSP_NO_SUCH_KEY"}, "contains no key"),
         ({"concurrency": 0}, "at least 1"),
         ({"retries": -1}, "at least 0"),
         ({"timeout": float("nan")}, "above 0"),

@@ -360,7 +360,7 @@ def test_refused_before_anything_is_made(
 
 
 def test_refused_names_and_runs(model: Path, tmp_path: Path):
-    with pytest.raises(InputError, match="is named twice"):
+    with pytest.raises(InputError, match="is given twice"):
         models.open_subjects([str(model), str(model)])
     with pytest.raises(InputError, match="no such directory"):
         models.open_subjects([str(tmp_path / "none")])

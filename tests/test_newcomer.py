@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEADING = "## From nothing, command by command"
+HEADING = "## Step by step"
 
 
 def block() -> str:

@@ -1,1 +1,1 @@
-"""Evaluation: win rates against another model, and benchmarks with answers that can be checked."""
+"""Evaluation: benchmarks with verifiable answers, and win rates against another model."""

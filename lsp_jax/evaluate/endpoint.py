@@ -1,6 +1,6 @@
-"""An OpenAI-compatible endpoint that is asked many questions: few at a time, again where it was busy, never twice.
+"""Client of an OpenAI-compatible endpoint: many requests with limited concurrency and retries.
 
-The key comes from the environment and goes into one header; redirects are not followed, so it reaches no one else.
+The key is read from the environment and sent in one header; redirects are not followed, so it reaches no other host.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from lsp_jax.core.errors import InputError, RunError
 from lsp_jax.evaluate.result_cache import digest
 
 BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-"""Statuses after which the same question may be answered later."""
+"""Status codes after which a request is retried."""
 LONGEST_WAIT = 60.0
-"""Seconds between two tries at most, also where the endpoint asks for more."""
+"""Maximum seconds between two attempts, even if the endpoint asks for more."""
 LARGEST_REPLY = 4 << 20
-"""Bytes."""
+"""Maximum bytes of a reply."""
 FAILURES = 10
-"""Questions without a reply, one after another, after which the rest is left for another time."""
+"""Consecutive failed requests after which the evaluation stops."""
 
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """A model behind an OpenAI-compatible endpoint."""
+    """A model at an OpenAI-compatible endpoint."""
 
     url: str = ""
-    """Base of the endpoint, as in https://api.openai.com/v1."""
+    """Base URL of the endpoint, such as https://api.openai.com/v1."""
     model: str = ""
-    """The model's name there; give a dated or versioned one, for results name it."""
+    """Name of the model at the endpoint; use a dated or versioned name, because results refer to it."""
     key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; an endpoint on this machine needs none."""
+    """Environment variable with the API key; not needed for a local endpoint."""
     allow_local_http: bool = False
-    """Allow http:// for an endpoint on this machine (localhost, 127.0.0.0/8, ::1)."""
+    """Allow http:// for an endpoint on the local host (localhost, 127.0.0.0/8, ::1)."""
     concurrency: int = 8
-    """Questions asked at one time."""
+    """Maximum number of parallel requests."""
     retries: int = 6
-    """Tries after the first where the endpoint is busy, cannot be reached or answers nonsense."""
+    """Retries when the endpoint is busy, cannot be reached or sends an invalid reply."""
     timeout: float = 120.0
-    """Seconds for one reply."""
+    """Time limit of one reply, in seconds."""
     max_tokens: int = 1024
-    """Longest reply in tokens."""
+    """Maximum reply length in tokens."""
     input_price: float = 0.0
-    """US dollars for a million tokens of prompts, for the estimate; 0: unknown."""
+    """US dollars per million prompt tokens, for the cost estimate; 0: unknown."""
     output_price: float = 0.0
-    """US dollars for a million tokens of replies; 0: unknown."""
+    """US dollars per million reply tokens; 0: unknown."""
 
     @property
     def is_local(self) -> bool:
-        """Whether the endpoint is on this machine."""
+        """Whether the endpoint is on the local host."""
         name = httpx.URL(self.url).host
         try:
             return name == "localhost" or ipaddress.ip_address(name).is_loopback
@@ -68,28 +68,28 @@ class EndpointConfig:
 
     @property
     def key(self) -> str:
-        """The key, "" where there is none."""
+        """The API key, "" if there is none."""
         return os.environ.get(self.key_variable, "").strip()
 
     def check(self, field: str = "judge") -> None:
-        """Raises InputError naming `field`.<name>; asks nobody."""
+        """Raises InputError naming `field`.<name>; sends no requests."""
         try:
             url = httpx.URL(self.url)
             scheme, place, user = url.scheme, url.host, url.userinfo
         except httpx.InvalidURL as error:
-            raise InputError(f"{field}.url", self.url, f"is no URL ({error})") from error
+            raise InputError(f"{field}.url", self.url, f"is not a URL ({error})") from error
         if user or url.query or url.fragment:
-            remedy = f"must be a base such as https://HOST/v1; a key belongs into the environment ({self.key_variable})"
+            remedy = f"must be a base such as https://HOST/v1; put the key into the environment ({self.key_variable})"
             raise InputError(f"{field}.url", f"{scheme}://{place}...", remedy)
         if not place or scheme not in ("https", "http"):
             raise InputError(f"{field}.url", self.url, "must begin with https:// and name a host")
         if scheme == "http" and not (self.is_local and self.allow_local_http):
-            remedy = f"must be https://; http:// only on this machine, with --{field}.allow-local-http"
+            remedy = f"must be https://; http:// only on the local host, with --{field}.allow-local-http"
             raise InputError(f"{field}.url", self.url, remedy)
         if not self.model:
             raise InputError(f"{field}.model", self.model, "give the model's name at the endpoint")
         if not self.key and not self.is_local:
-            remedy = "holds no key: set this environment variable, or name another with "
+            remedy = "contains no key: set this environment variable, or name another with "
             raise InputError(f"{field}.key_variable", self.key_variable, remedy + f"--{field}.key-variable")
         for name, least in (("concurrency", 1), ("retries", 0), ("max_tokens", 1)):
             if getattr(self, name) < least:
@@ -99,7 +99,7 @@ class EndpointConfig:
 
 
 class _NoReply(Exception):
-    """Why a question has no reply; `wait` seconds until another try, None for no other try."""
+    """Reason why a request has no reply; `wait` seconds until a retry, None for no retry."""
 
     def __init__(self, why: str, wait: float | None):
         super().__init__(why)
@@ -107,7 +107,7 @@ class _NoReply(Exception):
 
 
 class Endpoint:
-    """Asks questions of one message each. Not for several threads."""
+    """Client for single-message requests; use it from one thread only."""
 
     def __init__(self, config: EndpointConfig, field: str = "judge"):
         """`config` has passed `check`."""
@@ -118,28 +118,28 @@ class Endpoint:
         self.counts: Counter[str] = Counter()
         """Counts of requests: `asked`, `tokens in`, `tokens out`, and each kind of failure."""
         self.models: Counter[str] = Counter()
-        """The model's name as replies give it."""
+        """Counts of the model names in replies."""
         self._stop, self._lock = threading.Event(), threading.Lock()
         headers = {"Authorization": f"Bearer {config.key}"} if config.key else {}
-        # a proxy of the environment would be asked for what is on this machine
+        # local endpoints must not go through a proxy set in the environment
         self._client = httpx.Client(
             headers=headers, timeout=config.timeout, follow_redirects=False, trust_env=not config.is_local
         )
 
     def close(self) -> None:
-        """Ends what is being asked."""
+        """Cancels pending requests and closes the client."""
         self._stop.set()
         self._client.close()
 
     def check(self) -> None:
-        """Asks for the endpoint's models, so that a wrong address, key or name shows before any long work.
+        """Requests the list of models, so that a wrong URL, key or model name is found before any long work.
 
-        Raises InputError; an endpoint without such a list is taken as it is.
+        Raises InputError; an endpoint without such a list passes.
         """
         try:
             reply = self._client.get(f"{self.config.url.rstrip('/')}/models")
         except httpx.HTTPError as error:
-            remedy = f"cannot be reached ({type(error).__name__}); check the address and the network"
+            remedy = f"cannot be reached ({type(error).__name__}); check the URL and the network"
             raise InputError(f"{self._field}.url", self.config.url, remedy) from None
         self._refuse(reply)
         try:
@@ -153,7 +153,7 @@ class Endpoint:
             )
 
     def estimate(self, questions: Sequence[str]) -> str:
-        """The requests' cost estimated, in a line: four characters count as a token, replies as the longest allowed."""
+        """Returns a one-line cost estimate, with four characters per token and replies of maximum length."""
         taken, given = sum(map(len, questions)) // 4, len(questions) * self.config.max_tokens
         line = f"{self.name}: {len(questions)} questions, about {taken:,} tokens in, at most {given:,} out"
         prices = self.config.input_price, self.config.output_price
@@ -163,10 +163,10 @@ class Endpoint:
         return line
 
     def ask(self, questions: Sequence[str]) -> Iterator[tuple[int, str | None, str]]:
-        """(index, reply or None, why there is none), as they come; each reply once, whatever the number of tries.
+        """Yields (index, reply or None, reason of failure) once per question, in order of completion.
 
-        Raises InputError where the endpoint refuses the key or the model, RunError after `FAILURES` questions in a row
-        without a reply: what was said before has been yielded.
+        Raises InputError if the endpoint rejects the key or the model, RunError after `FAILURES` consecutive failures;
+        earlier replies have been yielded by then.
         """
         waiting, in_a_row = iter(enumerate(questions)), 0
         pool = ThreadPoolExecutor(self.config.concurrency, thread_name_prefix="endpoint")
@@ -192,7 +192,7 @@ class Endpoint:
                         )
                         raise RunError(f"judge {self.name}: {remedy}")
         finally:
-            self._stop.set()  # nobody waits for another try
+            self._stop.set()  # interrupts waits for retries
             pool.shutdown(wait=True, cancel_futures=True)
             self._stop.clear()
 
@@ -203,7 +203,7 @@ class Endpoint:
             except _NoReply as error:
                 if error.wait is None or number == self.config.retries:
                     raise
-                # apart from one another, or all would come back at one time
+                # with jitter, so that requests do not all return at once
                 pause = max(error.wait, min(2.0**number, LONGEST_WAIT) * random.uniform(0.5, 1.0))
                 self._count("tried again")
                 if self._stop.wait(min(pause, LONGEST_WAIT)):
@@ -233,7 +233,7 @@ class Endpoint:
         return self._read(body)
 
     def _post(self, request: dict[str, Any]) -> tuple[int, Any, bytes]:
-        """Status, headers and at most `LARGEST_REPLY` bytes, all of it within the time for one reply."""
+        """Returns status, headers and at most `LARGEST_REPLY` bytes, within the time limit of one reply."""
         end, body = time.monotonic() + self.config.timeout, bytearray()
         with self._client.stream("POST", f"{self.config.url.rstrip('/')}/chat/completions", json=request) as reply:
             self._refuse(reply)
@@ -260,15 +260,15 @@ class Endpoint:
         return text
 
     def _refuse(self, reply: httpx.Response) -> None:
-        """InputError for what no other try can mend."""
+        """Raises InputError for failures that a retry cannot resolve."""
         config, status = self.config, reply.status_code
         if status in (401, 403):
             raise InputError(
-                f"{self._field}.key_variable", config.key_variable, f"the endpoint refuses its key ({status})"
+                f"{self._field}.key_variable", config.key_variable, f"the endpoint rejects its key ({status})"
             )
         if 300 <= status < 400:
             raise InputError(
-                f"{self._field}.url", config.url, f"redirects ({status}), which is not followed: give its target"
+                f"{self._field}.url", config.url, f"redirects ({status}), which is not followed: give the target URL"
             )
 
     def _count(self, kind: str) -> None:
@@ -277,7 +277,7 @@ class Endpoint:
 
 
 def _seconds(retry_after: str) -> float:
-    """Of a Retry-After header; 0 where it is a date or missing."""
+    """Parses the seconds of a Retry-After header; 0 if it is a date or missing."""
     try:
         return min(max(float(retry_after), 0.0), LONGEST_WAIT)
     except ValueError:

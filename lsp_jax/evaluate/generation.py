@@ -1,7 +1,7 @@
-"""Answers of a model to many prompts, with the programs that play in training, kept as they come.
+"""Batched, cached generation for evaluation, with the decoding programs of training.
 
-Prompts of all tasks are batched by length, so few programs are compiled and little is padding: one for each width of
-prompts and length of completions, whatever the number of models of one shape that are asked in turn.
+Prompts of all tasks are batched by length, which limits padding and the number of programs: one per prompt width and
+completion length, shared by all models of the same shape.
 """
 
 from __future__ import annotations
@@ -27,51 +27,51 @@ from lsp_jax.policy import Policy
 from lsp_jax.text.prompts import SLOT, template_pieces
 
 CHUNK = 32
-"""Columns between two looks at which rows still run."""
+"""Tokens between two checks for finished rows."""
 
 
 class Request(NamedTuple):
-    """One answer that is wanted."""
+    """A request for one answer."""
 
     ids: tuple[int, ...]
-    """The prompt, checked by `play.generate.prompt_ids`."""
+    """Token ids of the prompt, checked by `play.generate.prompt_ids`."""
     columns: int
-    """Longest answer in tokens."""
+    """Maximum answer length in tokens."""
     sampling: SamplingConfig
     sample: int = 0
-    """Which of several answers to this prompt."""
+    """Index among several answers to this prompt."""
     seed: int = 0
 
     def key(self, model: str) -> str:
-        """The cache key of an answer: everything that it depends on, `model` being the digest of its weights."""
+        """Returns the cache key, a digest of all inputs; `model` is the digest of the weights."""
         return digest(
             "answer", model, list(self.ids), self.columns, list(vars(self.sampling).values()), self.sample, self.seed
         )
 
     @property
     def width(self) -> int:
-        """Of the batch that holds the prompt."""
+        """Width of the batch that contains the prompt."""
         return bucket(len(self.ids), PROMPT_BUCKETS, "prompt length")
 
     @property
     def program(self) -> tuple[Any, ...]:
-        """Requests that are equal here run in one program."""
+        """Key of the compiled program; requests with equal keys can share a batch."""
         return self.columns, tuple(vars(self.sampling).values()), self.width
 
 
 class Answer(NamedTuple):
-    """The text that the model wrote."""
+    """A generated answer."""
 
     text: str
-    """Without its stop token."""
+    """Text without the stop token."""
     tokens: int
     stopped: bool
-    """False: cut off at `columns`."""
+    """False if truncated at `columns`."""
 
 
 @partial(jax.jit, static_argnames="seed")
 def _row_keys(prompts: jax.Array, samples: jax.Array, seed: int) -> jax.Array:
-    """A key a row from its prompt and its sample's number: which rows share a batch changes no draw."""
+    """Derives a key per row from its prompt and sample index, so that sampling does not depend on the batch."""
     whole = jax.random.key(seed)
     return jax.vmap(lambda prompt, sample: jax.random.fold_in(jax.random.fold_in(whole, prompt), sample))(
         prompts, samples
@@ -79,10 +79,10 @@ def _row_keys(prompts: jax.Array, samples: jax.Array, seed: int) -> jax.Array:
 
 
 def chat_prompts(policy: Policy, texts: Sequence[str], columns: int) -> list[tuple[int, ...]]:
-    """Ids of one user message each, in the model's chat template.
+    """Returns the ids of single user messages in the model's chat template.
 
-    They are spliced in as plain text: a control token that a data set or a model spells in them closes nothing.
-    Raises InputError where one does not fit the model with `columns` new tokens.
+    Texts are spliced in as plain text, so control tokens spelled in them have no effect. Raises InputError if a prompt
+    with `columns` new tokens does not fit the model's context.
     """
     before, after = template_pieces(policy.tokenizer, [{"role": "user", "content": SLOT}])
     encoded = [[*before, *policy.tokenizer.encode(text.strip()), *after] for text in texts]
@@ -92,10 +92,10 @@ def chat_prompts(policy: Policy, texts: Sequence[str], columns: int) -> list[tup
 def answers(
     policy: Policy, requests: Sequence[Request], store: Store, model: str, batch_size: int = 32, about: str = "answers"
 ) -> list[Answer]:
-    """The answer to each request, from `store` where it is there; new ones are kept in it batch by batch.
+    """Returns the answer to each request, from `store` if cached there; adds new ones to it batch by batch.
 
-    `model` names the weights (their digest); `about` stands before the progress bar. An answer depends on the weights,
-    its request and, by rounding alone, on the batch it is in.
+    `model` is the digest of the weights, `about` the label of the progress bar. An answer depends on the weights, its
+    request and, through rounding only, on its batch.
     """
     keys = [request.key(model) for request in requests]
     missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in store}
@@ -109,7 +109,7 @@ def answers(
 
 
 def _batches(missing: list[tuple[str, Request]], size: int) -> Iterator[list[tuple[str, Request]]]:
-    """At most `size` of one program each, the shortest prompts first."""
+    """Yields batches of at most `size` requests with a common program, shortest prompts first."""
     ordered = sorted(missing, key=lambda item: (item[1].program, item[1].seed, len(item[1].ids)))
     for _, group in groupby(ordered, key=lambda item: (item[1].program, item[1].seed)):
         alike = list(group)
@@ -120,7 +120,7 @@ def _complete(policy: Policy, requests: Sequence[Request], batch_size: int) -> l
     first = requests[0]
     with use_mesh(mesh_of(policy.params)):
         shards = row_shards()
-        rows = -(-batch_size // shards) * shards  # always as many, so that the last batch is no program of its own
+        rows = -(-batch_size // shards) * shards  # constant, so that the last batch needs no program of its own
         tokens, lengths = pad_prompts([request.ids for request in requests], first.width, rows)
         numbers = np.zeros((2, rows), np.uint32)
         for row, request in enumerate(requests):

@@ -1,4 +1,4 @@
-"""The models under evaluation, checkpoints of runs among them, opened before any weights are read."""
+"""Models and checkpoints under evaluation, opened before any weights are read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lsp_jax.policy import Policy, open_pretrained
 
 ALL = "all"
 DATE = "26 Jul 2024"
-"""That chat templates show for a model that belongs to no run: a fixed one, so that tomorrow's prompts are today's."""
+"""Date in chat templates for models without a run, fixed so that prompts do not change from day to day."""
 
 
 class Subject(NamedTuple):
-    """A model, or a run's policy at one checkpoint."""
+    """A model, or the policy of a run at one checkpoint."""
 
     name: str
     opened: Policy
@@ -38,11 +38,11 @@ class Subject(NamedTuple):
 
     @property
     def label(self) -> str:
-        """For tables and files."""
+        """Name in tables and files."""
         return self.name if self.step is None else f"{self.name}@{self.step}"
 
     def load(self, dtype: str, mesh: Mesh | None) -> Policy:
-        """With its parameters in `dtype`, placed alike whatever they come from, so that programs are shared."""
+        """Loads the parameters in `dtype`, with the same sharding for every source, so that programs are shared."""
         params: Params
         if self.step is None:
             params = load_params(self.place, self.opened.config, dtype, mesh)
@@ -52,10 +52,10 @@ class Subject(NamedTuple):
 
 
 def open_subjects(names: Sequence[str], steps: Sequence[str] = ()) -> list[Subject]:
-    """Every model named once, every run at each of `steps` (iterations or `all`; none: its newest checkpoint).
+    """Opens every model, and every run at each of `steps` (iterations or `all`; default: the newest checkpoint).
 
-    A name is a run's folder, a model's directory or a hub id. Raises InputError for what is none of them, for a
-    checkpoint that no run has, and for steps where there is no run.
+    Names are run folders, model directories or hub ids. Raises InputError for other names, for a missing checkpoint,
+    and for steps without a run.
     """
     wanted = _numbers(steps)
     subjects: list[Subject] = []
@@ -70,23 +70,23 @@ def open_subjects(names: Sequence[str], steps: Sequence[str] = ()) -> list[Subje
         opened = replace(opened, tokenizer=opened.tokenizer.dated(TrainConfig.load(folder / "config.json").date))
         absent = [step for step in wanted if step not in saved]
         if not saved or absent:
-            remedy = f"{name} has checkpoints {saved or 'none'}; give some of them, {ALL}, or none for the newest"
+            remedy = f"{name} has checkpoints {saved or 'none'}; give some of them, {ALL}, or omit steps for the newest"
             raise InputError("steps", absent[0] if absent else None, remedy)
         chosen = wanted or (saved if ALL in steps else [max(saved)])
         subjects += [Subject(name, opened, folder, step) for step in chosen]
     if steps and all(subject.step is None for subject in subjects):
-        raise InputError("steps", " ".join(steps), "only runs have checkpoints, and no run is named")
+        raise InputError("steps", " ".join(steps), "only runs have checkpoints, and no run is given")
     labels = [subject.label for subject in subjects]
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:
-        raise InputError("models", twice[0], "is named twice")
+        raise InputError("models", twice[0], "is given twice")
     return subjects
 
 
 def _numbers(steps: Sequence[str]) -> list[int]:
     if ALL in steps:
         if len(steps) > 1:
-            raise InputError("steps", " ".join(steps), f"give iterations, or {ALL} alone")
+            raise InputError("steps", " ".join(steps), f"give iterations, or only {ALL}")
         return []
     for step in steps:
         if not step.isascii() or not step.isdecimal() or len(step) > 9 or not int(step):

@@ -1,6 +1,6 @@
-"""Results by what they were made of, a JSON line each: a rerun makes only those that are missing.
+"""Cache of results by a digest of their inputs, one JSON line each, so that a rerun computes only missing ones.
 
-A line is on disk before the next result is waited for, so a crash loses nothing; a line that it cut short is dropped.
+Every line is synced to disk before the next result is computed, so a crash loses nothing; a torn last line is dropped.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from lsp_jax.core.files import check_writable, read_jsonl, user_path
 
 
 def digest(*parts: Any) -> str:
-    """SHA-256 of JSON values: equal for equal content, on every machine."""
+    """Returns the SHA-256 of JSON values, equal for equal content on every machine."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 class Store:
-    """A file of results; one process writes it at a time."""
+    """A file of cached results, locked by one process at a time."""
 
     def __init__(self, path: str | Path):
-        """Reads what is there. Raises InputError for a file that is none of ours, or that another process writes."""
+        """Reads the file. Raises InputError if it is not such a cache, or another process is writing it."""
         self.path: Path = user_path("output_dir", path)
         check_writable("output_dir", self.path.parent)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ class Store:
         except OSError:
             self._file.close()
             raise InputError(
-                "output_dir", str(self.path), "another evaluation is writing it; wait, or give another one"
+                "output_dir", str(self.path), "another evaluation is writing to it; wait, or give another directory"
             ) from None
         try:
             self._values = self._read()
@@ -65,7 +65,7 @@ class Store:
         return len(self._values)
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Adds results and has them on disk when it returns."""
+        """Adds results and syncs them to disk."""
         lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in values.items()]
         self._file.write("".join(lines).encode())
         self._file.flush()
@@ -73,7 +73,7 @@ class Store:
         self._values.update(values)
 
     def close(self) -> None:
-        """Others may write the file now."""
+        """Closes and unlocks the file."""
         self._file.close()
 
     def __enter__(self) -> Store:

@@ -83,7 +83,7 @@ def named(tasks: Sequence[str]) -> dict[str, str]:
         if name not in TASKS:
             raise InputError("tasks", name, f"must be one of {', '.join(TASKS)}, each alone or as NAME=FILE.jsonl")
         if name in found:
-            raise InputError("tasks", name, "is named twice")
+            raise InputError("tasks", name, "is given twice")
         found[name] = file
     return found
 

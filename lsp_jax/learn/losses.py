@@ -37,7 +37,7 @@ SCALES = ("none", "group", "batch")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The objective. Where the paper is silent the default is ours."""
+    """Training objective. Defaults are ours where the paper gives no value."""
 
     beta: float = 0.05
     """Weight of the KL to the reference, >= 0 (LSP: 0.05)."""
@@ -48,29 +48,29 @@ class LossConfig:
     token_mean: mean over all tokens of the iteration (TRL's dapo, and bnpo in one micro-batch); constant_length: sum
     divided by rows times the maximum completion length (TRL's dr_grpo)."""
     scale_rewards: Literal["none", "group", "batch"] = "none"
-    """Standard deviation that advantages are divided by: none (the paper), that of the group (TRL's default), or that
-    of all rewards of the iteration."""
+    """Standard deviation by which advantages are divided: none (the paper), that of the group (TRL's default), or that
+    of all rewards of the iteration (batch)."""
     num_iterations: int = 1
-    """Inner epochs: updates made on one iteration's play. Above 1 the ratios are clipped."""
+    """Inner epochs: updates per rollout batch. Above 1 the ratios are clipped."""
     clip_epsilon: float = 0.2
-    """How far below 1 a ratio still counts, and above 1 too unless clip_epsilon_high is set (TRL's epsilon)."""
+    """Clipping range of the ratio below 1, and above 1 unless clip_epsilon_high is set (TRL's epsilon)."""
     clip_epsilon_high: float = 0.0
-    """How far above 1 a ratio still counts (TRL's epsilon_high); 0: as clip_epsilon."""
+    """Clipping range of the ratio above 1 (TRL's epsilon_high); 0: as clip_epsilon."""
     importance_cap: float = 0.0
-    """Largest weight of truncated importance correction between sampler and learner, token by token; 0 is off. (TRL's
+    """Cap of the truncated importance weights between sampler and learner, per token; 0: off. (TRL's
     vllm_importance_sampling_correction in mode token_truncate, with its clip_max.)"""
     use_quality: bool = True
-    """LSP when True; LSP-Zero (quality rewards measured but left out) when False."""
+    """True: LSP; False: LSP-Zero (quality rewards are measured but not trained on)."""
     alpha_challenger: float = 1.0
-    """Weight of the Challenger's loss, alpha_Ch >= 0; 0 trains the Solver alone."""
+    """Weight of the Challenger's loss, alpha_Ch >= 0; 0 trains only the Solver."""
     invalid_query_penalty: float = -1.0
-    """Challenger reward of a truncated, blank, tag-leaking or off-task query. Valid ones get -V(q) (+ V_Q(q)): keep
-    this below minus the largest task reward, or broken queries pay best."""
+    """Challenger reward of a truncated, blank, tag-leaking or off-task query. Valid queries get -V(q) (+ V_Q(q)), so
+    keep this below minus the largest task reward, or invalid queries have the highest reward."""
     value_low: float = 0.0
-    """Least V(q) of a query that the Challenger is paid for; what lies outside gets the invalid-query penalty."""
+    """Lower bound of V(q); queries outside the bounds get the invalid-query penalty."""
     value_high: float = 0.0
-    """Most V(q) of such a query, above value_low; both 0: any will do. (0.1 and 0.9 keep queries that are solved
-    sometimes.)"""
+    """Upper bound of V(q), above value_low; both 0: no bounds. (0.1 and 0.9 select queries that are sometimes
+    solved.)"""
 
     @property
     def value_gate(self) -> tuple[float, float]:

@@ -23,14 +23,14 @@ LARGEST = 1 << 20
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """How many of the Challenger's queries are remembered, and when two are near-duplicates."""
+    """Memory of the Challenger's earlier queries, for near-duplicate detection."""
 
     size: int = 4096
-    """Queries that are remembered, the newest."""
+    """Number of most recent queries in the memory."""
     near_duplicate: float = 0.9
-    """Similarity, up to 1, from which a query counts as nearly one that was asked before."""
+    """Cosine similarity from which a query counts as a near-duplicate of an earlier one."""
     penalty: float = 0.0
-    """The penalty on the Challenger's reward for such a query; 0 is none."""
+    """Penalty on the Challenger's reward for a near-duplicate; 0: none."""
 
     def check(self, num_queries: int) -> None:
         """Raises InputError naming the field."""

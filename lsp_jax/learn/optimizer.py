@@ -24,32 +24,32 @@ Metrics = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and the way its gradient is made. Names as in TRL."""
+    """AdamW and gradient computation. Names as in TRL."""
 
     learning_rate: float = 3e-6
-    """Step size after warm-up (LSP: 3e-6; 1e-6 for GRPO)."""
+    """Learning rate after warm-up (LSP: 3e-6; 1e-6 for GRPO)."""
     warmup_steps: int = 0
-    """Updates over which the step size rises linearly from 0; the first update uses 1 / warmup_steps of it."""
+    """Updates of linear warm-up from 0; the first update uses 1 / warmup_steps of the learning rate."""
     adam_beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: float = 0.999
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     adam_epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon added to the square root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay on every parameter."""
     max_grad_norm: float = 1.0
-    """Largest global norm of the gradient; longer ones are scaled down to it."""
+    """Maximum global norm of the gradient, for clipping."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the first moment. The second stays float32: in bfloat16 its small steps would be rounded away."""
+    """dtype of the first moment. The second stays float32, because bfloat16 would round its small changes away."""
     micro_batch_size: int = 0
-    """Rows whose activations a device holds at one time; gradients of all micro-batches are added up. 0: as many as
-    fit, by an estimate; 8 where a device does not say what it can hold."""
+    """Rows per device and micro-batch; gradients are accumulated over micro-batches. 0: as many as fit, by an estimate,
+    or 8 if the memory limit of the device is unknown."""
     logprob_chunk: int = 512
-    """Tokens whose logits a device holds at one time."""
+    """Tokens per device whose logits are computed at a time."""
     remat: Remat = "full"
-    """Rematerialisation, what the backward pass recomputes: full: each layer; dots: all of a layer but its
-    products with weights; none."""
+    """Rematerialisation in the backward pass: full: recompute each layer; dots: everything except products with
+    weights; none."""
 
     def check(self) -> None:
         """Raises InputError naming the field."""

@@ -1,14 +1,15 @@
-"""Whether self-play is still alive: what is watched, when it is an alarm, and what then happens.
+"""Monitors of self-play collapse: rules on metrics, alarms, and actions.
 
-An alarm looks at the mean of a metric over the last `health.window` iterations, and most compare it with the first
-window too: a run may begin with long answers, but should not end with nothing else. Each has an action:
+An alarm evaluates the mean of a metric over the last `health.window` iterations, most of them relative to the first
+window, because some runs start with long answers, for example. Each alarm has an action:
 
-1. warn: said once, when it begins.
-2. pause: the Challenger learns nothing until the alarm is over; the Solver goes on.
-3. rollback: the run goes back to its last good checkpoint and plays on with other noise (`training/checkpointing.py`).
-4. stop: the run saves and ends with a status of its own.
+1. warn: a message when the alarm starts.
+2. pause: the Challenger does not learn until the alarm clears; the Solver continues.
+3. rollback: the run restores its last good checkpoint and continues with different random numbers
+   (`training/checkpointing.py`).
+4. stop: the run saves and exits with its own status.
 
-All that decides lies in the checkpoint, so a resumed run is the run that never stopped.
+All monitor state is in the checkpoint, so a resumed run behaves like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,35 +34,35 @@ Action = Literal["off", "warn", "pause", "rollback", "stop"]
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """The action when self-play collapses: nothing, a warning, a pause of the Challenger's learning until it is over,
-    a return to the last good checkpoint, or the end of the run with status 6. A resumed run may change these."""
+    """Self-play monitors. Each alarm has an action: off, warn, pause the Challenger until the alarm clears, roll back
+    to the last good checkpoint, or stop the run with status 6. A resumed run may change these."""
 
     window: int = 10
-    """Iterations whose mean an alarm looks at; the first so many are what it compares with."""
+    """Number of iterations that alarms average over; the first window is the baseline."""
     max_rollbacks: int = 3
-    """Times that a run may go back; at the next alarm it ends with status 6."""
+    """Maximum number of rollbacks; at the next alarm the run stops with status 6."""
     probe: str = ""
-    """A JSONL file of prompts (and what rewards read beside them), fields as `data` says; empty: none. The Solver
-    answers them every `probe_steps` iterations: a checkpoint is good while the answers' rewards are not below the
-    reference's."""
+    """JSONL file of held-out prompts (and fields for rewards), in the format of `data`; empty: none. The Solver
+    answers them every `probe_steps` iterations; checkpoints are good while its rewards are not below those of the
+    reference."""
     probe_steps: int = 10
-    """Iterations between two looks at the probe."""
+    """Iterations between evaluations of the probe."""
     repetition: Action = "warn"
-    """The Challenger asks the same again and again."""
+    """Action when the Challenger repeats its queries."""
     validity: Action = "warn"
-    """Most queries have become invalid."""
+    """Action when most queries are invalid."""
     leaks: Action = "warn"
-    """Queries hold the chat template's tags, or answers are full of tags."""
+    """Action when queries or answers contain template tags."""
     length: Action = "warn"
-    """Nearly all answers run to the longest."""
+    """Action when nearly all answers reach the maximum length."""
     learning: Action = "warn"
-    """Nearly all groups of answers have one reward: there is nothing to learn."""
+    """Action when nearly all groups have equal rewards, so that there is no gradient."""
     entropy: Action = "warn"
-    """The Solver has become deterministic."""
+    """Action when the Solver has become deterministic."""
     drift: Action = "warn"
-    """The Solver is far from the reference."""
+    """Action when the Solver is far from the reference."""
     decline: Action = "warn"
-    """The probe is answered worse than by the reference."""
+    """Action when the Solver scores worse than the reference on the probe."""
 
     def check(self) -> None:
         """Raises InputError naming the field."""
@@ -75,7 +76,7 @@ class HealthConfig:
 
     @property
     def rolls_back(self) -> bool:
-        """Whether any alarm does: then the last good checkpoint is kept."""
+        """Whether any action is a rollback, which requires keeping the last good checkpoint."""
         return any(getattr(self, name) == "rollback" for name in ALARMS)
 
 
@@ -83,10 +84,10 @@ ALARMS = tuple(field.name for field in fields(HealthConfig) if field.type == "Ac
 
 
 class Rule(NamedTuple):
-    """An alarm: the mean of `metric` beyond `limit`, and further than `change` from where it began (None: wherever)."""
+    """An alarm condition: the mean of `metric` is beyond `limit`, and has moved by `change` (None: by any amount)."""
 
     name: str
-    """Also the field of `HealthConfig` that says what to do."""
+    """Name of the alarm, and of the field of `HealthConfig` with its action."""
     metric: str
     above: bool
     limit: float
@@ -94,7 +95,7 @@ class Rule(NamedTuple):
     meaning: str
 
     def fires(self, recent: float, first: float | None) -> bool:
-        """Whether it does on means of the last and of the first window; None: nothing is known of the first."""
+        """Evaluates the rule on the means of the last and the first window; None if the first is unknown."""
         sign = 1 if self.above else -1
         far = self.change is None or (first is not None and sign * (recent - first) >= self.change)
         return sign * recent > sign * self.limit and far
@@ -115,8 +116,8 @@ RULES = (
 
 
 def lexical_metrics(lines: Sequence[Mapping[str, Any]], instruction: str) -> dict[str, float]:
-    """Of an iteration's transcripts: how varied the words of its queries are, how many of them repeat the
-    `instruction` that the Challenger was given, and how many answers hold a tag."""
+    """Returns lexical metrics of an iteration's transcripts: diversity of queries, copies of the Challenger's
+    `instruction`, and tags in answers."""
     words = [line["query"].split() for line in lines]
     single = [word for query in words for word in query]
     pairs = [pair for query in words for pair in itertools.pairwise(query)]

@@ -1,10 +1,10 @@
-"""Queries from a data set instead of a Challenger: prompts of a JSONL file or of a Hugging Face data set.
+"""Queries from a data set instead of the Challenger: prompts of a JSONL file or a Hugging Face data set.
 
-1. `load_data` reads every row, makes its prompt and encodes it once; rows that cannot be used are left out and counted.
-2. `PromptData.batch` gives the N queries at a cursor: the order depends on the seed alone, each epoch has its own.
+1. `load_data` reads all rows and encodes their prompts once; unusable rows are skipped and counted.
+2. `PromptData.batch` selects the N queries at a cursor; the order of each epoch depends only on the seed.
 3. `data_queries` puts them on device as the `Queries` that `solve` splices into the Solver's chat template.
 
-What a data set says is text: tags that it spells stay plain text, and nothing in it is run.
+Data is treated as plain text: tags in it have no effect, and nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from lsp_jax.text.tokenizer_files import check_text
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where queries come from when the Solver is trained on data (GRPO)."""
+    """Data set of prompts for training the Solver without a Challenger (GRPO)."""
 
     source: str = ""
-    """A JSONL file, or a data set on the Hugging Face hub (needs the extra `data`); empty is self-play."""
+    """JSONL file, or id of a data set on the Hugging Face hub (needs the extra `data`); empty: self-play."""
     subset: str = ""
-    """Name of a hub data set's configuration."""
+    """Configuration name of a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
     revision: str = ""
-    """Branch, tag or commit of a hub data set; empty is its default branch."""
+    """Branch, tag or commit of a hub data set; empty: its default branch."""
     prompt_fields: tuple[str, ...] = ("prompt",)
-    """Fields that make the prompt, joined by an empty line; empty ones are left out, lists are joined by line ends."""
+    """Fields that form the prompt, joined by blank lines; empty fields are skipped, lists joined by newlines."""
     instruction: str = ""
-    """Text put before every prompt, such as the form that the final answer must have."""
+    """Text prepended to every prompt, such as the required form of the final answer."""
     answer_field: str = "answer"
-    """Field with the reference answer, given to rewards as `answer`."""
+    """Field with the reference answer, passed to rewards as `answer`."""
     max_prompt_length: int = 512
-    """Longest prompt in tokens, without the chat template; longer rows are left out."""
+    """Maximum prompt length in tokens, without the chat template; rows with longer prompts are skipped."""
     shuffle: bool = True
-    """Another order each epoch, from the seed; False keeps the data set's."""
+    """Shuffle each epoch, depending on the seed; False keeps the order of the data set."""
 
     def check(self) -> None:
         """Raises InputError naming the field; touches no file."""
@@ -59,20 +59,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PromptData:
-    """The usable rows of a data set with their prompts' ids."""
+    """The usable rows of a data set with their encoded prompts."""
 
     rows: tuple[Mapping[str, Any], ...]
-    """As the file spells them, with `answer` set from `answer_field`."""
+    """Rows with the fields of the file, and `answer` set from `answer_field`."""
     ids: tuple[list[int], ...]
-    """Each row's prompt."""
+    """Token ids of each row's prompt."""
     left_out: int
-    """Rows without a prompt or with one over the length limit."""
+    """Number of skipped rows, without a prompt or with one over the length limit."""
     width: int
-    """The bucket that holds the longest prompt: every batch has this width, so each program compiles once."""
+    """Bucket of the longest prompt; all batches have this width, so each program compiles once."""
     shuffle: bool
 
     def batch(self, cursor: int, count: int, seed: int) -> list[int]:
-        """Indices of the `count` rows from `cursor` (prompts taken so far) on; epochs follow one another."""
+        """Returns the indices of `count` rows from `cursor` (prompts consumed so far) on, across epochs."""
         picked: list[int] = []
         while len(picked) < count:
             epoch, start = divmod(cursor + len(picked), len(self.rows))
@@ -84,12 +84,12 @@ class PromptData:
 
 
 def widest(config: DataConfig) -> int:
-    """Columns of a query where a prompt has all the tokens that it may have."""
+    """Width of a query of maximum length."""
     return bucket(config.max_prompt_length, PROMPT_BUCKETS, "data.max_prompt_length")
 
 
 def data_queries(data: PromptData, picked: Sequence[int]) -> Queries:
-    """The rows `picked` as queries on device: [N, width] ids, all valid, nothing sampled."""
+    """Puts the rows `picked` on device as queries: [N, width] ids, all valid, without sampled tokens."""
     tokens, lengths = pad_prompts([data.ids[index] for index in picked], data.width, len(picked))
     text, valid = replicate(((tokens, lengths), np.ones(len(picked), bool)))
     return Queries(None, text, valid)
@@ -99,8 +99,8 @@ def load_data(config: DataConfig, tokenizer: Tokenizer) -> PromptData:
     """Reads and encodes the data set.
 
     Raises:
-        InputError: the source is missing, empty or cannot be read, a row is not an object, a prompt field is not there,
-            or no row has a prompt that fits.
+        InputError: the source is missing, empty or unreadable, a row is not an object or lacks a prompt field, or no
+            row has a prompt within the length limit.
     """
     rows: list[Mapping[str, Any]] = []
     ids: list[list[int]] = []
@@ -124,7 +124,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer) -> PromptData:
 
 
 def _prompt(row: Mapping[str, Any], config: DataConfig) -> str:
-    """The row's prompt, "" when its fields are empty; stripped, as chat templates do."""
+    """Returns the prompt of a row, "" if its fields are empty; stripped, as in chat templates."""
     parts = []
     for field in config.prompt_fields:
         if field not in row:
@@ -133,14 +133,16 @@ def _prompt(row: Mapping[str, Any], config: DataConfig) -> str:
         value = row[field]
         lines = value if isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(line, str) or line is None for line in lines):
-            raise InputError("data.prompt_fields", field, f"must hold text or a list of texts, not {shown(value, 40)}")
+            raise InputError(
+                "data.prompt_fields", field, f"must be a string or list of strings, not {shown(value, 40)}"
+            )
         parts.append("\n".join(line for line in lines if line).strip())
     prompt = "\n\n".join(part for part in parts if part)
     return f"{config.instruction.strip()}\n\n{prompt}".strip() if prompt else ""
 
 
 def read_rows(config: DataConfig, field: str = "data.source") -> Iterator[Mapping[str, Any]]:
-    """The rows of a JSONL file or of a hub data set. InputError names `field`."""
+    """Reads the rows of a JSONL file or a hub data set; InputError names `field`."""
     path = user_path(field, config.source)
     if path.is_file():
         return read_jsonl(path, field)
@@ -153,13 +155,13 @@ def _read_hub(config: DataConfig, field: str) -> Any:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        remedy = "is no file, and hub data sets need the package datasets: pip install 'lsp-jax[data]'"
+        remedy = "is not a file, and hub data sets need the package datasets: pip install 'lsp-jax[data]'"
         raise InputError(field, config.source, remedy) from error
     try:
-        # data sets that are programs are refused by the package itself
+        # the package itself rejects data sets with code
         return datasets.load_dataset(
             config.source, config.subset or None, split=config.split, revision=config.revision or None
         )
-    except Exception as error:  # network, unknown id, unknown split: its text may quote the token's header, left out
+    except Exception as error:  # network, unknown id or split; its text is omitted because it may quote the token
         remedy = f"could not be loaded from the hub ({type(error).__name__}); check its id, subset, split and revision"
         raise InputError(field, config.source, remedy) from None

@@ -20,7 +20,7 @@ BLOCK = 256  # tokens summed together at the first level; V / 256 and 256 are bo
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The distribution that tokens are drawn from. Names as in TRL."""
+    """Sampling parameters. Names as in TRL."""
 
     temperature: float = 1.0
     """Logits are divided by it; 0 is greedy (generation only, training needs > 0)."""

@@ -1,4 +1,4 @@
-"""Self-play: one policy writes queries as Challenger and answers them as Solver; the result is an `Episode`.
+"""Self-play: one policy samples queries as Challenger and answers them as Solver, giving an `Episode`.
 
 1. `challenger_rows`: the Challenger's one prompt, and the keys of its N queries.
 2. `read_queries`: what it wrote as queries, with each one's validity.
@@ -28,21 +28,22 @@ CHALLENGER, SOLVER = 0, 1  # folded into the key, so that the roles draw differe
 
 @dataclass(frozen=True)
 class PlayConfig:
-    """Sizes of one iteration. Names as in TRL."""
+    """Rollout sizes. Names as in TRL."""
 
     num_queries: int = 8
-    """N: queries the Challenger writes from its one prompt."""
+    """N: queries that the Challenger samples per iteration."""
     num_generations: int = 8
     """G: answers the Solver gives to each query."""
     max_query_length: int = 64
-    """Longest query in sampled tokens, the stop token included; a query cut off here is invalid."""
+    """Maximum query length in sampled tokens, including the stop token; a truncated query is invalid."""
     max_completion_length: int = 128
-    """Longest answer in tokens, the stop token included."""
+    """Maximum answer length in tokens, including the stop token."""
     decode_chunk: int = 32
-    """Columns that are decoded at one time: between two chunks finished rows are dropped. Completions no longer than
-    this are decoded by one program that never asks the host, and with 0 all are."""
+    """Tokens decoded per chunk; finished rows are dropped between chunks. Completions no longer than this are decoded
+    by one program without host reads, as are all with 0."""
     max_resamples: int = 0
-    """Times that queries whose answers all got one reward are played anew in an iteration (DAPO's dynamic sampling)."""
+    """Maximum resampling rounds per iteration for queries whose answers all have the same reward (DAPO's dynamic
+    sampling)."""
 
     def check(self, trains_challenger: bool) -> None:
         """Raises InputError for sizes on which group-relative advantages are all zero, or empty texts."""
@@ -64,7 +65,7 @@ class PlayConfig:
             raise InputError("play.max_resamples", self.max_resamples, "must be at least 0")
         if self.decode_chunk < 0:
             raise InputError(
-                "play.decode_chunk", self.decode_chunk, "must be a number of columns, or 0: all at one time"
+                "play.decode_chunk", self.decode_chunk, "must be a number of tokens, or 0 for a single chunk"
             )
 
 
