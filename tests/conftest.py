@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # unless somebody asks for another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-PROGRAMS = Path(os.environ.get("LSP_JAX_TEST_PROGRAMS") or Path(__file__).parents[1] / ".cache" / "programs")
+PROGRAMS = Path(os.environ.get("LSP_JAX_TEST_PROGRAMS") or Path(__file__).parents[1] / ".cache" / "programs").absolute()
 """Compiled programs, kept from run to run. JAX names each by what it is made of, the versions of the compiler and all
 its options among it, so that any Python, any jax and any state of the sources can share the folder."""
 MOST_BYTES = 2 << 30
@@ -32,34 +32,19 @@ def pytest_configure(config: pytest.Config) -> None:
     first = "PYTEST_XDIST_WORKER" not in os.environ
     if first:
         os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-        let_go(PROGRAMS, MOST_BYTES)
     import jax
 
-    import quick  # noqa: F401
+    import programs
     from lsp_jax.core.runtime import keep_programs
 
+    if first:
+        programs.let_go(PROGRAMS, MOST_BYTES)
     keep_programs(str(PROGRAMS))  # in a folder of this processor's kind
     os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-def let_go(folder: Path, most: int) -> None:
-    """Removes the programs that were read longest ago until the rest takes `most` bytes.
-
-    Not left to JAX, which with a bound of its own reads the whole folder at every program it keeps.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = 0
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may have begun as well
-        found = [(path, path.stat()) for path in folder.rglob("*-cache")]
-        for path, about in sorted(found, key=lambda each: -max(each[1].st_atime, each[1].st_mtime)):
-            kept += about.st_size
-            if kept > most:
-                path.unlink()
 
 
 LONGEST = ("test_sharding.py", "test_update.py", "test_generate.py", "test_fast_start.py")

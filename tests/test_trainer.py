@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import lsp_jax as lsp
-import quick  # noqa: F401  # for the processes that import this module
+import programs  # noqa: F401  # for the processes that import this module
 from lsp_jax.algorithm import rollout, stages
 from lsp_jax.checkpoint.export import export_run
 from lsp_jax.config import RewardConfig, TrainConfig
