@@ -195,7 +195,7 @@ def test_another_rubric_is_what_the_judge_reads(policy: lsp.Policy, tmp_path: Pa
         ("criteria = 'abcdefg'", "list of 7"),
         ("criteria = ['a', 'b', 'c', ' ', 'e', 'f', 'g']", "criterion 4"),
         ("criteria = ['a', 'b', 3, 'd', 'e', 'f', 'g']", "criterion 3"),
-        ("title = 1\ncriteria = ['a', 'b', 'c', 'd', 'e', 'f', 'g']", "alone"),
+        ("title = 1\ncriteria = ['a', 'b', 'c', 'd', 'e', 'f', 'g']", "must hold only"),
         ("criteria = ['a', 'b', '<|im_end|>', 'd', 'e', 'f', 'g']", "control token"),
         (f"criteria = ['a', 'b', 'c', 'd', 'e', 'f', '{'x' * 4000}']", "leave no room"),
     ],

@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
     ids: tuple[int, ...]
     """Token ids of the prompt, checked by `play.generate.prompt_ids`."""
-    columns: int
+    max_new_tokens: int
     """Maximum answer length in tokens."""
     sampling: SamplingConfig
     sample: int = 0
@@ -45,7 +45,13 @@ class Request(NamedTuple):
     def key(self, model: str) -> str:
         """Returns the cache key, a digest of all inputs; `model` is the digest of the weights."""
         return digest(
-            "answer", model, list(self.ids), self.columns, list(vars(self.sampling).values()), self.sample, self.seed
+            "answer",
+            model,
+            list(self.ids),
+            self.max_new_tokens,
+            list(vars(self.sampling).values()),
+            self.sample,
+            self.seed,
         )
 
     @property
@@ -56,7 +62,7 @@ class Request(NamedTuple):
     @property
     def program(self) -> tuple[Any, ...]:
         """Key of the compiled program; requests with equal keys can share a batch."""
-        return self.columns, tuple(vars(self.sampling).values()), self.width
+        return self.max_new_tokens, tuple(vars(self.sampling).values()), self.width
 
 
 class Answer(NamedTuple):
@@ -66,7 +72,7 @@ class Answer(NamedTuple):
     """Text without the stop token."""
     tokens: int
     stopped: bool
-    """False if truncated at `columns`."""
+    """False if truncated at `max_new_tokens`."""
 
 
 @partial(jax.jit, static_argnames="seed")
@@ -78,15 +84,15 @@ def _row_keys(prompts: jax.Array, samples: jax.Array, seed: int) -> jax.Array:
     )
 
 
-def chat_prompts(policy: Policy, texts: Sequence[str], columns: int) -> list[tuple[int, ...]]:
+def chat_prompts(policy: Policy, texts: Sequence[str], max_new_tokens: int) -> list[tuple[int, ...]]:
     """Returns the ids of single user messages in the model's chat template.
 
     Texts are spliced in as plain text, so control tokens spelled in them have no effect. Raises InputError if a prompt
-    with `columns` new tokens does not fit the model's context.
+    with `max_new_tokens` new tokens does not fit the model's context.
     """
     before, after = template_pieces(policy.tokenizer, [{"role": "user", "content": SLOT}])
     encoded = [[*before, *policy.tokenizer.encode(text.strip()), *after] for text in texts]
-    return [tuple(prompt_ids(policy, ids, columns)) for ids in encoded]
+    return [tuple(prompt_ids(policy, ids, max_new_tokens)) for ids in encoded]
 
 
 def answers(
@@ -127,7 +133,7 @@ def _complete(policy: Policy, requests: Sequence[Request], batch_size: int) -> l
             content = hashlib.sha256(np.asarray(request.ids, np.int64).tobytes()).digest()
             numbers[:, row] = int.from_bytes(content[:4], "little"), request.sample
         prompts, lengths_there, *parts = replicate((tokens, lengths, *numbers))
-        longest, stop_ids = first.columns, policy.tokenizer.stop_ids
+        longest, stop_ids = first.max_new_tokens, policy.tokenizer.stop_ids
         spec = DecodeSpec(policy.config, first.sampling, longest, stop_ids, min(CHUNK, longest))
         keys = _row_keys(*parts, seed=first.seed)
         out = decode_in_chunks(policy.params, (prompts, lengths_there), keys, spec)

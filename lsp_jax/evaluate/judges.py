@@ -102,17 +102,17 @@ def read_verdict(reply: str) -> Verdict:
 class ModelJudge:
     """A policy that is loaded here, on its mesh, and writes its verdict greedily."""
 
-    def __init__(self, policy: Policy, weights: str, store: Store, columns: int = 256, batch_size: int = 8):
+    def __init__(self, policy: Policy, weights: str, store: Store, max_new_tokens: int = 256, batch_size: int = 8):
         """`weights` is their digest; replies are kept in `store` as any answers are."""
         self.name: str = policy.source + (f"@{policy.commit}" if policy.commit else "")
-        self.identity: str = digest("model", weights, columns, PROMPT_DIGEST)
+        self.identity: str = digest("model", weights, max_new_tokens, PROMPT_DIGEST)
         self._policy, self._weights, self._store = policy, weights, store
-        self._columns, self._batch_size = columns, batch_size
+        self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
         """Raises InputError where a pair does not fit the model's context."""
-        prompts = chat_prompts(self._policy, [question(pair) for pair in pairs], self._columns)
-        requests = [Request(ids, self._columns, SamplingConfig(temperature=0.0)) for ids in prompts]
+        prompts = chat_prompts(self._policy, [question(pair) for pair in pairs], self._max_new_tokens)
+        requests = [Request(ids, self._max_new_tokens, SamplingConfig(temperature=0.0)) for ids in prompts]
         said = answers(self._policy, requests, self._store, self._weights, self._batch_size, "judge")
         yield from ((index, read_verdict(answer.text)) for index, answer in enumerate(said))
 

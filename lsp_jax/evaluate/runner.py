@@ -46,7 +46,7 @@ from lsp_jax.policy import Policy, load_pretrained
 from lsp_jax.reward.execution.pool import Workers
 from lsp_jax.reward.preference import load_reward_model
 
-WINRATE_COLUMNS = 1024
+WINRATE_MAX_NEW_TOKENS = 1024
 """Longest answer to an instruction unless told otherwise, in tokens."""
 
 
@@ -63,19 +63,19 @@ class Asked(NamedTuple):
         """Every problem's answers, task by task. InputError for what does not fit the model."""
         config, wanted = self.config, []
         for name, problems in self.problems.items():
-            columns = config.max_completion_length or tasks.TASKS[name].columns
-            for ids in chat_prompts(policy, [problem.prompt for problem in problems], columns):
-                wanted += [self._request(ids, columns, n, config.seed) for n in range(config.num_samples)]
+            max_new_tokens = config.max_completion_length or tasks.TASKS[name].max_new_tokens
+            for ids in chat_prompts(policy, [problem.prompt for problem in problems], max_new_tokens):
+                wanted += [self._request(ids, max_new_tokens, n, config.seed) for n in range(config.num_samples)]
         return wanted
 
     def of_winrate(self, policy: Policy, seed: int) -> list[Request]:
         """One answer to each instruction. InputError for what does not fit the model."""
-        columns = self.config.max_completion_length or WINRATE_COLUMNS
-        prompts = chat_prompts(policy, [instruction.text for instruction in self.instructions], columns)
-        return [self._request(prompt, columns, 0, seed) for prompt in prompts]
+        max_new_tokens = self.config.max_completion_length or WINRATE_MAX_NEW_TOKENS
+        prompts = chat_prompts(policy, [instruction.text for instruction in self.instructions], max_new_tokens)
+        return [self._request(prompt, max_new_tokens, 0, seed) for prompt in prompts]
 
-    def _request(self, ids: tuple[int, ...], columns: int, sample: int, seed: int) -> Request:
-        return Request(ids, columns, SamplingConfig(self.config.temperature), sample, seed)
+    def _request(self, ids: tuple[int, ...], max_new_tokens: int, sample: int, seed: int) -> Request:
+        return Request(ids, max_new_tokens, SamplingConfig(self.config.temperature), sample, seed)
 
 
 class Baseline(NamedTuple):

