@@ -364,6 +364,6 @@ def test_refused_names_and_runs(model: Path, tmp_path: Path):
         models.open_subjects([str(model), str(model)])
     with pytest.raises(InputError, match="no such directory"):
         models.open_subjects([str(tmp_path / "none")])
-    with pytest.raises(InputError, match="all alone"):
+    with pytest.raises(InputError, match="only all"):
         models.open_subjects([str(model)], ["all", "3"])
     assert runner._file("a/b c|d@3") == "a_b_c_d@3" and runner._file("../..") == "model"
