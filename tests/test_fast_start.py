@@ -75,7 +75,7 @@ def test_the_second_start_compiles_nothing(game_model: Path, tmp_path: Path) -> 
 
 
 def test_a_chunk_below_zero_is_refused() -> None:
-    with pytest.raises(InputError, match=r"play\.decode_chunk = -1: must be a number of columns, or 0"):
+    with pytest.raises(InputError, match=r"play\.decode_chunk = -1: must be a number of tokens, or 0"):
         replace(PLAY, decode_chunk=-1).check(trains_challenger=True)
 
 
