@@ -118,7 +118,8 @@ class Planner:
         """Compiles a stage for `arrays`; returns its result's shapes with their places (`core/stage.py`'s `Call`)."""
         name, leaves = self._label(stage, arrays), jax.tree.leaves(arrays)
         held = self._held(leaves)
-        signature = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+        # one placement has several spellings, which compilers return as they like: the shards' shapes tell them apart
+        signature = tuple((leaf.shape, leaf.dtype, leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
         key = name, jax.tree.structure(arrays), signature, tuple(sorted(static.items(), key=lambda item: item[0]))
         if key in self._results:
             found = self._found[self._results[key][0]]
