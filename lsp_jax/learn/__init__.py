@@ -1,1 +1,1 @@
-"""From log-probabilities to one optimiser step. Read `advantages`, `losses`, `logprobs`, then `update`."""
+"""From log-probabilities to one optimiser step. Read `spec`, `advantages`, `losses`, `logprobs`, `update`, `optimizer`."""

@@ -224,7 +224,7 @@ def _first_group(episode: Episode) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def host_metrics(run: Run, number: int, played: dict[str, float], phases: Phases, seconds: float) -> dict[str, float]:
     """Of iteration `number` that took `seconds`, whose metrics from the device are `played`."""
-    metrics = {f"time/{name}": prompts_consumed for name, prompts_consumed in phases.seconds.items()}
+    metrics = {f"time/{name}": taken for name, taken in phases.seconds.items()}
     metrics["time/iteration"] = seconds
     metrics["tokens_per_second"] = played["completions/tokens"] / (
         phases.seconds["challenge"] + phases.seconds["solve"]
