@@ -68,8 +68,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     heavy = any(item.get_closest_marker(name) for name in ("full", "slow"))
     quick = getattr(item.getparent(pytest.Module).obj, "QUICK_COMPILES", not heavy)
-    if "demo_dir" in getattr(item, "fixturenames", ()):
-        quick = False  # 135M parameters: running what is compiled quickly takes longer than compiling it in full
     jax.config.update("jax_disable_most_optimizations", quick)
     # programs of the two ways differ in their last bits, and JAX would take one for the other: this number is of no
     # consequence but that it is a part of what they are kept under
