@@ -110,8 +110,8 @@ def test_the_unclipped_gradient_and_the_saved_states_are_the_same(runs: Runs):
     gradients = [optax.tree_utils.tree_get(state.opt_state, "mu") for state in (two, one)]
     assert distance(*gradients) < 1e-5
     assert distance(two.params, one.params) < 1e-5
-    assert host_two.keys() == host_one.keys() and host_two["cursor"] == host_one["cursor"] == 4
-    assert host_two["offsets"]["metrics.jsonl"] == len((runs.two / "metrics.jsonl").read_bytes().splitlines(True)[0])
+    assert host_two.cursor == host_one.cursor == 4 and host_two.provenance.keys() == host_one.provenance.keys()
+    assert host_two.offsets["metrics.jsonl"] == len((runs.two / "metrics.jsonl").read_bytes().splitlines(True)[0])
 
 
 @pytest.mark.parametrize(

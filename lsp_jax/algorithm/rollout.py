@@ -9,7 +9,7 @@ import jax
 from jax.core import Tracer
 
 from lsp_jax.algorithm.spec import GameSpec
-from lsp_jax.core.stage import EAGER, Backend, stage
+from lsp_jax.core.stage import EAGER, Backend, Stage, stage
 from lsp_jax.model import llama
 from lsp_jax.play import chunked_decode, decode, selfplay
 from lsp_jax.play.decode import Completions, DecodeSpec
@@ -42,7 +42,7 @@ def complete(
     return on.call(rollout, params, prompts, keys, spec=spec)
 
 
-rollout = stage(static="spec")(decode.rollout)
+rollout: Stage[..., Completions] = stage(static="spec")(decode.rollout)
 
 
 def precompile(params: llama.Params, queries: Queries, key: jax.Array, game: GameSpec) -> None:

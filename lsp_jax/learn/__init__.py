@@ -1,1 +1,4 @@
-"""From log-probabilities to one optimiser step. Read `spec`, `advantages`, `losses`, `logprobs`, `update`, `optimizer`."""
+"""From log-probabilities to one optimiser step.
+
+Read `spec`, `advantages`, `losses`, `logprobs`, `update`, `optimizer`.
+"""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lsp_jax.core.stage import stage
+from lsp_jax.core.stage import Stage, stage
 from lsp_jax.learn.batch import LearnBatch, Reference, References, Rows, micro_batches, width_bucket, widths
 from lsp_jax.learn.logprobs import completion_hidden, completion_tokens, token_statistics
 from lsp_jax.learn.losses import policy_loss
@@ -177,7 +177,7 @@ def _gradients(
     return grads, metrics
 
 
-gradients = stage(static="spec")(_gradients)
+gradients: Stage[..., tuple[Params, Metrics]] = stage(static="spec")(_gradients)
 
 
 def _means(role: str, sums: Metrics, loss: jax.Array) -> Metrics:

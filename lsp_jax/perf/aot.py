@@ -64,7 +64,7 @@ class Phase:
         return self.held + self.arguments + self.temporaries + self.outputs - self.aliased
 
 
-class Resident(jax.ShapeDtypeStruct):
+class _Resident(jax.ShapeDtypeStruct):
     """The shape and sharding of an array on the devices; resident while it is referenced."""
 
     __slots__ = ("__weakref__",)
@@ -82,7 +82,7 @@ class Planner:
     def __init__(self, topology: Topology, mesh: Mesh, say: Say) -> None:
         self._topology, self._mesh, self._say = topology, mesh, say
         self._phase, self._times = "start", 0
-        self._resident: dict[int, tuple[weakref.ref[Resident], int]] = {}
+        self._resident: dict[int, tuple[weakref.ref[_Resident], int]] = {}
         self._offloaded: set[int] = set()
         self._results: dict[Any, tuple[str, Any]] = {}
         self._found: dict[str, Phase] = {}
@@ -161,8 +161,8 @@ class Planner:
         return sum(size for place, (_, size) in self._resident.items() if place not in without)
 
     def _placed(self, shapes: Any, places: Any) -> Any:
-        def resident(shape: Any, place: Any) -> Resident:
-            made = Resident(shape.shape, shape.dtype, sharding=place)
+        def resident(shape: Any, place: Any) -> _Resident:
+            made = _Resident(shape.shape, shape.dtype, sharding=place)
             identity = id(made)
             gone = weakref.ref(made, lambda _: self._resident.pop(identity, None))
             self._resident[identity] = gone, made.device_bytes
