@@ -81,7 +81,7 @@ class Planner:
 
     def __init__(self, topology: Topology, mesh: Mesh, say: Say) -> None:
         self._topology, self._mesh, self._say = topology, mesh, say
-        self._phase, self._times = "start", 0
+        self._phase, self._times = "iteration", 1
         self._resident: dict[int, tuple[weakref.ref[_Resident], int]] = {}
         self._offloaded: set[int] = set()
         self._results: dict[Any, tuple[str, Any]] = {}
@@ -128,7 +128,10 @@ class Planner:
             lowered = stage.lower(*arrays, **static)
             name = name if name not in self._found else f"{name} ({len(self._found)})"
             turns = static["spec"].chunk if stage is decode_chunk else 0
-            self._found[name], placed = self._compile(name, lowered, held, turns)
+            phase, placed = self._compile(name, lowered, held, turns)
+            # what a program is given and does not read is no argument of the compiled one, and resident all the same
+            given = sum(leaf.device_bytes for leaf in {id(leaf): leaf for leaf in leaves}.values())
+            self._found[name] = replace(phase, held=held + (0 if phase.failure else max(given - phase.arguments, 0)))
             donated = [info.donated for info in jax.tree.leaves(lowered.args_info)]
             self._results[key] = name, (lowered.out_info, placed, donated)
         shapes, places, donated = self._results[key][1]
