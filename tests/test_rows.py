@@ -14,9 +14,11 @@ import pytest
 from lsp_jax.algorithm import rollout, stages
 from lsp_jax.algorithm.learner_batch import learn_batch, rows_without_rewards
 from lsp_jax.config import RewardConfig
+from lsp_jax.core.stage import Backend
 from lsp_jax.learn.update import reference_logprobs
 from lsp_jax.model.llama import Params
 from lsp_jax.reward.base import RewardOutput, RewardSpec
+from lsp_jax.training import step
 from lsp_jax.training.run import Run
 from lsp_jax.training.setup import setup
 from lsp_jax.training.step import Phases, StepContext, train_step
@@ -76,11 +78,11 @@ def test_the_host_scores_while_the_device_runs_the_reference(
         seen.append("score")
         return reward.score(*arguments)
 
-    def started_reference(*arguments: Any, **static: Any) -> Any:
-        seen.append("reference")
-        return reference_logprobs(*arguments, **static)
+    def executing(stage: Any, *arrays: Any, **static: Any) -> Any:
+        seen.extend(["reference"] * (stage is reference_logprobs))
+        return stage(*arrays, **static)
 
-    monkeypatch.setattr(stages, "reference_logprobs", started_reference)
+    monkeypatch.setattr(step, "Backend", lambda **fields: Backend(call=executing, **fields))
     phases = Phases()
     state = jax.tree.map(jnp.copy, run.game.init_train_state(params))
     played = train_step(replace(run, rewards=(replace(reward, score=score),)), state, StepContext(1, timer=phases))

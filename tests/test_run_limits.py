@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
 
+from lsp_jax.algorithm.spec import GameSpec
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.model.llama import params_shape
 from lsp_jax.perf.chips import CHIPS
 from lsp_jax.perf.roofline import Rates, least_seconds, rates, shares, weights
 from lsp_jax.play.selfplay import PlayConfig
+from lsp_jax.text.prompts import PlayPrompts, TokenTemplate
+from specs import game_spec
 from tiny import tiny_config
 
 MODEL = tiny_config()  # two layers of 32 x (4 * 8 * 2 + 2 * 8 * 2 + 3 * 48) = 7680 weights, a head of 296 x 32 = 9472
@@ -26,17 +28,11 @@ METRICS = {
 }
 
 
-def game(**changes: Any) -> Any:
-    """What the sums look at: 2 queries of which each has 3 answers, a Challenger's prompt of 20 tokens."""
-    fields = {
-        "model": MODEL,
-        "play": PlayConfig(num_queries=2, num_generations=3),
-        "prompts": SimpleNamespace(challenger_ids=tuple(range(20))),
-        "compute_dtype": "bfloat16",
-        "loss": LossConfig(),
-        "trains_challenger": True,
-    }
-    return SimpleNamespace(**{**fields, **changes})
+def game(**loss: Any) -> GameSpec:
+    """2 queries of which each has 3 answers, a Challenger's prompt of 20 tokens, computed with in bfloat16."""
+    prompts = PlayPrompts(tuple(range(20)), (), TokenTemplate((), ()), ())
+    play = PlayConfig(num_queries=2, num_generations=3)
+    return game_spec(MODEL, prompts, compute_dtype="bfloat16", play=play, loss=LossConfig(**loss))[0]
 
 
 def test_weights_are_those_of_the_model() -> None:
@@ -51,7 +47,7 @@ def test_operations_by_hand() -> None:
     once = 2 * WEIGHTS / 1000 / 2
     expected = {"challenge": 26 * once, "solve": 50 * once, "reference": 76 * once, "update": 3 * 76 * once}
     assert found == pytest.approx(expected)
-    two = least_seconds(game(loss=LossConfig(num_iterations=2)), METRICS, Rates(1000.0, 1e30), 2)
+    two = least_seconds(game(num_iterations=2), METRICS, Rates(1000.0, 1e30), 2)
     assert two["update"] == pytest.approx(2 * expected["update"])
 
 
@@ -64,7 +60,7 @@ def test_bytes_by_hand() -> None:
 
 def test_without_a_challenger() -> None:
     alone = {name: value for name, value in METRICS.items() if name.startswith("solver")}
-    found = least_seconds(game(trains_challenger=False), alone, Rates(1000.0, 1e30), 1)
+    found = least_seconds(game(alpha_challenger=0.0), alone, Rates(1000.0, 1e30), 1)
     assert set(found) == {"solve", "reference", "update"}
     assert found["reference"] == pytest.approx(50 * 2 * WEIGHTS / 1000)
 
