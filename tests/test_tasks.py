@@ -132,7 +132,7 @@ def test_humanevals_references_score_one(workers: Workers):
 
 def test_names_and_files():
     assert named(["gsm8k", "math=a=b.jsonl"]) == {"gsm8k": "", "math": "a=b.jsonl"}
-    for given, message in ((["mmlu"], "must be one of gsm8k, math, humaneval"), (["math", "math=x"], "named twice")):
+    for given, message in ((["mmlu"], "must be one of gsm8k, math, humaneval"), (["math", "math=x"], "is given twice")):
         with pytest.raises(InputError, match=message):
             named(given)
 
