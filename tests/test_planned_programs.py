@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from lsp_jax.core import stage as stage_module
 from lsp_jax.core.stage import Backend, Stage
 from lsp_jax.model.sharding import AXES
 from lsp_jax.perf.aot import Planner
@@ -69,7 +68,7 @@ def test_the_planner_meets_the_programs_of_a_run(
     made = compile_run(config, game, None, Topology("cpu:1", CHIPS["v5e"], devices), mesh, lambda line: None)
 
     grown = [name for name, *_ in executed if name == "grow_cache"]
-    assert len(grown) == 2 and stage_module.EAGER.call is Stage.__call__
+    assert len(grown) == 2
     cast = "cast_for_decoding"  # on one device of the dtype itself a run makes no copy
     met = [one for one in planned if one[0] not in {*ELSEWHERE, "start", cast}]
     assert [one[0] for one in met] == [one[0] for one in executed]

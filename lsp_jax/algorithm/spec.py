@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -85,10 +84,6 @@ class GameSpec:
         start = partial(init_state, spec=self.learner.optimizer, memory=size)
         lora = self.learner.lora
         return (lambda params: start(init_adapters(params, lora))) if lora.rank else start
-
-    def with_micro_batch_size(self, rows: int) -> GameSpec:
-        """With `rows` in a micro-batch."""
-        return dataclasses.replace(self, learner=dataclasses.replace(self.learner, micro_batch_size=rows))
 
 
 def hyperparameters(config: TrainConfig) -> Hyperparameters:

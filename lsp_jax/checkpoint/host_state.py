@@ -1,4 +1,4 @@
-"""What a checkpoint keeps beside the train state: where the run is, as the host knows it, and what it was made of."""
+"""The host's part of a checkpoint, beside the train state: progress of the run, and its provenance."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Reference(NamedTuple):
 
 
 class References(NamedTuple):
-    """What the update knows of the frozen reference."""
+    """The frozen reference, as far as the update depends on it."""
 
     solver: Reference
     challenger: Reference | None = None

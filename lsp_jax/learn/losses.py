@@ -80,7 +80,7 @@ class LossConfig:
 
     @property
     def spec(self) -> LossSpec:
-        """What of it decides programs."""
+        """The part that decides programs."""
         return LossSpec(
             kl_estimator=self.kl_estimator,
             loss_type=self.loss_type,

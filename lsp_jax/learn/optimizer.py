@@ -71,7 +71,7 @@ class OptimizerConfig:
 
     @property
     def spec(self) -> OptimizerSpec:
-        """What of it decides programs."""
+        """The part that decides programs."""
         return OptimizerSpec(self.adam_beta1, self.adam_beta2, self.adam_epsilon, self.moment_dtype)
 
 

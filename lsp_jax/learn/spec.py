@@ -1,4 +1,4 @@
-"""What decides the learner's programs, and the numbers that only scale.
+"""The static specification of the learner, and the numbers that only scale.
 
 `LearnerSpec` is static: another one compiles other programs. `Hyperparameters` are traced scalars: changing one
 compiles nothing, and a sweep over them shares all its programs.
@@ -55,7 +55,7 @@ class Hyperparameters(NamedTuple):
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What of `LossConfig` (`learn/losses.py`) decides programs."""
+    """The part of `LossConfig` (`learn/losses.py`) that decides programs."""
 
     kl_estimator: str = "k2"
     loss_type: str = "sequence"
@@ -72,7 +72,7 @@ class LossSpec:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What of `OptimizerConfig` (`learn/optimizer.py`) decides programs."""
+    """The part of `OptimizerConfig` (`learn/optimizer.py`) that decides programs."""
 
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -82,7 +82,7 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """What the learner must know of how one role sampled."""
+    """How one role sampled, as far as the learner depends on it."""
 
     temperature: float = 1.0
     """Sampling temperature: the policy in the loss is the tempered one."""

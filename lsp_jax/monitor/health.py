@@ -139,7 +139,7 @@ Row = tuple[float | None, ...]
 
 @dataclass(frozen=True)
 class HealthState:
-    """What the next iteration's decision depends on; a checkpoint keeps it."""
+    """State that the next iteration's decision depends on; a checkpoint keeps it."""
 
     first: tuple[Row, ...] = ()
     """Values of the first window, the oldest first; at most `health.window` rows."""

@@ -1,4 +1,4 @@
-"""What an iteration leaves behind, and the one interface of all that looks at it.
+"""The record of an iteration, and the one interface of all that reads it.
 
 Files and trackers, monitors, the probe, checkpoints, console, report and a user's callbacks are hooks. The host loop
 calls them in a fixed order (`training/hooks.py`); their events are said, written, and may end the run or send it back.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lsp_jax.learn.batch import LearnBatch
-from lsp_jax.learn.update import TrainState
+from lsp_jax.learn.optimizer import TrainState
 
 
 class Event(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -54,7 +55,7 @@ def with_micro_batch_size(
     if config.optimizer.micro_batch_size:
         return game
     rows = micro_batch(game, config, reward_model, mesh, memory, data_width)
-    return game.with_micro_batch_size(rows)
+    return replace(game, learner=replace(game.learner, micro_batch_size=rows))
 
 
 def micro_batch(

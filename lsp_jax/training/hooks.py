@@ -1,4 +1,4 @@
-"""What happens around an iteration: its record is made, and the hooks are called with it, in one order.
+"""The host's side of an iteration: its record is made, and the hooks are called with it, in one order.
 
 `monitor/hooks.py` has the interface; the order stands in `training/loop.py`.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lsp_jax.core import console, processes
-from lsp_jax.learn.update import TrainState
+from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.monitor.health import Health, format_event, lexical_metrics
 from lsp_jax.monitor.hooks import Event, Hook, StepRecord
 from lsp_jax.monitor.shutdown import Stopping
@@ -67,7 +67,7 @@ def as_hook(given: Callback | Hook) -> Hook:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the host loop works with beside the run itself."""
+    """Collaborators of the host loop, beside the run itself."""
 
     hooks: tuple[Hook, ...]
     """In the order in which they are called."""

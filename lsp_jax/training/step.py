@@ -60,7 +60,7 @@ class Phases:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What the host decides of one iteration; nothing of it is static, so no value of it compiles anything."""
+    """Decisions of the host for one iteration; none is static, so no value of them compiles anything."""
 
     iteration: int
     """1 for the first."""
