@@ -57,7 +57,10 @@ def game_of(trained: str, folder: str) -> tuple[Any, Any]:
 def played(run: Any, params: Any, game: GameSpec, number: int) -> Episode:
     key = jax.random.fold_in(jax.random.key(0), number)
     queries = rollout.challenge(params, run.token_classes, key, game)
-    return rollout.solve(params, queries, key, game)
+    episode = rollout.solve(params, queries, key, game)
+    if not bool(episode.queries.valid.any()):
+        raise SystemExit(f"episode {number} has no valid query, so no token to compare on: give a trained model")
+    return episode
 
 
 @partial(jax.jit, static_argnames=("game", "estimator"))

@@ -194,7 +194,7 @@ def test_on_a_mesh_they_play_and_learn_as_on_one_device(model: Path, tmp_path: P
     meshes = {1: MeshConfig(), 8: MeshConfig(fsdp=4, tensor=2)}
     for devices, mesh in meshes.items():
         config = lora_config(model, tmp_path / str(devices), mesh=mesh, max_steps=2, save_steps=2)
-        env = child_run.environment(tmp_path / "programs", devices)
+        env = child_run.environment(devices=devices, quick=True)
         ended = child_run.run(config, env=env)
         assert ended.returncode == 0, ended.stderr[-3000:]
     one, spread = (read_lines(tmp_path / str(devices) / "metrics.jsonl") for devices in meshes)

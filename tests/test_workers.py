@@ -242,9 +242,10 @@ def test_arithmetic_is_graded_in_a_worker():
 
 
 SLOW = """
-import sys, time
+import pathlib, time
 
 def stuck_here():
+    pathlib.Path(__file__).with_suffix(".entered").touch()
     time.sleep(99)
 
 def score(queries, answers):
@@ -259,12 +260,19 @@ def test_a_function_that_hangs_shows_where(asked: bool, tmp_path: Path, capfd: p
     path = write(tmp_path / "slow.py", SLOW)
     program = Program((sys.executable, "-m", "lsp_jax.reward.execution.worker_main", f"{path}:score"))
     item = {"queries": ["q"], "answers": [["a"]], "rows": []}
+    entered = tmp_path / "slow.entered"
     with Workers(1, timeout=4) as workers:
         workers.ready(program)
-        asker = threading.Timer(1.5, workers.show_stacks)
+
+        def ask():
+            while not entered.exists():
+                time.sleep(0.02)
+            workers.show_stacks()
+
+        asker = threading.Thread(target=ask, daemon=True)
         if asked:
             asker.start()
         (outcome,) = workers.run(program, [item])
-        asker.cancel()
+    assert entered.exists()
     assert outcome.failure == "took more than 4 s"
     assert capfd.readouterr().err.count("in stuck_here") == 1 + asked

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from lsp_jax.core.errors import InputError
 START_SECONDS = 60.0  # time limit until a child is ready; its imports do not count towards the time of the item
 START_FAILURES = 3  # consecutive failures to start after which the remaining items of a call fail too
 MAX_REPLY = 8 << 20  # bytes per line
+MAX_LINE = 1000  # bytes of a line of stderr that are kept until its end is read
 MAX_LOG = 10_000  # bytes of a child's stderr that are forwarded per item
 
 
@@ -67,6 +69,10 @@ def printable(data: bytes | str, limit: int = 300) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)[:limit]
 
 
+def _forward(lines: Iterable[bytes]) -> None:
+    sys.stderr.writelines(f"{text}\n" for text in map(printable, lines) if text)
+
+
 class _Child:
     """One child process and its current item."""
 
@@ -86,6 +92,7 @@ class _Child:
             os.set_blocking(pipe.fileno(), False)
         self.ready: dict[str, Any] | None = None
         self.reading, self.log, self.logged, self.log_open = bytearray(), bytearray(), 0, True
+        self.line, self.log_lock = b"", threading.Lock()
 
     def give(self, item: Mapping[str, Any], seconds: float) -> None:
         """Assigns an item, with a number that distinguishes its reply from a late one."""
@@ -103,9 +110,8 @@ class _Child:
         return self.outcome is None and now > self.deadline
 
     def fail_late(self) -> None:
-        if self.outcome is None:
-            limit = START_SECONDS if self.ready is None else self.seconds
-            self.fail(f"{'took' if self.ready else 'was not ready after'} more than {limit:g} s")
+        limit = START_SECONDS if self.ready is None else self.seconds
+        self.fail(f"{'took' if self.ready else 'was not ready after'} more than {limit:g} s")
 
     def write(self) -> None:
         try:
@@ -116,17 +122,18 @@ class _Child:
             self.request = self.request[:0]
 
     def read_log(self) -> bool:
-        """Forwards stderr; returns False at end of file."""
-        data = _read(self.stderr)
-        if data is None:
-            return True
-        self.log_open = bool(data)
-        self.log = (self.log + data)[-1000:]
-        shown = data[: max(MAX_LOG - self.logged, 0)]
-        self.logged += len(data)
-        for line in shown.splitlines():
-            if text := printable(line):
-                print(text, file=sys.stderr)
+        """Forwards the complete lines of stderr; returns False at end of file."""
+        with self.log_lock:  # `show_stacks` reads in another thread
+            data = _read(self.stderr)
+            if data is None:
+                return True
+            self.log_open = bool(data)
+            self.log = (self.log + data)[-1000:]
+            shown = data[: max(MAX_LOG - self.logged, 0)]
+            self.logged += len(data)
+            # faulthandler writes a line in pieces, so a read may end anywhere
+            *lines, self.line = re.split(rb"[\r\n]", self.line[:MAX_LINE] + shown) if data else (self.line, b"")
+        _forward(lines)
         return bool(data)
 
     def read(self) -> bool:
@@ -145,10 +152,9 @@ class _Child:
                 self.fail(f"ended without a reply{self._status()}")
             return bool(data)
         line, self.reading = bytes(self.reading[:end]), self.reading[end + 1 :]
-        try:
+        message = None
+        with contextlib.suppress(ValueError, RecursionError):
             message = json.loads(line)
-        except (ValueError, RecursionError):
-            message = None
         if self.ready is None and isinstance(message, dict) and message.get("ready") is True and not self.reading:
             self.ready, self.deadline = message, time.monotonic() + self.seconds
         elif self.ready is None and isinstance(message, dict) and isinstance(message.get("refused"), str):
@@ -169,6 +175,8 @@ class _Child:
 
     def end(self) -> None:
         """Kills the child and its process group."""
+        _forward([self.line])
+        self.line = b""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
@@ -184,7 +192,7 @@ def _read(pipe: Any) -> bytes | None:
         return os.read(pipe.fileno(), 1 << 16)
     except BlockingIOError:
         return None
-    except OSError:
+    except (OSError, ValueError):  # ValueError: the pipe is closed
         return b""
 
 
@@ -333,10 +341,10 @@ def _show_stacks(children: list[_Child]) -> None:
     """Makes children that support it print their stacks to stderr, which is forwarded."""
     able = [child for child in children if child.ready and child.ready.get("stacks") is True]
     for child in able:
-        child.logged = 0  # forwards the stack even if the log limit is reached
+        child.read_log()  # what is waiting does not count towards the stack's log limit
+        child.logged = 0
         child.process.send_signal(signal.SIGUSR1)
     for _ in range(10 if able else 0):
         time.sleep(0.02)
         for child in able:
-            with contextlib.suppress(ValueError):  # its pipe may be closed by now
-                child.read_log()
+            child.read_log()
