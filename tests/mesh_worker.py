@@ -69,7 +69,6 @@ def iteration(run: Run, params: Any) -> dict[str, Any]:
     program = gradients.lower(*arguments, spec=game.learner).compile()
     gradient, metrics = program(*arguments)
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradient)
-    played = train_step(run, state, StepContext(1))  # plays chunk by chunk, the stages above in one piece
     return {
         "queries": np.asarray(episode.queries.text[0]),
         "answers": np.asarray(episode.answers.tokens),
@@ -78,15 +77,22 @@ def iteration(run: Run, params: Any) -> dict[str, Any]:
         "gradient_specs": specs(gradient),
         "moved": vector(moved),
         "loss": float(metrics["loss"]),
-        "played_loss": float(played.metrics["loss"]),
         "parked": {leaf.sharding.memory_kind for leaf in jax.tree.leaves(run.reference)} == {HOST_MEMORY},
         "judged": judged(run, params, episode) if run.mesh is None or dict(run.mesh.shape) == JUDGED else None,
-        "updated": vector(played.state.params),
-        "state_specs": specs(played.state),
-        "wanted_specs": [str(spec) for spec in jax.tree.leaves(partitions(played.state), is_leaf=is_spec)],
         "decode_specs": specs(playing),
         "answers_spec": specs(episode.answers.tokens)[0],
         "temporaries": program.memory_analysis().temp_size_in_bytes,
+        **(in_chunks(run, state) if run.mesh is not None else {}),
+    }
+
+
+def in_chunks(run: Run, state: Any) -> dict[str, Any]:
+    """The same iteration as a run on that mesh executes it, decoding chunk by chunk."""
+    result = train_step(run, state, StepContext(1))
+    return {
+        "played_loss": float(result.metrics["loss"]),
+        "state_specs": specs(result.state),
+        "wanted_specs": [str(spec) for spec in jax.tree.leaves(partitions(result.state), is_leaf=is_spec)],
     }
 
 

@@ -7,11 +7,17 @@ for that by `conftest.py` and by what tests start as processes: what is compared
 from __future__ import annotations
 
 import fcntl
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax._src import compiler
+
+if "PYTEST_CURRENT_TEST" in os.environ:
+    # What a test has started needs no torch, which transformers would import with every tokenizer: seconds each time.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 _options = compiler.get_compile_options
 
