@@ -42,8 +42,8 @@ def role_loss(values: Any, lengths: list[int], scale: float, config: LossConfig,
     rows = make_rows(
         prompts=(jnp.ones((1, 1), jnp.int32), jnp.ones(1, jnp.int32)),
         sampled=Sampled(jnp.ones(shape, jnp.int32), jnp.asarray(lengths), logprobs, jnp.zeros(shape)),
-        advantages=jnp.asarray(values).reshape(-1),
-        counts=jnp.ones(len(lengths), bool),
+        advantages_B=jnp.asarray(values).reshape(-1),
+        counts_B=jnp.ones(len(lengths), bool),
         scale=scale,
         loss_type=config.loss_type,
     )
@@ -145,8 +145,8 @@ def test_importance_correction() -> None:
     rows = make_rows(
         prompts=(jnp.ones((1, 1), jnp.int32), jnp.ones(1, jnp.int32)),
         sampled=Sampled(jnp.ones(shape, jnp.int32), jnp.asarray(ANSWER_LENGTHS), drawn, jnp.zeros(shape)),
-        advantages=played(False).solver.reshape(-1),
-        counts=jnp.ones(4, bool),
+        advantages_B=played(False).solver.reshape(-1),
+        counts_B=jnp.ones(4, bool),
         scale=1.0,
         loss_type="token_mean",
     )

@@ -51,8 +51,8 @@ def ragged_rows(extra: int = 0, fill: int = EOS, counts: list[int] | None = None
     return make_rows(
         prompts=ragged(prompts, max(PROMPTS) + extra, fill),
         sampled=Sampled(*ragged(completions, width, fill), logprobs=jnp.zeros(shape), log_mass=jnp.zeros(shape)),
-        advantages=jnp.ones(len(COMPLETIONS)),
-        counts=jnp.ones(len(COMPLETIONS), bool) if counts is None else jnp.asarray(counts, bool),
+        advantages_B=jnp.ones(len(COMPLETIONS)),
+        counts_B=jnp.ones(len(COMPLETIONS), bool) if counts is None else jnp.asarray(counts, bool),
         scale=1.0,
         loss_type="sequence",
     )
@@ -117,8 +117,8 @@ def test_one_prompt_for_all_rows_is_shared() -> None:
     rows = make_rows(
         prompts=ragged([[EOS, 5, EOS]], 3, 0),
         sampled=Sampled(*ragged(completions, shape[1], 0), logprobs=jnp.zeros(shape), log_mass=jnp.zeros(shape)),
-        advantages=jnp.ones(5),
-        counts=jnp.ones(5, bool),
+        advantages_B=jnp.ones(5),
+        counts_B=jnp.ones(5, bool),
         scale=1.0,
         loss_type="sequence",
     )

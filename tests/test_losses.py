@@ -57,8 +57,8 @@ class Case:
                 logprobs=jnp.asarray(self.behaviour, jnp.float32),
                 log_mass=jnp.asarray(self.log_mass, jnp.float32),
             ),
-            advantages=jnp.asarray(self.advantages, jnp.float32),
-            counts=jnp.asarray(COUNTS),
+            advantages_B=jnp.asarray(self.advantages, jnp.float32),
+            counts_B=jnp.asarray(COUNTS),
             scale=scale,
             loss_type=config.loss_type,
         )
@@ -306,7 +306,9 @@ def enumerated_statistics(weight: jax.Array, estimator: str) -> tuple[TokenStati
     hidden = jnp.broadcast_to(jnp.asarray(PREFIX, jnp.float32)[None, None], (VOCABULARY, 1, HIDDEN))
     tokens = jnp.arange(VOCABULARY)[:, None]
     frozen = as_params(jnp.asarray(REFERENCE, jnp.float32))
-    statistics = partial(token_statistics, config=HEAD, hidden=hidden, targets=tokens, temperature=TEMPERATURE, chunk=4)
+    statistics = partial(
+        token_statistics, config=HEAD, hidden_BTD=hidden, targets_BT=tokens, temperature=TEMPERATURE, chunk=4
+    )
     against = (frozen, hidden) if estimator == "full" else None
     return statistics(as_params(weight), reference=against), statistics(frozen).logprobs
 

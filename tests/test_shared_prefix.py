@@ -58,8 +58,8 @@ def group_rows(groups: int, group: int = GROUP, seed: int = 0, columns: int = CO
             logprobs=jnp.asarray(noise),
             log_mass=jnp.zeros((count, columns)),
         ),
-        advantages=jnp.asarray(rng.standard_normal(count), jnp.float32),
-        counts=jnp.arange(count) != 1,
+        advantages_B=jnp.asarray(rng.standard_normal(count), jnp.float32),
+        counts_B=jnp.arange(count) != 1,
         scale=1.0,
         loss_type="sequence",
     )

@@ -219,8 +219,8 @@ def our_batch(play: Play, case: Case) -> LearnBatch:
             logprobs=padded(play.logprobs, jnp.float32, LONGEST),
             log_mass=jnp.zeros((N * G, LONGEST)),
         ),
-        advantages=our_advantages(task, jnp.ones((N, G), bool), case.loss.spec).reshape(-1),
-        counts=jnp.ones(N * G, bool),
+        advantages_B=our_advantages(task, jnp.ones((N, G), bool), case.loss.spec).reshape(-1),
+        counts_B=jnp.ones(N * G, bool),
         scale=1.0,
         loss_type=case.loss.loss_type,
     )

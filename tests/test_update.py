@@ -63,8 +63,8 @@ def make_role(
             logprobs=jnp.zeros((count, 7 + extra)),
             log_mass=jnp.zeros((count, 7 + extra)),
         ),
-        advantages=jnp.asarray(advantages, jnp.float32),
-        counts=jnp.arange(count) != (-1 if masked is None else masked),
+        advantages_B=jnp.asarray(advantages, jnp.float32),
+        counts_B=jnp.arange(count) != (-1 if masked is None else masked),
         scale=scale,
         loss_type=loss_type,
     )

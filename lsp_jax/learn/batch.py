@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from lsp_jax.model.llama import Params
 from lsp_jax.text.prompts import Ragged, pack
 
-NARROWEST = 32  # tokens: narrower programs save less than compiling them costs
+NARROWEST = 32  # tokens; narrower programs save less time than their compilation takes
 
 
 class Rows(NamedTuple):
-    """Rows of one role. B rows of width W, completions up to T tokens."""
+    """B rows of one role: W columns, completions of up to T tokens."""
 
     tokens: jax.Array
     """int32 [B, W]: prompt, completion, padding."""
@@ -24,16 +24,16 @@ class Rows(NamedTuple):
     completion_lengths: jax.Array
     """int32 [B]: completion tokens, the stop token included."""
     behaviour_logprobs: jax.Array
-    """float32 [B, T]: log-probabilities the sampler gave its tokens."""
+    """float32 [B, T]: log-probabilities of the tokens under the sampler."""
     log_mass: jax.Array
-    """float32 [B, T]: log of the mass that truncation kept; 0 without truncation."""
+    """float32 [B, T]: log of the probability mass that truncation kept; 0 without truncation."""
     advantages: jax.Array
     """float32 [B]."""
     weights: jax.Array
     """float32 [B]: the row's share of the loss, denominators and alpha_Ch included; 0 masks the row out."""
     old_logprobs: jax.Array | None = None
-    """float32 [B, T]: tempered log-probabilities of the parameters that played, fixed before any parameter moves, for
-    the ratios of inner epochs. None: the one update there is starts from those parameters, so every ratio is 1."""
+    """float32 [B, T]: tempered log-probabilities under the rollout policy, fixed before the first update, for the
+    ratios of inner epochs. None for a single update: it starts from that policy, so every ratio is 1."""
 
     @property
     def mask(self) -> jax.Array:
@@ -44,11 +44,11 @@ class Rows(NamedTuple):
     @property
     def positions(self) -> jax.Array:
         """int32 [B, T]: the column of `tokens` that holds each completion token (clipped in the padding)."""
-        columns = self.prompt_lengths[:, None] + jnp.arange(self.behaviour_logprobs.shape[1])[None]
-        return jnp.minimum(columns, self.tokens.shape[1] - 1)
+        columns_BT = self.prompt_lengths[:, None] + jnp.arange(self.behaviour_logprobs.shape[1])[None]
+        return jnp.minimum(columns_BT, self.tokens.shape[1] - 1)
 
     def narrowed(self, columns: int) -> Rows:
-        """The rows with completions of up to `columns` tokens, which none of them may exceed."""
+        """The rows cut to completions of `columns` tokens; none may be longer."""
         cut = self.behaviour_logprobs.shape[1] - columns
         old = self.old_logprobs
         return self._replace(
@@ -67,7 +67,7 @@ class LearnBatch(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """The frozen reference's statistics of one role's rows."""
+    """Statistics of one role's rows under the frozen reference."""
 
     logprobs: jax.Array
     """float32 [B, T]."""
@@ -78,96 +78,96 @@ class Reference(NamedTuple):
 
 
 class References(NamedTuple):
-    """The frozen reference, as far as the update depends on it."""
+    """All that the update reads of the frozen reference."""
 
     solver: Reference
     challenger: Reference | None = None
     """None when the Solver is trained alone."""
     params: Params | None = None
-    """Its parameters, where the update computes with them (`LearnerSpec.needs_base`)."""
+    """Its parameters, if the update reads them (`LearnerSpec.needs_base`)."""
 
 
 class Sampled(NamedTuple):
-    """B completions as they were sampled, up to T tokens."""
+    """B sampled completions of up to T tokens."""
 
     tokens: jax.Array
     """int32 [B, T]."""
     lengths: jax.Array
     """int32 [B]: tokens, the stop token included."""
     logprobs: jax.Array
-    """float32 [B, T]: of each token under the distribution it was drawn from."""
+    """float32 [B, T]: log-probability of each token under the distribution it was drawn from."""
     log_mass: jax.Array
-    """float32 [B, T]: log of the mass that truncation kept."""
+    """float32 [B, T]: log of the probability mass that truncation kept."""
 
 
 def make_rows(
     prompts: Ragged,
     sampled: Sampled,
-    advantages: jax.Array,
-    counts: jax.Array,
+    advantages_B: jax.Array,
+    counts_B: jax.Array,
     scale: jax.Array | float,
     loss_type: str,
 ) -> Rows:
     """Rows [B, ...] of one role; `prompts` may have one row for all.
 
-    `counts` bool [B] marks the rows in the loss. The weight of each is `scale` over a denominator by `loss_type`:
-    sequence: B, whatever is masked; token_mean: all completion tokens of the rows that count; constant_length: B times
-    T, the maximum length of a completion.
+    `counts_B` (bool) marks the rows in the loss. Each has the weight `scale` / denominator, where `loss_type` selects
+    the denominator. sequence: B, masked rows included; token_mean: the number of completion tokens of the rows in the
+    loss; constant_length: B * T, with T the maximum length of a completion.
     """
-    tokens, _ = pack((prompts, sampled[:2]))
-    lengths = sampled.lengths
-    rows = tokens.shape[0]
+    tokens_BW, _ = pack((prompts, sampled[:2]))
+    lengths_B = sampled.lengths
+    rows = tokens_BW.shape[0]
     denominator: jax.Array | int = rows
     if loss_type == "token_mean":
-        denominator = jnp.maximum(jnp.sum(jnp.where(counts, lengths, 0)), 1)
+        denominator = jnp.maximum(jnp.sum(jnp.where(counts_B, lengths_B, 0)), 1)
     elif loss_type == "constant_length":
         denominator = rows * sampled.tokens.shape[1]
     return Rows(
-        tokens=tokens,
+        tokens=tokens_BW,
         prompt_lengths=jnp.broadcast_to(prompts[1], (rows,)),
-        completion_lengths=lengths,
+        completion_lengths=lengths_B,
         behaviour_logprobs=sampled.logprobs,
         log_mass=sampled.log_mass,
-        advantages=advantages,
-        weights=jnp.where(counts, scale / denominator, 0.0),
+        advantages=advantages_B,
+        weights=jnp.where(counts_B, scale / denominator, 0.0),
     )
 
 
-def by_length(rows: Rows, group: int, counts: jax.Array) -> Rows:
-    """The rows sorted by the length of their completions, so that those of a micro-batch are of about one length.
+def by_length(rows: Rows, group: int, counts_B: jax.Array) -> Rows:
+    """The rows sorted by completion length, longest first, so that the rows of a micro-batch have similar lengths.
 
-    Each `group` consecutive rows, which have one prompt, stay together: they are sorted among themselves, and the
-    groups by their longest row. Rows for which `counts` bool [B] is False are taken for empty.
+    Each `group` consecutive rows share a prompt and stay together: rows are sorted within their group, and groups by
+    their longest row. Rows for which `counts_B` (bool) is False count as empty.
     """
-    order = length_order(rows.completion_lengths, group, counts)
-    return jax.tree.map(lambda x: x[order], rows)
+    order_B = length_order(rows.completion_lengths, group, counts_B)
+    return jax.tree.map(lambda x: x[order_B], rows)
 
 
-def length_order(lengths: jax.Array, group: int, counts: jax.Array) -> jax.Array:
-    """int32 [B]: the row that `by_length` puts in each place. (One group of all rows, or groups of one: the same.)"""
-    counted = jnp.where(counts, lengths, 0).reshape(-1, group)
-    inside = jnp.argsort(counted, axis=1, descending=True)
-    groups = jnp.argsort(jnp.max(counted, axis=1), descending=True)
-    return (groups[:, None] * group + inside[groups]).reshape(-1)
+def length_order(lengths_B: jax.Array, group: int, counts_B: jax.Array) -> jax.Array:
+    """int32 [B]: the permutation of `by_length`; the same for one group of all rows and for groups of one row."""
+    counted_NG = jnp.where(counts_B, lengths_B, 0).reshape(-1, group)
+    inside_NG = jnp.argsort(counted_NG, axis=1, descending=True)
+    groups_N = jnp.argsort(jnp.max(counted_NG, axis=1), descending=True)
+    return (groups_N[:, None] * group + inside_NG[groups_N]).reshape(-1)
 
 
 def widths(columns: int) -> tuple[int, ...]:
-    """How many completion tokens a micro-batch may be computed with: a quarter, half and all of `columns`."""
+    """Completion widths at which a micro-batch may be computed: a quarter, a half and all of `columns`."""
     return tuple(sorted({*(-(-columns // part) for part in (4, 2) if columns // part >= NARROWEST), columns}))
 
 
 def width_bucket(rows: Rows, columns: Sequence[int]) -> jax.Array:
-    """Which of the rising `columns` holds the longest completion that counts: an index into it, scalar int32."""
+    """Index (scalar int32) of the smallest of the ascending `columns` that holds the longest completion in the loss."""
     longest = jnp.max(jnp.where(rows.weights > 0, rows.completion_lengths, 0))
     return jnp.sum(longest > jnp.asarray(columns[:-1], jnp.int32), dtype=jnp.int32)
 
 
 def micro_batches(rows: Rows, size: int) -> Rows:
-    """[B, ...] -> [ceil(B / size), size, ...]; what is missing is filled with rows of weight 0."""
+    """Splits rows [B, ...] into micro-batches [ceil(B / size), size, ...], padded with rows of weight 0."""
     missing = -rows.tokens.shape[0] % size
 
     def split(x: jax.Array) -> jax.Array:
-        # padding rows repeat nothing: one prompt token, no completion, weight 0
+        # padding rows: one prompt token, no completion, weight 0
         padded = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
         return padded.reshape(-1, size, *x.shape[1:])
 

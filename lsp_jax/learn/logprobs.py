@@ -1,8 +1,8 @@
-"""Log-probabilities, entropy and exact KL of tokens from hidden states, the head applied by chunks.
+"""Log-probabilities, entropy and exact KL of tokens from hidden states, with the head applied in chunks.
 
-[tokens, vocabulary] never exists whole, forward or backward: each chunk's logits are recomputed for its gradient.
-Everything is float32. "The policy" here is the tempered one, logits divided by the sampling temperature, so that the
-sampler and the learner speak of the same distribution.
+The full logits [tokens, vocabulary] never exist, forward or backward: each chunk's logits are recomputed for its
+gradient. Everything is float32. "The policy" here is the tempered one, with logits divided by the sampling temperature,
+so that sampler and learner use the same distribution.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lsp_jax.model.sharding import row_shards, shard_rows
 
 
 class TokenStatistics(NamedTuple):
-    """Per completion token, float32 [B, T]; meaningless where masked."""
+    """Statistics of each completion token, float32 [B, T]; meaningless where masked."""
 
     logprobs: jax.Array
     """log pi(token | prefix)."""
@@ -32,20 +32,23 @@ class TokenStatistics(NamedTuple):
 def completion_hidden(
     params: llama.Params, config: LlamaConfig, rows: Rows, remat: llama.Remat = "none", share: int = 1
 ) -> jax.Array:
-    """The hidden state [B, T, D] from which each completion token was predicted.
+    """Hidden states [B, T, D] from which the completion tokens are predicted.
 
-    Each `share` consecutive rows have the same prompt: above 1 it is run, forward and backward, once for all of them.
+    Each `share` consecutive rows have the same prompt; above 1 it is computed, forward and backward, once for them.
     """
     if share == 1:
-        hidden = llama.hidden_states(params, config, rows.tokens, remat=remat)
-        return jnp.take_along_axis(hidden, (rows.positions - 1)[..., None], axis=1)
-    completions = completion_tokens(rows)
-    prompts, lengths = rows.tokens[::share, : -completions.shape[1]], rows.prompt_lengths[::share]
-    prompts = jnp.where(jnp.arange(prompts.shape[1])[None] < lengths[:, None], prompts, 0)  # a row's own tokens follow
-    # the last token of a completion predicts nothing that counts
-    before, inside = llama.shared_hidden_states(params, config, prompts, lengths, completions[:, :-1], remat)
-    first = jnp.repeat(llama.last_hidden(before, lengths), share, axis=0)
-    return shard_rows(jnp.concatenate([first[:, None], inside], axis=1))
+        hidden_BWD = llama.hidden_states(params, config, rows.tokens, remat=remat)
+        return jnp.take_along_axis(hidden_BWD, (rows.positions - 1)[..., None], axis=1)
+    completions_BT = completion_tokens(rows)
+    prompts_NP, lengths_N = rows.tokens[::share, : -completions_BT.shape[1]], rows.prompt_lengths[::share]
+    # without the completion tokens that follow the prompt
+    prompts_NP = jnp.where(jnp.arange(prompts_NP.shape[1])[None] < lengths_N[:, None], prompts_NP, 0)
+    # the last token of a completion predicts no other
+    before_NPD, inside_BSD = llama.shared_hidden_states(
+        params, config, prompts_NP, lengths_N, completions_BT[:, :-1], remat
+    )
+    first_BD = jnp.repeat(llama.last_hidden(before_NPD, lengths_N), share, axis=0)
+    return shard_rows(jnp.concatenate([first_BD[:, None], inside_BSD], axis=1))
 
 
 def completion_tokens(rows: Rows) -> jax.Array:
@@ -56,19 +59,19 @@ def completion_tokens(rows: Rows) -> jax.Array:
 def token_statistics(
     params: llama.Params,
     config: LlamaConfig,
-    hidden: jax.Array,
-    targets: jax.Array,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
     temperature: float,
     chunk: int,
     reference: tuple[llama.Params, jax.Array] | None = None,
 ) -> TokenStatistics:
-    """Statistics of `targets` [B, T] under the head applied to `hidden` [B, T, D], about `chunk` tokens at a time.
+    """Statistics of `targets_BT` under the head applied to `hidden_BTD`, about `chunk` tokens at a time.
 
-    A chunk is the same columns (at least one) of every row, so that on a mesh all devices work on each; there `chunk`
-    counts the tokens of one device, which also holds only its share of the vocabulary.
+    A chunk holds the same columns (at least one) of every row, so that on a mesh all devices work on every chunk.
+    `chunk` then counts the tokens of one device, which holds only its share of the vocabulary.
     `reference` = (its parameters, its hidden states [B, T, D]) adds the exact KL of each token.
     """
-    rows, length = targets.shape
+    rows, length = targets_BT.shape
     columns = max(1, min(length, chunk * row_shards() // rows))
 
     def chunked(x: jax.Array) -> jax.Array:
@@ -78,17 +81,17 @@ def token_statistics(
 
     @jax.checkpoint
     def statistics(part: tuple[jax.Array, ...]) -> TokenStatistics:
-        logp = jax.nn.log_softmax(llama.logits(params, config, part[0]) / temperature, axis=-1)
-        chosen = jnp.take_along_axis(logp, part[1][..., None], axis=-1)[..., 0]
-        stopped = jax.lax.stop_gradient(logp)
-        entropy = -jnp.sum(jnp.exp(stopped) * stopped, axis=-1)
-        kl = jnp.zeros_like(chosen)
+        logp_BCV = jax.nn.log_softmax(llama.logits(params, config, part[0]) / temperature, axis=-1)
+        chosen_BC = jnp.take_along_axis(logp_BCV, part[1][..., None], axis=-1)[..., 0]
+        stopped_BCV = jax.lax.stop_gradient(logp_BCV)
+        entropy_BC = -jnp.sum(jnp.exp(stopped_BCV) * stopped_BCV, axis=-1)
+        kl_BC = jnp.zeros_like(chosen_BC)
         if reference is not None:
-            ref_logp = jax.nn.log_softmax(llama.logits(reference[0], config, part[2]) / temperature, axis=-1)
-            kl = jnp.sum(jnp.exp(logp) * (logp - ref_logp), axis=-1)
-        return TokenStatistics(chosen, entropy, kl)
+            ref_logp_BCV = jax.nn.log_softmax(llama.logits(reference[0], config, part[2]) / temperature, axis=-1)
+            kl_BC = jnp.sum(jnp.exp(logp_BCV) * (logp_BCV - ref_logp_BCV), axis=-1)
+        return TokenStatistics(chosen_BC, entropy_BC, kl_BC)
 
-    parts = (chunked(hidden), chunked(targets))
+    parts = (chunked(hidden_BTD), chunked(targets_BT))
     if reference is not None:
         parts = (*parts, chunked(reference[1]))
     out = jax.lax.map(statistics, parts)

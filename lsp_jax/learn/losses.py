@@ -3,17 +3,17 @@
 LSP maximises, per row, ratio * A - beta * KL (LSP, Section 3); we minimise its negative. The ratio is the policy over
 its own stopped gradient, so its value is 1 and its gradient that of the log-probability.
 
-With several inner epochs the ratio is, as in GRPO and token by token, that of the policy to the one that played, and
-min(ratio * A, clipped ratio * A) is maximised. With truncated importance correction each token's gain is also weighted
-by min(old / sampled probability, cap), without a gradient: what the learner, before any parameter moved, gave the token
-over what the sampler gave it, so 1 but for rounding. Both are probabilities of the distribution that was sampled: the
-weight does not pay for what top-k, top-p or min-p cut off.
+With several inner epochs the ratio is, per token, that of the policy to the rollout policy, and min(ratio * A, clipped
+ratio * A) is maximised, as in GRPO. With truncated importance correction each token's gain is also weighted, without a
+gradient, by min(old / sampled probability, cap): the learner's probability of the token before the first update over
+the sampler's, which is 1 up to rounding. Both are probabilities under the sampled distribution: the
+weight does not correct for the mass that top-k, top-p or min-p cut off.
 
 The KL term as the paper prints it, -beta * log(pi / pi_ref) differentiated directly (`k1`), has expected gradient zero:
 no pull to the reference, only variance. On-policy, per token and with the prefix fixed, `k2` has the gradient of
 KL(pi || ref), `full` is that KL itself, and `k3` (TRL's) has the gradient of KL(ref || pi). Off-policy `k2` keeps that
-gradient because each token is weighted by the same stopped ratio and importance weight; `k1` and `k3` are left as the
-paper and TRL have them. Sums over tokens leave out the effect of a token on later ones, whichever the estimator.
+gradient because each token is weighted by the same stopped ratio and importance weight; `k1` and `k3` are left as in
+the paper and in TRL. With every estimator, the sum over tokens ignores the effect of a token on later ones.
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ class LossConfig:
 
     @property
     def value_gate(self) -> tuple[float, float]:
-        """Both bounds; infinite without a gate."""
+        """Both bounds of V(q); infinite without a gate."""
         gated = (self.value_low, self.value_high) != (0, 0)
         return (self.value_low, self.value_high) if gated else (-math.inf, math.inf)
 
     @property
     def spec(self) -> LossSpec:
-        """The part that decides programs."""
+        """The static settings, which select the compiled program."""
         return LossSpec(
             kl_estimator=self.kl_estimator,
             loss_type=self.loss_type,
@@ -117,89 +117,96 @@ class LossConfig:
 
     @property
     def clip_range(self) -> tuple[float, float]:
-        """Lowest and highest ratio that still counts."""
+        """Lowest and highest ratio that is not clipped."""
         return 1 - self.clip_epsilon, 1 + (self.clip_epsilon_high or self.clip_epsilon)
 
 
-def kl_terms(logprobs: jax.Array, reference: jax.Array, estimator: str, full_kl: jax.Array) -> jax.Array:
-    """The per-token KL term [B, T] whose gradient is taken; the module says what each is."""
-    difference = logprobs - reference
+def kl_terms(logprobs_BT: jax.Array, reference_BT: jax.Array, estimator: str, full_kl_BT: jax.Array) -> jax.Array:
+    """Per-token KL terms [B, T] of the loss; the module docstring describes the estimators."""
+    difference_BT = logprobs_BT - reference_BT
     if estimator == "k1":
-        return difference
+        return difference_BT
     if estimator == "k2":
-        return 0.5 * difference**2
+        return 0.5 * difference_BT**2
     if estimator == "k3":
-        return jnp.exp(-difference) - 1 + difference
+        return jnp.exp(-difference_BT) - 1 + difference_BT
     if estimator == "full":
-        return full_kl
+        return full_kl_BT
     raise ValueError(f"unknown KL estimator {estimator!r}")
 
 
 def policy_loss(
-    statistics: TokenStatistics, reference_logprobs: jax.Array, rows: Rows, spec: LossSpec, hyper: Hyperparameters
+    statistics: TokenStatistics, reference_logprobs_BT: jax.Array, rows: Rows, spec: LossSpec, hyper: Hyperparameters
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss (scalar, float32) of `rows`, and sums over their unmasked tokens for the metrics.
 
-    `statistics` are the learner's [B, T], `reference_logprobs` [B, T] the frozen reference's. The loss is a sum over
-    rows with the rows' own weights, so micro-batches add up to the whole batch whatever their lengths.
+    `statistics` are the learner's, `reference_logprobs_BT` the frozen reference's. The loss is a sum over rows with the
+    rows' own weights, so the losses of micro-batches add up to that of the batch, whatever their lengths.
     """
     shape = rows.behaviour_logprobs.shape
-    if statistics.logprobs.shape != shape or reference_logprobs.shape != shape:
-        raise ValueError(f"log-probabilities {statistics.logprobs.shape}, {reference_logprobs.shape}: expected {shape}")
-    mask = rows.mask
-    # where before any arithmetic: what is masked may be NaN, and NaN * 0 is NaN in the gradient too
-    logprobs = jnp.where(mask, statistics.logprobs, 0.0)
-    reference = jnp.where(mask, reference_logprobs, 0.0)
-    full_kl = jnp.where(mask, statistics.full_kl, 0.0)
-    advantages = jnp.where(rows.weights > 0, rows.advantages, 0.0)
-    behaviour = jnp.where(mask, rows.behaviour_logprobs, 0.0)
-    log_mass = jnp.where(mask, rows.log_mass, 0.0)
-    old = jax.lax.stop_gradient(logprobs) if rows.old_logprobs is None else jnp.where(mask, rows.old_logprobs, 0.0)
-    log_ratio = logprobs - old
-    kl_BT = kl_terms(logprobs, reference, spec.kl_estimator, full_kl)
-    importance: jax.Array | None = None
+    if statistics.logprobs.shape != shape or reference_logprobs_BT.shape != shape:
+        raise ValueError(
+            f"log-probabilities {statistics.logprobs.shape}, {reference_logprobs_BT.shape}: expected {shape}"
+        )
+    mask_BT = rows.mask
+    # select before any arithmetic: masked values may be NaN, and NaN * 0 is NaN, also in the gradient
+    logprobs_BT = jnp.where(mask_BT, statistics.logprobs, 0.0)
+    reference_BT = jnp.where(mask_BT, reference_logprobs_BT, 0.0)
+    full_kl_BT = jnp.where(mask_BT, statistics.full_kl, 0.0)
+    advantages_B = jnp.where(rows.weights > 0, rows.advantages, 0.0)
+    behaviour_BT = jnp.where(mask_BT, rows.behaviour_logprobs, 0.0)
+    log_mass_BT = jnp.where(mask_BT, rows.log_mass, 0.0)
+    old_BT = (
+        jax.lax.stop_gradient(logprobs_BT) if rows.old_logprobs is None else jnp.where(mask_BT, rows.old_logprobs, 0.0)
+    )
+    log_ratio_BT = logprobs_BT - old_BT
+    kl_BT = kl_terms(logprobs_BT, reference_BT, spec.kl_estimator, full_kl_BT)
+    importance_BT: jax.Array | None = None
     if spec.importance_correction:
-        importance = jnp.minimum(jnp.exp(old - log_mass - behaviour), hyper.importance_cap)
-    if spec.kl_estimator == "k2":  # its expectation is over the policy's tokens, and these are the sampler's
-        kl_BT = kl_BT if rows.old_logprobs is None else kl_BT * jax.lax.stop_gradient(jnp.exp(log_ratio))
-        kl_BT = kl_BT if importance is None else kl_BT * importance
-    kl = jnp.sum(kl_BT, axis=-1)
+        importance_BT = jnp.minimum(jnp.exp(old_BT - log_mass_BT - behaviour_BT), hyper.importance_cap)
+    if spec.kl_estimator == "k2":  # its expectation is over the policy's tokens, but these are the sampler's
+        kl_BT = kl_BT if rows.old_logprobs is None else kl_BT * jax.lax.stop_gradient(jnp.exp(log_ratio_BT))
+        kl_BT = kl_BT if importance_BT is None else kl_BT * importance_BT
+    kl_B = jnp.sum(kl_BT, axis=-1)
     clip = None if rows.old_logprobs is None else (hyper.clip_low, hyper.clip_high)
-    if spec.loss_type == "sequence" and importance is None and clip is None:
-        gain = jnp.exp(jnp.sum(log_ratio, axis=-1)) * advantages
+    if spec.loss_type == "sequence" and importance_BT is None and clip is None:
+        gain_B = jnp.exp(jnp.sum(log_ratio_BT, axis=-1)) * advantages_B
     else:
-        gain = _token_gains(log_ratio, importance, mask, advantages, clip)
-    loss = -jnp.sum(rows.weights * (gain - hyper.beta * kl))
+        gain_B = _token_gains(log_ratio_BT, importance_BT, mask_BT, advantages_B, clip)
+    loss = -jnp.sum(rows.weights * (gain_B - hyper.beta * kl_B))
 
-    gap = jnp.where(mask, jnp.exp(jnp.abs(logprobs - log_mass - behaviour)), 0.0)
+    gap_BT = jnp.where(mask_BT, jnp.exp(jnp.abs(logprobs_BT - log_mass_BT - behaviour_BT)), 0.0)
     sums = {
-        "tokens": jnp.sum(mask),
-        "kl": jnp.sum(kl_terms(logprobs, reference, "k3", full_kl)),
-        "entropy": jnp.sum(jnp.where(mask, statistics.entropy, 0.0)),
-        "prob_error": jnp.sum(gap),
+        "tokens": jnp.sum(mask_BT),
+        "kl": jnp.sum(kl_terms(logprobs_BT, reference_BT, "k3", full_kl_BT)),
+        "entropy": jnp.sum(jnp.where(mask_BT, statistics.entropy, 0.0)),
+        "prob_error": jnp.sum(gap_BT),
     }
-    if importance is not None:
-        sums["importance_weight"] = jnp.sum(jnp.where(mask, importance, 0.0))
+    if importance_BT is not None:
+        sums["importance_weight"] = jnp.sum(jnp.where(mask_BT, importance_BT, 0.0))
     if clip is not None:
         low, high = clip
-        ratio, better = jnp.exp(log_ratio), advantages[:, None]
-        sums["clip_ratio/low"] = jnp.sum(mask & (ratio < low) & (better < 0))
-        sums["clip_ratio/high"] = jnp.sum(mask & (ratio > high) & (better > 0))
-        sums["kl_to_old"] = jnp.sum(ratio - 1 - log_ratio)
+        ratio_BT, advantages_B1 = jnp.exp(log_ratio_BT), advantages_B[:, None]
+        sums["clip_ratio/low"] = jnp.sum(mask_BT & (ratio_BT < low) & (advantages_B1 < 0))
+        sums["clip_ratio/high"] = jnp.sum(mask_BT & (ratio_BT > high) & (advantages_B1 > 0))
+        sums["kl_to_old"] = jnp.sum(ratio_BT - 1 - log_ratio_BT)
     return loss, {name: jax.lax.stop_gradient(value).astype(jnp.float32) for name, value in sums.items()}
 
 
 def _token_gains(
-    log_ratio: jax.Array,
-    importance: jax.Array | None,
-    mask: jax.Array,
-    advantages: jax.Array,
+    log_ratio_BT: jax.Array,
+    importance_BT: jax.Array | None,
+    mask_BT: jax.Array,
+    advantages_B: jax.Array,
     clip: tuple[jax.Array | float, jax.Array | float] | None,
 ) -> jax.Array:
-    """Each row's sum [B] over tokens of ratio * A, weighted by `importance` [B, T], and clipped within `clip` (GRPO,
-    PPO) unless that is None."""
-    ratio = jnp.exp(log_ratio)
+    """Sums [B] over tokens of ratio * A, weighted by `importance_BT` and clipped to `clip` (as in GRPO and PPO)
+    unless these are None."""
+    ratio_BT = jnp.exp(log_ratio_BT)
     if clip is None:
-        return jnp.sum(jnp.where(mask, ratio if importance is None else ratio * importance, 0.0), axis=-1) * advantages
-    gains = jnp.minimum(ratio * advantages[:, None], jnp.clip(ratio, *clip) * advantages[:, None])
-    return jnp.sum(jnp.where(mask, gains if importance is None else gains * importance, 0.0), axis=-1)
+        return (
+            jnp.sum(jnp.where(mask_BT, ratio_BT if importance_BT is None else ratio_BT * importance_BT, 0.0), axis=-1)
+            * advantages_B
+        )
+    gains_BT = jnp.minimum(ratio_BT * advantages_B[:, None], jnp.clip(ratio_BT, *clip) * advantages_B[:, None])
+    return jnp.sum(jnp.where(mask_BT, gains_BT if importance_BT is None else gains_BT * importance_BT, 0.0), axis=-1)

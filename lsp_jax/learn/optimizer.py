@@ -1,6 +1,6 @@
 """The train state and its step: clipping by the global norm, then AdamW with a linear warm-up.
 
-A step that is not finite changes nothing and is counted.
+A step that is not finite changes no parameter and is counted.
 """
 
 from __future__ import annotations
@@ -71,29 +71,29 @@ class OptimizerConfig:
 
     @property
     def spec(self) -> OptimizerSpec:
-        """The part that decides programs."""
+        """The static settings, which select the compiled program."""
         return OptimizerSpec(self.adam_beta1, self.adam_beta2, self.adam_epsilon, self.moment_dtype)
 
 
 class TrainState(NamedTuple):
-    """All that an update changes; donated to it."""
+    """The state that an update changes; its buffers are donated."""
 
     params: Params
     """Master parameters."""
     opt_state: Any
-    """Optax state: both moments and the count of updates made."""
+    """Optax state: both moments and the count of applied updates."""
     iteration: jax.Array
-    """int32: iterations done, those with skipped updates included; the update leaves it to the iteration."""
+    """int32: completed iterations, including those with skipped updates; not incremented by the update itself."""
     attempt: jax.Array
-    """int32: rises when an iteration is played anew, so that it draws other noise."""
+    """int32: incremented when an iteration is repeated, so that it draws different noise."""
     skipped: jax.Array
     """int32: updates skipped because they were not finite."""
     memory: Memory | None = None
-    """Embeddings of the Challenger's earlier queries; None where nothing is remembered."""
+    """Embeddings of the Challenger's earlier queries; None without a memory."""
 
 
 def optimizer(spec: OptimizerSpec, hyper: Hyperparameters) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW with a linear warm-up. Its count moves only with updates made."""
+    """Global-norm clipping, then AdamW with a linear warm-up. Skipped updates do not count as warm-up steps."""
 
     def schedule(count: Any) -> jax.Array:
         return hyper.learning_rate * jnp.minimum(1.0, (count + 1) / hyper.warmup_steps)
@@ -112,14 +112,14 @@ def optimizer(spec: OptimizerSpec, hyper: Hyperparameters) -> optax.GradientTran
 
 
 _UNREAD = Hyperparameters(*[0.0] * len(Hyperparameters._fields))
-"""Making the moments reads no number."""
+"""Placeholders: initialising the moments reads no hyperparameter."""
 
 
 def init_state(params: Params, spec: OptimizerSpec, memory: tuple[int, int] | None = None) -> TrainState:
-    """A fresh state that owns copies of `params` (it is donated; the reference keeps its own), spread over the mesh;
-    with room for a `memory` of so many queries, of the model's width."""
+    """The initial state, sharded over the mesh. It owns copies of `params`, because it is donated and the reference
+    keeps its own; `memory` = (size, width) adds an empty memory of queries."""
     params = jax.tree.map(jnp.copy, params)
-    # the second moment is float32 whatever the parameters are
+    # the second moment is float32 for parameters of any dtype
     moments = optimizer(spec, _UNREAD).init(cast(params, "float32"))
     iteration, attempt, skipped = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: the state is donated
     remembered = None if memory is None else empty(*memory)
@@ -134,8 +134,8 @@ def apply_gradients(
     hyper: Hyperparameters,
     inputs_finite: jax.Array | bool = True,
 ) -> tuple[TrainState, Metrics]:
-    """One clipped AdamW step; when the loss or the gradient's norm is not finite, or what they were made from is not
-    `inputs_finite`, nothing moves but `skipped`."""
+    """One clipped AdamW step. If the loss or the gradient's norm is not finite, or `inputs_finite` is False, only
+    `skipped` changes."""
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss) & inputs_finite
 
@@ -143,8 +143,8 @@ def apply_gradients(
     moved = optax.apply_updates(state.params, updates), opt_state
 
     def kept(new: jax.Array, old: jax.Array) -> jax.Array:
-        # a choice element by element, not a branch, whose result would be a second copy of the whole state; moments of
-        # float32 gradients go back to the dtype they were made with
+        # an elementwise select, because the result of a branch would be a second copy of the whole state; moments of
+        # float32 gradients are cast back to their initial dtype
         return jnp.where(finite, new.astype(old.dtype), old)
 
     params, opt_state = jax.tree.map(kept, moved, (state.params, state.opt_state))

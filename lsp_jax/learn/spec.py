@@ -1,7 +1,7 @@
-"""The static specification of the learner, and the numbers that only scale.
+"""Static settings of the learner's programs, and traced hyperparameters.
 
-`LearnerSpec` is static: another one compiles other programs. `Hyperparameters` are traced scalars: changing one
-compiles nothing, and a sweep over them shares all its programs.
+`LearnerSpec` is static: a different one compiles different programs. `Hyperparameters` are traced scalars: changing one
+compiles nothing, and a sweep over them shares all programs.
 """
 
 from __future__ import annotations
@@ -26,53 +26,53 @@ class Hyperparameters(NamedTuple):
     beta: Scalar
     """Weight of the KL to the reference."""
     clip_low: Scalar
-    """Lowest probability ratio that still counts, 1 - epsilon; read with inner epochs."""
+    """Lower clipping bound of the probability ratio, 1 - epsilon; read with inner epochs."""
     clip_high: Scalar
-    """Highest such ratio."""
+    """Upper clipping bound of the ratio."""
     importance_cap: Scalar
-    """Largest weight of truncated importance correction; read where the spec corrects."""
+    """Cap of the truncated importance weights; read with `LossSpec.importance_correction`."""
     alpha_challenger: Scalar
     """Weight of the Challenger's loss."""
     invalid_query_penalty: Scalar
     """Challenger reward of an invalid query."""
     value_low: Scalar
-    """Lowest V(q) for which the Challenger is paid; -inf: no gate."""
+    """Lowest V(q) for which the Challenger is rewarded; -inf: no gate."""
     value_high: Scalar
     """Highest such V(q); inf: no gate."""
     novelty_penalty: Scalar
-    """Taken off the Challenger's reward of a near-duplicate query."""
+    """Subtracted from the Challenger's reward of a near-duplicate query."""
     near_duplicate: Scalar
     """Cosine similarity from which a query is a near-duplicate of an earlier one."""
     learning_rate: Scalar
-    """AdamW step size after warm-up."""
+    """Learning rate after warm-up."""
     warmup_steps: Scalar
-    """Updates over which the step size rises, at least 1."""
+    """Updates of linear warm-up, at least 1."""
     weight_decay: Scalar
     """Decoupled weight decay."""
     max_grad_norm: Scalar
-    """Global norm to which longer gradients are scaled down."""
+    """Maximum global norm of the gradient, for clipping."""
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """The part of `LossConfig` (`learn/losses.py`) that decides programs."""
+    """The static settings of `LossConfig` (`learn/losses.py`)."""
 
     kl_estimator: str = "k2"
     loss_type: str = "sequence"
     scale_rewards: str = "none"
     num_iterations: int = 1
-    """Updates made on one iteration's play."""
+    """Inner epochs: updates per rollout batch."""
     importance_correction: bool = False
-    """Whether each token's gain is weighted by truncated importance correction."""
+    """Whether each token's gain has a truncated importance weight."""
     use_quality: bool = True
-    """Whether quality rewards enter the advantages (LSP) or are only measured (LSP-Zero)."""
+    """Whether quality rewards are part of the advantages (LSP) or only measured (LSP-Zero)."""
     trains_challenger: bool = True
     """Whether the Challenger's rows are in the loss."""
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """The part of `OptimizerConfig` (`learn/optimizer.py`) that decides programs."""
+    """The static settings of `OptimizerConfig` (`learn/optimizer.py`)."""
 
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -82,25 +82,25 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class RoleSpec:
-    """How one role sampled, as far as the learner depends on it."""
+    """Sampling settings of one role on which the learner depends."""
 
     temperature: float = 1.0
     """Sampling temperature: the policy in the loss is the tempered one."""
     prompt_group: int = 1
-    """Consecutive rows of the batch that continue one prompt."""
+    """Number of consecutive rows that continue the same prompt."""
 
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """All that decides the programs of the reference pass and the update; hashable, a static argument."""
+    """All static settings of the reference pass and the update; hashable, a static argument."""
 
     model: LlamaConfig
     loss: LossSpec = field(default_factory=LossSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     micro_batch_size: int = 0
-    """Rows whose activations a device holds at a time; 0: `DEFAULT_MICRO_BATCH_SIZE`."""
+    """Rows per device and micro-batch; 0: `DEFAULT_MICRO_BATCH_SIZE`."""
     logprob_chunk: int = 512
-    """Tokens whose logits a device holds at a time."""
+    """Tokens per device whose logits are computed at a time."""
     remat: Remat = "full"
     """What the backward pass recomputes."""
     compute_dtype: str = "float32"
@@ -110,7 +110,7 @@ class LearnerSpec:
     challenger: RoleSpec = field(default_factory=RoleSpec)
 
     def attach_adapters(self, base: Params) -> Callable[[Params], Params]:
-        """From the parameters that are trained, all or adapters of `base`, to those of the model."""
+        """A function from the trained parameters, all or adapters of `base`, to those of the model."""
         return partial(attach_adapters, base, lora=self.lora) if self.lora.rank else lambda params: params
 
     @property
@@ -120,12 +120,12 @@ class LearnerSpec:
 
     @property
     def recompute_old_logprobs(self) -> bool:
-        """Whether old log-probabilities are recomputed by the learner: below float32 decoding and the teacher-forced
-        pass round differently, and importance correction compares the two."""
+        """Whether the learner recomputes old log-probabilities: below float32, decoding and teacher-forced passes round
+        differently, and importance correction compares the two."""
         return self.compute_dtype != "float32" or self.loss.importance_correction
 
     def prompt_sharing(self, role: RoleSpec) -> int:
-        """Consecutive rows of `role` that one pass over their prompt serves.
+        """Number of consecutive rows of `role` for which a shared prompt is computed once.
 
         1 on platforms with a fused attention kernel: it takes complete rows, and saves more than the prompts cost.
         """

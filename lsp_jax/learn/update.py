@@ -28,14 +28,14 @@ from lsp_jax.learn.spec import Hyperparameters, LearnerSpec, RoleSpec
 from lsp_jax.model.llama import Params, cast
 from lsp_jax.model.sharding import row_shards, shard_params, shard_rows
 
-DEFAULT_MICRO_BATCH_SIZE = 8  # rows a device where its memory limit is unknown
+DEFAULT_MICRO_BATCH_SIZE = 8  # rows per device if its memory limit is unknown
 
 
 @stage(static="spec")
 def reference_logprobs(params: Params, batch: LearnBatch, spec: LearnerSpec) -> References:
-    """The log-probabilities of every row under `params`, by micro-batches; hidden states too for the `full` KL.
+    """Log-probabilities of every row under `params`, computed in micro-batches; for the `full` KL also hidden states.
 
-    Rows that share a prompt run it once for as many of them as a micro-batch holds.
+    A prompt that the rows of a micro-batch share is computed once for them.
     """
     solver = _role_reference(params, batch.solver, spec, spec.solver, embed=False)
     if batch.challenger is None:
@@ -48,13 +48,13 @@ def _role_reference(params: Params, rows: Rows, spec: LearnerSpec, role: RoleSpe
     size, share = _micro_rows(rows, spec, role)
 
     def one(part: Rows) -> Reference:
-        hidden = completion_hidden(params, spec.model, part, share=share)
-        targets = completion_tokens(part)
-        stats = token_statistics(params, spec.model, hidden, targets, role.temperature, spec.logprob_chunk)
-        found = Reference(stats.logprobs, hidden if spec.loss.kl_estimator == "full" else None)
-        missing = length - targets.shape[1]
+        hidden_BTD = completion_hidden(params, spec.model, part, share=share)
+        targets_BT = completion_tokens(part)
+        stats = token_statistics(params, spec.model, hidden_BTD, targets_BT, role.temperature, spec.logprob_chunk)
+        found = Reference(stats.logprobs, hidden_BTD if spec.loss.kl_estimator == "full" else None)
+        missing = length - targets_BT.shape[1]
         found = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)), found)
-        return found._replace(embeddings=pooled(hidden, part.completion_lengths) if embed else None)
+        return found._replace(embeddings=pooled(hidden_BTD, part.completion_lengths) if embed else None)
 
     def narrow(part: Rows) -> Reference:
         return _at_width(part, lambda columns: one(part.narrowed(columns)))
@@ -64,7 +64,7 @@ def _role_reference(params: Params, rows: Rows, spec: LearnerSpec, role: RoleSpe
 
 
 def _at_width(rows: Rows, compute: Callable[[int], Any]) -> Any:
-    """`compute(columns)` with the fewest declared columns that hold the completions of `rows`: chosen on the device."""
+    """`compute(columns)` at the smallest of `widths` that holds the completions of `rows`, selected on the device."""
     columns = widths(rows.behaviour_logprobs.shape[1])
     if len(columns) == 1:
         return compute(columns[0])
@@ -72,9 +72,9 @@ def _at_width(rows: Rows, compute: Callable[[int], Any]) -> Any:
 
 
 def _micro_rows(rows: Rows, spec: LearnerSpec, role: RoleSpec) -> tuple[int, int]:
-    """Rows of one micro-batch, as many on each device and `micro_batch_size` at most; and how many share a prompt.
+    """Rows of a micro-batch, equally many and at most `micro_batch_size` per device; rows that share a prompt.
 
-    A device holds complete groups where they fit, else an equal part of one, and runs a prompt once for what it holds.
+    A device holds complete groups if they fit, else an equal part of one, and computes a prompt once for its rows.
     """
     group = spec.prompt_sharing(role)
     each = min(spec.micro_batch_size or DEFAULT_MICRO_BATCH_SIZE, -(-rows.tokens.shape[0] // row_shards()))
@@ -86,10 +86,10 @@ def _micro_rows(rows: Rows, spec: LearnerSpec, role: RoleSpec) -> tuple[int, int
 def with_old_logprobs(
     params: Params, reference_params: Params | None, batch: LearnBatch, spec: LearnerSpec
 ) -> LearnBatch:
-    """The batch with old log-probabilities of both roles, the denominators of inner epochs' ratios; `params` are the
-    trained ones that played, before any update, `reference_params` what adapters belong to.
+    """The batch with old log-probabilities of both roles, the denominators of the ratios of inner epochs.
 
-    They are the sampler's own, the truncation's share added back, or the learner's by one more forward pass where the
+    `params` are the trained parameters before the first update, `reference_params` the base of adapters. The old
+    log-probabilities are the sampler's, with `log_mass` added back, or the learner's from another forward pass if the
     two round differently (`recompute_old_logprobs`).
     """
     if spec.recompute_old_logprobs:
@@ -110,32 +110,33 @@ class Objective(NamedTuple):
     role: RoleSpec
     hyper: Hyperparameters
     reference_params: Params | None
-    """Of the frozen reference, where the loss reads them."""
+    """Parameters of the frozen reference, if the loss reads them."""
 
     def __call__(
         self, params: Params, rows: Rows, reference: Reference, share: int, columns: int
     ) -> tuple[jax.Array, Metrics]:
-        """Loss and metric sums of `rows`, each `share` consecutive of which continue one prompt, by the first `columns`
-        of their completions, which none exceeds."""
+        """Loss and metric sums of `rows`, with completions cut to `columns` tokens (none may be longer); each `share`
+        consecutive rows continue the same prompt."""
         spec, model = self.spec, self.spec.model
         rows, reference = rows.narrowed(columns), jax.tree.map(lambda x: x[:, :columns], reference)
         params = spec.attach_adapters(self.reference_params or {})(params)
-        hidden = completion_hidden(params, model, rows, spec.remat, share)
+        hidden_BTD = completion_hidden(params, model, rows, spec.remat, share)
         against = None if reference.hidden is None else (self.reference_params or {}, reference.hidden)
-        targets, temperature = completion_tokens(rows), self.role.temperature
-        stats = token_statistics(params, model, hidden, targets, temperature, spec.logprob_chunk, against)
+        targets_BT, temperature = completion_tokens(rows), self.role.temperature
+        stats = token_statistics(params, model, hidden_BTD, targets_BT, temperature, spec.logprob_chunk, against)
         return policy_loss(stats, reference.logprobs, rows, spec.loss, self.hyper)
 
 
 def role_gradients(
     params: Params, rows: Rows, reference: Reference, objective: Objective, total: Params | None = None
 ) -> tuple[jax.Array, Metrics, Params]:
-    """Loss, metric sums and float32 gradient of one role's rows, added up over micro-batches and onto `total`."""
+    """Loss, metric sums and float32 gradient of one role's rows, summed over micro-batches; `total` is added to the
+    gradient."""
     size, share = _micro_rows(rows, objective.spec, objective.role)
     columns = widths(rows.behaviour_logprobs.shape[1])
-    # the fewest declared columns that hold a micro-batch's completions are chosen on the device
+    # each micro-batch runs at the smallest width that holds its completions, selected on the device
     by_width = [jax.value_and_grad(partial(objective, share=share, columns=width), has_aux=True) for width in columns]
-    reference = reference._replace(embeddings=None)  # of whole rows, and not the loss's
+    reference = reference._replace(embeddings=None)  # without a token axis, and not read by the loss
     missing = -rows.tokens.shape[0] % size
     split_reference = jax.tree.map(
         lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]), reference
@@ -164,7 +165,7 @@ def _gradients(
     """The unclipped joint gradient of L = L_Sol + alpha_Ch * L_Ch, float32, and metrics under `solver/` and
     `challenger/`.
 
-    It is that of the trained `params`, computed with a copy in the compute dtype and added up in float32.
+    It is the gradient of the trained `params`, computed with a copy in the compute dtype and accumulated in float32.
     """
     params = cast(params, spec.compute_dtype)
     objective = Objective(spec, spec.solver, hyper, references.params)
@@ -195,7 +196,7 @@ def _means(role: str, sums: Metrics, loss: jax.Array) -> Metrics:
 def update(
     state: TrainState, batch: LearnBatch, references: References, hyper: Hyperparameters, spec: LearnerSpec
 ) -> tuple[TrainState, Metrics]:
-    """One joint gradient step; the old state is donated. The iteration's counter is left to the caller."""
+    """One joint gradient step; the old state is donated. The caller increments the iteration."""
     grads, metrics = _gradients(state.params, batch, references, hyper, spec)
     component = first_not_finite(batch, references, metrics["loss"])
     state, more = apply_gradients(state, grads, metrics["loss"], spec.optimizer, hyper, component == 0)

@@ -32,9 +32,9 @@ class Segment(NamedTuple):
     """bool, broadcastable to [N, 1, S, P]: True where query position s may attend to key p."""
 
 
-def to_cache_layout(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+def to_cache_layout(keys_BSKh: jax.Array, values_BSKh: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[B, S, K, h], the layout of projections, -> [B, K, h, S] and [B, K, S, h], the layout of segments and caches."""
-    return keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2)
+    return keys_BSKh.transpose(0, 2, 3, 1), values_BSKh.swapaxes(1, 2)
 
 
 def causal_mask(length: int) -> jax.Array:
@@ -43,13 +43,13 @@ def causal_mask(length: int) -> jax.Array:
     return (positions[None, :] <= positions[:, None])[None, None]
 
 
-def length_mask(lengths: jax.Array, width: int) -> jax.Array:
-    """bool [N, 1, 1, width] from lengths [N]: True for the first `lengths` keys."""
-    return (jnp.arange(width)[None, :] < lengths[:, None])[:, None, None, :]
+def length_mask(lengths_N: jax.Array, width: int) -> jax.Array:
+    """bool [N, 1, 1, width]: True for the first `lengths_N` keys."""
+    return (jnp.arange(width)[None, :] < lengths_N[:, None])[:, None, None, :]
 
 
-def attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
-    """Grouped-query attention of `queries` [B, S, H, h] over all `segments` jointly; returns [B, S, H, h].
+def attend(queries_BSHh: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+    """Grouped-query attention of `queries_BSHh` over all `segments` jointly; returns [B, S, H, h].
 
     Scores and softmax are float32 for any input dtype. B must be a multiple of every segment's N, and H of its K. A
     fully masked query (a padded position) gets a finite, meaningless row. On a mesh every device computes its own rows
@@ -57,8 +57,8 @@ def attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     """
     sizes = context()
     if sizes is None:
-        return _attend(queries, segments)
-    rows = row_axes(queries.shape[0]) or None
+        return _attend(queries_BSHh, segments)
+    rows = row_axes(queries_BSHh.shape[0]) or None
     shards = math.prod(sizes[axis] for axis in rows or ())
     heads = TENSOR if segments[0].keys.shape[1] % sizes[TENSOR] == 0 else None
     query_spec = P(rows, None, heads, None)
@@ -69,18 +69,18 @@ def attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
         mask: Any = P(rows if split and len(segment.mask) > 1 else None)
         specs.append(Segment(keys, keys, mask))
 
-    def local(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+    def local(queries_BSHh: jax.Array, segments: Sequence[Segment]) -> jax.Array:
         if rows is not None:
-            first = jax.lax.axis_index(rows) * queries.shape[0]
+            first = jax.lax.axis_index(rows) * queries_BSHh.shape[0]
             segments = [
-                segment if split else _rows_of(segment, first, queries.shape[0], queries.shape[0] * shards)
+                segment if split else _rows_of(segment, first, queries_BSHh.shape[0], queries_BSHh.shape[0] * shards)
                 for segment, split in zip(segments, sharded, strict=True)
             ]
-        return _attend(queries, segments)
+        return _attend(queries_BSHh, segments)
 
     # the compiler does not see that query rows and segment rows align, and would move the scores between devices
     attended = jax.shard_map(local, in_specs=(query_spec, specs), out_specs=query_spec, check_vma=False)
-    return attended(queries, list(segments))
+    return attended(queries_BSHh, list(segments))
 
 
 def _rows_of(segment: Segment, first: jax.Array, number: int, batch: int) -> Segment:
@@ -95,17 +95,17 @@ def _rows_of(segment: Segment, first: jax.Array, number: int, batch: int) -> Seg
     return Segment(segment.keys[index], segment.values[index], mask)
 
 
-def _attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+def _attend(queries_BSHh: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     """Attention on one device: for each segment row and kv head the scores are one product, [G*R*S, h] x [h, P].
 
     The softmax is combined from per-segment sums, because concatenating scores or keys would cost a decode step more
     than its matrix products.
     """
-    batch, length, heads, width = queries.shape
+    batch, length, heads, width = queries_BSHh.shape
     kv_heads = segments[0].keys.shape[1]
     repeats = heads // kv_heads
     scale = width**-0.5
-    queries_BKRSh = queries.reshape(batch, length, kv_heads, repeats, width).transpose(0, 2, 3, 1, 4)
+    queries_BKRSh = queries_BSHh.reshape(batch, length, kv_heads, repeats, width).transpose(0, 2, 3, 1, 4)
 
     def by_group(x: jax.Array, rows: int) -> jax.Array:
         """[B, K, ...] -> [N, K, G, ...]: grouped by segment row."""
@@ -116,18 +116,23 @@ def _attend(queries: jax.Array, segments: Sequence[Segment]) -> jax.Array:
 
     scores = []
     for segment in segments:
-        grouped = by_group(queries_BKRSh, len(segment.keys))
-        score = jnp.einsum("nkgrsh,nkhp->nkgrsp", grouped, segment.keys, preferred_element_type=jnp.float32)
-        scores.append(jnp.where(segment.mask[:, :, None, None], score * scale, jnp.finfo(jnp.float32).min))
+        grouped_NKGRSh = by_group(queries_BKRSh, len(segment.keys))
+        score_NKGRSP = jnp.einsum(
+            "nkgrsh,nkhp->nkgrsp", grouped_NKGRSh, segment.keys, preferred_element_type=jnp.float32
+        )
+        scores.append(jnp.where(segment.mask[:, :, None, None], score_NKGRSP * scale, jnp.finfo(jnp.float32).min))
     # softmax is invariant to the shift: subtracting the maximum keeps it finite and needs no gradient
-    highest = [by_row(jnp.max(jax.lax.stop_gradient(score), axis=-1)) for score in scores]
-    shift = reduce(jnp.maximum, highest)
-    out, total = jnp.zeros(queries_BKRSh.shape, jnp.float32), jnp.zeros(queries_BKRSh.shape[:-1], jnp.float32)
-    for segment, score in zip(segments, scores, strict=True):
-        weights = jnp.exp(score - by_group(shift, len(segment.keys))[..., None])
-        total = total + by_row(jnp.sum(weights, axis=-1))
-        weights = weights.astype(segment.values.dtype)
-        value = jnp.einsum("nkgrsp,nkph->nkgrsh", weights, segment.values, preferred_element_type=jnp.float32)
-        out = out + by_row(value)
-    out = (out / total[..., None]).transpose(0, 3, 1, 2, 4)
-    return out.reshape(queries.shape).astype(queries.dtype)
+    highest = [by_row(jnp.max(jax.lax.stop_gradient(score_NKGRSP), axis=-1)) for score_NKGRSP in scores]
+    shift_BKRS = reduce(jnp.maximum, highest)
+    out_BKRSh = jnp.zeros(queries_BKRSh.shape, jnp.float32)
+    total_BKRS = jnp.zeros(queries_BKRSh.shape[:-1], jnp.float32)
+    for segment, score_NKGRSP in zip(segments, scores, strict=True):
+        weights_NKGRSP = jnp.exp(score_NKGRSP - by_group(shift_BKRS, len(segment.keys))[..., None])
+        total_BKRS = total_BKRS + by_row(jnp.sum(weights_NKGRSP, axis=-1))
+        weights_NKGRSP = weights_NKGRSP.astype(segment.values.dtype)
+        value_NKGRSh = jnp.einsum(
+            "nkgrsp,nkph->nkgrsh", weights_NKGRSP, segment.values, preferred_element_type=jnp.float32
+        )
+        out_BKRSh = out_BKRSh + by_row(value_NKGRSh)
+    out_BSKRh = (out_BKRSh / total_BKRS[..., None]).transpose(0, 3, 1, 2, 4)
+    return out_BSKRh.reshape(queries_BSHh.shape).astype(queries_BSHh.dtype)

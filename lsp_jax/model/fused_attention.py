@@ -21,23 +21,24 @@ _BLOCKS = (512, 384, 256, 128)
 
 
 class Kernel(Protocol):
-    """queries [B, S, H, h], keys and values [B, S, K, h] -> [B, S, H, h], all on one device."""
+    """A causal attention kernel for arrays on one device; returns [B, S, H, h]."""
 
-    def __call__(self, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array: ...
+    def __call__(self, queries_BSHh: jax.Array, keys_BSKh: jax.Array, values_BSKh: jax.Array) -> jax.Array: ...
 
 
-def causal_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    """Causal attention of `queries` [B, S, H, h] over `keys` and `values` [B, S, K, h]; returns [B, S, H, h].
+def causal_attention(queries_BSHh: jax.Array, keys_BSKh: jax.Array, values_BSKh: jax.Array) -> jax.Array:
+    """Causal attention of `queries_BSHh` over `keys_BSKh` and `values_BSKh`; returns [B, S, H, h].
 
     H is a multiple of K. Scores are scaled by h**-0.5; scores and softmax are float32 for any input dtype.
 
     To compile ahead of time for devices other than the default ones, trace inside `use_mesh` with a mesh of those
     devices, even a single one.
     """
-    kernel = fused_kernel(queries.dtype, queries.shape[-1])
+    kernel = fused_kernel(queries_BSHh.dtype, queries_BSHh.shape[-1])
     if kernel is None:
-        return attend(queries, (Segment(*to_cache_layout(keys, values), causal_mask(queries.shape[1])),))
-    return _on_shards(kernel, queries, keys, values)
+        segment = Segment(*to_cache_layout(keys_BSKh, values_BSKh), causal_mask(queries_BSHh.shape[1]))
+        return attend(queries_BSHh, (segment,))
+    return _on_shards(kernel, queries_BSHh, keys_BSKh, values_BSKh)
 
 
 def fused_kernel(dtype: jnp.dtype | str, width: int) -> Kernel | None:
@@ -64,7 +65,7 @@ def _platform() -> str:
 
 
 def _has_flash() -> bool:
-    """Whether all local GPUs are NVIDIA's from Ampere (8.0) on, as cuDNN's kernel requires; True without any."""
+    """Whether all local GPUs are NVIDIA's, Ampere (8.0) or newer, as cuDNN's kernel requires; True without GPUs."""
     if jax.default_backend() != "gpu":
         return True  # compiled ahead of time, for a topology
     return all(
@@ -72,33 +73,41 @@ def _has_flash() -> bool:
     )
 
 
-def _on_shards(kernel: Kernel, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    """Runs `kernel` on each device's own rows and heads; the compiler cannot partition a custom call itself."""
+def _on_shards(kernel: Kernel, queries_BSHh: jax.Array, keys_BSKh: jax.Array, values_BSKh: jax.Array) -> jax.Array:
+    """Runs `kernel` on each device's own rows and heads, because the compiler cannot partition a custom call."""
     sizes = context()
     if sizes is None:
-        return kernel(queries, keys, values)
-    heads = TENSOR if keys.shape[2] % sizes[TENSOR] == 0 else None
-    spec = P(row_axes(queries.shape[0]) or None, None, heads, None)
+        return kernel(queries_BSHh, keys_BSKh, values_BSKh)
+    heads = TENSOR if keys_BSKh.shape[2] % sizes[TENSOR] == 0 else None
+    spec = P(row_axes(queries_BSHh.shape[0]) or None, None, heads, None)
     # check_vma off: kernels do not declare over which axes their results vary
-    return jax.shard_map(kernel, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(queries, keys, values)
+    return jax.shard_map(kernel, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(
+        queries_BSHh, keys_BSKh, values_BSKh
+    )
 
 
-def cudnn_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+def cudnn_attention(queries_BSHh: jax.Array, keys_BSKh: jax.Array, values_BSKh: jax.Array) -> jax.Array:
     """`causal_attention` with cuDNN's flash kernel: float16 or bfloat16, h up to 128 and a multiple of 8."""
-    length = queries.shape[1]
-    queries, keys, values = (_pad(x, 2) for x in (queries, keys, values))  # its gradient requires an even length
-    out = jax.nn.dot_product_attention(queries, keys, values, is_causal=True, implementation="cudnn")
-    return out[:, :length]
+    length = queries_BSHh.shape[1]
+    # the kernel's gradient requires an even length
+    queries_BSHh, keys_BSKh, values_BSKh = (_pad(x, 2) for x in (queries_BSHh, keys_BSKh, values_BSKh))
+    out_BSHh = jax.nn.dot_product_attention(
+        queries_BSHh, keys_BSKh, values_BSKh, is_causal=True, implementation="cudnn"
+    )
+    return out_BSHh[:, :length]
 
 
-def splash_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, interpret: bool = False) -> jax.Array:
+def splash_attention(
+    queries_BSHh: jax.Array, keys_BSKh: jax.Array, values_BSKh: jax.Array, interpret: bool = False
+) -> jax.Array:
     """`causal_attention` with the TPU splash kernel; `interpret` runs it on any platform, slowly, for tests."""
     # imported here: the import takes half a second and is needed on TPUs only
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    length, heads, width = queries.shape[1:]
-    scaled = (queries.astype(jnp.float32) * width**-0.5).astype(queries.dtype)  # the kernel does not scale
-    heads_first = [_pad(x, _LANES).swapaxes(1, 2) for x in (scaled, keys, values)]
+    length, heads, width = queries_BSHh.shape[1:]
+    # the kernel does not scale
+    scaled_BSHh = (queries_BSHh.astype(jnp.float32) * width**-0.5).astype(queries_BSHh.dtype)
+    heads_first = [_pad(x, _LANES).swapaxes(1, 2) for x in (scaled_BSHh, keys_BSKh, values_BSKh)]
     padded = heads_first[0].shape[2]
     block = next(size for size in _BLOCKS if padded % size == 0)
     sizes = splash_attention_kernel.BlockSizes(

@@ -1,4 +1,4 @@
-"""KV caches for decoding: of prompts, shared by rows, and of the tokens that each row generates."""
+"""KV caches for decoding: those of prompts, shared by rows, and those of the tokens that each row generates."""
 
 from __future__ import annotations
 

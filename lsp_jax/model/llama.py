@@ -56,15 +56,15 @@ def logits(params: Params, config: LlamaConfig, hidden: jax.Array) -> jax.Array:
 
     On a mesh the vocabulary is sharded over `tensor`.
     """
-    weight = shard(head_weight(params, config), TENSOR, None)
-    out = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+    weight_VD = shard(head_weight(params, config), TENSOR, None)
+    out = jnp.einsum("...d,vd->...v", hidden, weight_VD, preferred_element_type=jnp.float32)
     return shard(out, row_axes(out.shape[0]) or None, *(None,) * (out.ndim - 2), TENSOR)
 
 
 def score(params: Params, hidden: jax.Array) -> jax.Array:
     """The score head of a classifier with one label: normed hidden states [..., D] -> float32 scores [...]."""
-    weight = params["score"]["weight"][:, 0]
-    return jnp.einsum("...d,d->...", hidden, weight, preferred_element_type=jnp.float32)
+    weight_D = params["score"]["weight"][:, 0]
+    return jnp.einsum("...d,d->...", hidden, weight_D, preferred_element_type=jnp.float32)
 
 
 def cast(params: Params, dtype: jnp.dtype | str) -> Params:
@@ -82,72 +82,73 @@ def _embed(params: Params, tokens: jax.Array) -> jax.Array:
 
 
 def hidden_states(
-    params: Params, config: LlamaConfig, tokens: jax.Array, mask: jax.Array | None = None, remat: Remat = "none"
+    params: Params, config: LlamaConfig, tokens_BT: jax.Array, mask_BT: jax.Array | None = None, remat: Remat = "none"
 ) -> jax.Array:
-    """Normed hidden states [B, T, D] of `tokens` [B, T], causal.
+    """Normed hidden states [B, T, D] of `tokens_BT`, causal.
 
-    Without `mask` positions count from the left, which is correct for right-padded rows, because attention is causal.
-    `mask` (bool [B, T]) marks the real tokens of rows with any other padding; positions then count real tokens only.
+    Without `mask_BT` positions count from the left, which is correct for right-padded rows: attention is causal.
+    `mask_BT` (bool) marks the real tokens of rows with any other padding; positions then count real tokens only.
     `remat` selects what the backward pass recomputes: `full` each layer, `dots` everything in a layer except products
     with weights, `none` nothing.
     """
-    batch, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
+    batch, length = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
     visible = causal_mask(length)
-    if mask is not None:
-        positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
-        visible = visible & mask[:, None, None, :]
-    angles = rotation(positions, config)
+    if mask_BT is not None:
+        positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=-1) - 1, 0)
+        visible = visible & mask_BT[:, None, None, :]
+    angles = rotation(positions_BT, config)
 
-    def body(x: jax.Array, layer_params: Params) -> tuple[jax.Array, None]:
+    def body(x_BTD: jax.Array, layer_params: Params) -> tuple[jax.Array, None]:
         layer = layer_of(config, layer_params)
-        queries, keys, values = layer.project(x, angles)
-        if mask is None:
-            return layer.finish(x, causal_attention(queries, keys, values)), None
-        return layer.finish(x, attend(queries, (Segment(*to_cache_layout(keys, values), visible),))), None
+        queries_BTHh, keys_BTKh, values_BTKh = layer.project(x_BTD, angles)
+        if mask_BT is None:
+            return layer.finish(x_BTD, causal_attention(queries_BTHh, keys_BTKh, values_BTKh)), None
+        segment = Segment(*to_cache_layout(keys_BTKh, values_BTKh), visible)
+        return layer.finish(x_BTD, attend(queries_BTHh, (segment,))), None
 
     if remat != "none":
         body = jax.checkpoint(body, prevent_cse=False, policy=_REMAT_POLICIES[remat])
-    x, _ = jax.lax.scan(body, _embed(params, tokens), params["model"]["layers"])
-    return _norm(params, config, x)
+    x_BTD, _ = jax.lax.scan(body, _embed(params, tokens_BT), params["model"]["layers"])
+    return _norm(params, config, x_BTD)
 
 
 def shared_hidden_states(
     params: Params,
     config: LlamaConfig,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    tokens: jax.Array,
+    prompts_NP: jax.Array,
+    lengths_N: jax.Array,
+    tokens_BT: jax.Array,
     remat: Remat = "none",
 ) -> tuple[jax.Array, jax.Array]:
-    """Normed hidden states of right-padded `prompts` [N, P] with real `lengths` [N], and of `tokens` [B, T] after them.
+    """Normed hidden states of right-padded `prompts_NP` with real `lengths_N`, and of `tokens_BT` after them.
 
-    Prompt n is shared by the B / N consecutive rows of `tokens` from n * B / N on, and is computed, forward and
+    Prompt n is shared by the B / N consecutive rows of `tokens_BT` from n * B / N on, and is computed, forward and
     backward, once for all of them. Returns [N, P, D] and [B, T, D]; `remat` as in `hidden_states`.
     """
-    width, length = prompts.shape[1], tokens.shape[1]
+    width, length = prompts_NP.shape[1], tokens_BT.shape[1]
     if length == 0:
-        before = hidden_states(params, config, prompts, remat=remat)
-        return before, jnp.zeros((*tokens.shape, config.hidden_size), before.dtype)
-    after = jnp.repeat(lengths, tokens.shape[0] // prompts.shape[0])
-    prompt_angles = rotation(jnp.broadcast_to(jnp.arange(width)[None], prompts.shape), config)
-    angles = rotation(after[:, None] + jnp.arange(length)[None], config)
-    seen, visible = length_mask(lengths, width), causal_mask(length)
+        before_NPD = hidden_states(params, config, prompts_NP, remat=remat)
+        return before_NPD, jnp.zeros((*tokens_BT.shape, config.hidden_size), before_NPD.dtype)
+    after_B = jnp.repeat(lengths_N, tokens_BT.shape[0] // prompts_NP.shape[0])
+    prompt_angles = rotation(jnp.broadcast_to(jnp.arange(width)[None], prompts_NP.shape), config)
+    angles = rotation(after_B[:, None] + jnp.arange(length)[None], config)
+    seen, visible = length_mask(lengths_N, width), causal_mask(length)
 
     def body(streams: tuple[jax.Array, jax.Array], layer_params: Params) -> tuple[tuple[jax.Array, jax.Array], None]:
-        layer, (prompt, x) = layer_of(config, layer_params), streams
-        queries, keys, values = layer.project(prompt, prompt_angles)
-        prompt = layer.finish(prompt, causal_attention(queries, keys, values))
-        queries, own_keys, own_values = layer.project(x, angles)
-        shared = Segment(*to_cache_layout(keys, values), seen)
-        segments = shared, Segment(*to_cache_layout(own_keys, own_values), visible)
-        return (prompt, layer.finish(x, attend(queries, segments))), None
+        layer, (prompt_NPD, x_BTD) = layer_of(config, layer_params), streams
+        queries_NPHh, keys_NPKh, values_NPKh = layer.project(prompt_NPD, prompt_angles)
+        prompt_NPD = layer.finish(prompt_NPD, causal_attention(queries_NPHh, keys_NPKh, values_NPKh))
+        queries_BTHh, own_keys_BTKh, own_values_BTKh = layer.project(x_BTD, angles)
+        shared = Segment(*to_cache_layout(keys_NPKh, values_NPKh), seen)
+        segments = shared, Segment(*to_cache_layout(own_keys_BTKh, own_values_BTKh), visible)
+        return (prompt_NPD, layer.finish(x_BTD, attend(queries_BTHh, segments))), None
 
     if remat != "none":
         body = jax.checkpoint(body, prevent_cse=False, policy=_REMAT_POLICIES[remat])
-    streams = _embed(params, prompts), _embed(params, tokens)
-    (prompt, x), _ = jax.lax.scan(body, streams, params["model"]["layers"])
-    return _norm(params, config, prompt), _norm(params, config, x)
+    streams = _embed(params, prompts_NP), _embed(params, tokens_BT)
+    (prompt_NPD, x_BTD), _ = jax.lax.scan(body, streams, params["model"]["layers"])
+    return _norm(params, config, prompt_NPD), _norm(params, config, x_BTD)
 
 
 def forward(params: Params, config: LlamaConfig, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -156,47 +157,49 @@ def forward(params: Params, config: LlamaConfig, tokens: jax.Array, mask: jax.Ar
 
 
 def extend(
-    params: Params, config: LlamaConfig, tokens: jax.Array, lengths: jax.Array, prefixes: Sequence[KVCache] = ()
+    params: Params, config: LlamaConfig, tokens_BS: jax.Array, lengths_B: jax.Array, prefixes: Sequence[KVCache] = ()
 ) -> tuple[jax.Array, KVCache]:
-    """Runs right-padded `tokens` [B, S] with real `lengths` [B] after `prefixes`, which stay unchanged.
+    """Runs right-padded `tokens_BS` with real `lengths_B` after `prefixes`, which stay unchanged.
 
     Each prefix has N rows with B a multiple of N; prefixes are consecutive (rubric, then query, then answer). Returns
     normed hidden states [B, S, D] and the tokens' own cache. Without a prefix this is the prefill.
     """
-    batch, length = tokens.shape
+    batch, length = tokens_BS.shape
     angles = rotation(_total_lengths(prefixes, batch)[:, None] + jnp.arange(length)[None], config)
     masks = [length_mask(prefix.lengths, prefix.values.shape[3]) for prefix in prefixes]
     visible = causal_mask(length)
 
-    def body(x: jax.Array, xs: tuple[Params, list[Any]]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def body(x_BSD: jax.Array, xs: tuple[Params, list[Any]]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         layer = layer_of(config, xs[0])
-        queries, keys, values = layer.project(x, angles)
-        own = to_cache_layout(keys, values)
+        queries_BSHh, keys_BSKh, values_BSKh = layer.project(x_BSD, angles)
+        own = to_cache_layout(keys_BSKh, values_BSKh)
         if not prefixes:
-            return layer.finish(x, causal_attention(queries, keys, values)), own
+            return layer.finish(x_BSD, causal_attention(queries_BSHh, keys_BSKh, values_BSKh)), own
         shared = [Segment(k, v, m) for (k, v), m in zip(xs[1], masks, strict=True)]
-        return layer.finish(x, attend(queries, (*shared, Segment(*own, visible)))), own
+        return layer.finish(x_BSD, attend(queries_BSHh, (*shared, Segment(*own, visible)))), own
 
     layered = [(prefix.keys, prefix.values) for prefix in prefixes]
-    x, (keys, values) = jax.lax.scan(body, _embed(params, tokens), (params["model"]["layers"], layered))
-    return _norm(params, config, x), KVCache(keys, values, lengths)
+    x_BSD, (keys_LBKhS, values_LBKSh) = jax.lax.scan(
+        body, _embed(params, tokens_BS), (params["model"]["layers"], layered)
+    )
+    return _norm(params, config, x_BSD), KVCache(keys_LBKhS, values_LBKSh, lengths_B)
 
 
 def _total_lengths(prefixes: Sequence[KVCache], batch: int) -> jax.Array:
     """Number of prefix tokens of each row, int32 [B]."""
-    total = jnp.zeros(batch, jnp.int32)
+    total_B = jnp.zeros(batch, jnp.int32)
     for prefix in prefixes:
-        total = total + jnp.repeat(prefix.lengths, batch // prefix.lengths.shape[0])
-    return total
+        total_B = total_B + jnp.repeat(prefix.lengths, batch // prefix.lengths.shape[0])
+    return total_B
 
 
-def last_hidden(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The hidden state [B, D] of each row's last real token, given `lengths` [B]."""
-    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+def last_hidden(hidden_BSD: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """The hidden state [B, D] of the last of each row's `lengths_B` real tokens."""
+    return jnp.take_along_axis(hidden_BSD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
 
 
 def unstack_layers(tree: Any, layers: int) -> tuple[Any, ...]:
-    """Slices stacked layers of parameters into a tuple, for a decode loop with unrolled layers."""
+    """Splits stacked layers of parameters into a tuple, for a decode loop with unrolled layers."""
     return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(layers))
 
 
@@ -204,37 +207,37 @@ def decode_step(
     params: Params,
     layers: tuple[Params, ...],
     config: LlamaConfig,
-    tokens: jax.Array,
+    tokens_B: jax.Array,
     prompts: Sequence[Sequence[KVCache]],
     cache: DecodeCache,
     column: jax.Array,
 ) -> tuple[jax.Array, DecodeCache]:
-    """Runs one token per row: `tokens` [B] at generated position `column` (a scalar, the same for all rows).
+    """Runs one token per row: `tokens_B` at generated position `column` (a scalar, the same for all rows).
 
     `layers` is `unstack_layers` of the stacked layers. `prompts` holds the prefixes of each layer in order, as in
     `extend`: keys [N, K, h, P], values [N, K, P, h] and lengths [N]. The token's keys and values are written at
-    `column`, and it attends to columns up to that. Returns normed hidden states [B, D] and the cache.
+    `column`, and the token attends to columns up to it. Returns normed hidden states [B, D] and the cache.
     """
-    batch = tokens.shape[0]
-    positions = _total_lengths(prompts[0], batch) + column
-    angles = rotation(positions[:, None], config)
+    batch = tokens_B.shape[0]
+    positions_B = _total_lengths(prompts[0], batch) + column
+    angles = rotation(positions_B[:, None], config)
     masks = [length_mask(prefix.lengths, prefix.values.shape[2]) for prefix in prompts[0]]
     masks.append((jnp.arange(cache.columns) <= column)[None, None, None, :])
-    x = _embed(params, tokens)[:, None]
+    x_B1D = _embed(params, tokens_B)[:, None]
     updated = []
     for layer_params, shared, cached in zip(layers, prompts, zip(cache.keys, cache.values, strict=True), strict=True):
         pairs = [*((prefix.keys, prefix.values) for prefix in shared), cached]
-        x, cached = _decode_layer(layer_params, config, x, angles, pairs, masks, column)
+        x_B1D, cached = _decode_layer(layer_params, config, x_B1D, angles, pairs, masks, column)
         updated.append(cached)
     keys, values = zip(*updated, strict=True)
-    return _norm(params, config, x)[:, 0], DecodeCache(keys, values)
+    return _norm(params, config, x_B1D)[:, 0], DecodeCache(keys, values)
 
 
-@partial(jax.jit, static_argnames="config")  # traces unrolled layers once, which saves seconds at the start of a run
+@partial(jax.jit, static_argnames="config")  # traced once for all layers, which saves seconds at the start of a run
 def _decode_layer(
     layer_params: Params,
     config: LlamaConfig,
-    x: jax.Array,
+    x_B1D: jax.Array,
     angles: Rotation,
     pairs: list[tuple[jax.Array, jax.Array]],
     masks: list[jax.Array],
@@ -244,7 +247,7 @@ def _decode_layer(
     the hidden states and the updated cache."""
     *shared, cached = pairs
     layer = layer_of(config, layer_params)
-    queries, key, value = layer.project(x, angles)
-    cached, own = write_column(cached, *to_cache_layout(key, value), column)
+    queries_B1Hh, key_B1Kh, value_B1Kh = layer.project(x_B1D, angles)
+    cached, own = write_column(cached, *to_cache_layout(key_B1Kh, value_B1Kh), column)
     segments = [Segment(*pair, mask) for pair, mask in zip([*shared, own], masks, strict=True)]
-    return layer.finish(x, attend(queries, segments)), cached
+    return layer.finish(x_B1D, attend(queries_B1Hh, segments)), cached

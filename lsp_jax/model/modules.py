@@ -26,18 +26,18 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
-def rotation(positions: jax.Array, config: LlamaConfig) -> Rotation:
-    """Returns the RoPE rotation of integer `positions` [B, S], in float32 with the scaling of `config`."""
+def rotation(positions_BS: jax.Array, config: LlamaConfig) -> Rotation:
+    """Returns the RoPE rotation of integer `positions_BS`, in float32 with the scaling of `config`."""
     frequencies = jnp.asarray(config.rope_frequencies(), jnp.float32)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    angles = positions_BS.astype(jnp.float32)[..., None] * frequencies[None, None, :]
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates pairs (i, i + h/2) of `x` [B, S, heads, h], in float32 (Hugging Face's order of rows)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+def rotate(x_BSHh: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates the pairs (i, i + h/2) of `x_BSHh` (H or K heads), in float32 (Hugging Face's order of rows)."""
+    first, second = jnp.split(x_BSHh.astype(jnp.float32), 2, axis=-1)
     cos, sin = rotation.cos[:, :, None, :], rotation.sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSHh.dtype)
 
 
 class Linear(nnx.Module):
@@ -74,16 +74,16 @@ class Attention(nnx.Module):
         self.v_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias, scale, rngs)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias, scale, rngs)
 
-    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BSD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, S, D] -> rotated queries [B, S, H, h], rotated keys and values [B, S, K, h]."""
-        queries, keys, values = (
-            shard_heads(projection(x).reshape(*x.shape[:2], -1, self.head_dim))
+        queries_BSHh, keys_BSKh, values_BSKh = (
+            shard_heads(projection(x_BSD).reshape(*x_BSD.shape[:2], -1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return rotate(queries, rotation), rotate(keys, rotation), values
+        return rotate(queries_BSHh, rotation), rotate(keys_BSKh, rotation), values_BSKh
 
-    def output(self, heads: jax.Array) -> jax.Array:
-        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
+    def output(self, heads_BSHh: jax.Array) -> jax.Array:
+        return self.o_proj(heads_BSHh.reshape(*heads_BSHh.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -93,8 +93,8 @@ class MLP(nnx.Module):
         self.up_proj = Linear(width, inner, config.mlp_bias, scale, rngs)
         self.down_proj = Linear(inner, width, config.mlp_bias, scale, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
 
 
 class DecoderLayer(nnx.Module):
@@ -104,13 +104,13 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, rngs)
 
-    def project(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.self_attn.project(self.input_layernorm(x), rotation)
+    def project(self, x_BSD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.self_attn.project(self.input_layernorm(x_BSD), rotation)
 
-    def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
-        """Adds the attention output `heads` [B, S, H, h] and the MLP to the residual stream `x`."""
-        x = shard_rows(x + self.self_attn.output(heads))
-        return shard_rows(x + self.mlp(self.post_attention_layernorm(x)))
+    def finish(self, x_BSD: jax.Array, heads_BSHh: jax.Array) -> jax.Array:
+        """Adds the attention output `heads_BSHh` and the MLP to the residual stream `x_BSD`."""
+        x_BSD = shard_rows(x_BSD + self.self_attn.output(heads_BSHh))
+        return shard_rows(x_BSD + self.mlp(self.post_attention_layernorm(x_BSD)))
 
 
 class Embedding(nnx.Module):

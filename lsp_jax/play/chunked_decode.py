@@ -1,8 +1,8 @@
-"""Decoding chunk by chunk, from the host: the cost follows the tokens that are really generated.
+"""Decoding in chunks, driven by the host, at a cost that follows the number of tokens actually generated.
 
-Between two chunks the host reads how many rows still run, drops the others once a quarter is done and grows the cache.
-Every row draws what it would draw in `decode.rollout`. The numbers of rows and the cache's lengths are few and fixed,
-so the programs are too.
+Between chunks the host reads how many rows are unfinished, drops finished rows once they are a quarter, and grows the
+cache. Every row draws the same tokens as in `decode.rollout`. Row counts and cache lengths take few, fixed values, so
+few programs are compiled.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lsp_jax.play.decode import Completions, DecodeSpec, DecodeState, Layers, ad
 from lsp_jax.text.prompts import Ragged
 
 SHORTEST_CACHE = 64
-"""Columns with which a growing cache begins: each length is one more program, and short caches cost little."""
+"""Maximum initial length of a growing cache: each length is another program, and short caches cost little."""
 
 
 @stage(static="config")
 def unstack(params: llama.Params, config: LlamaConfig) -> Layers:
-    """Each layer's parameters by themselves."""
+    """The stacked parameters as one tree per layer."""
     return llama.unstack_layers(params["model"]["layers"], config.num_hidden_layers)
 
 
@@ -35,32 +35,32 @@ def unstack(params: llama.Params, config: LlamaConfig) -> Layers:
 def prefill(
     params: llama.Params, prompts: Ragged, keys: jax.Array, spec: DecodeSpec, cache_columns: int
 ) -> tuple[KVCache, DecodeState]:
-    """The prompts' cache, and each row's first token with a cache of `cache_columns`."""
-    hidden, prefix = llama.extend(params, spec.model, *prompts)
-    return prefix, begin(params, llama.last_hidden(hidden, prompts[1]), keys, spec, cache_columns)
+    """Prefills the prompts; returns their cache, and the rows with their first token and a cache of `cache_columns`."""
+    hidden_NPD, prefix = llama.extend(params, spec.model, *prompts)
+    return prefix, begin(params, llama.last_hidden(hidden_NPD, prompts[1]), keys, spec, cache_columns)
 
 
 @stage(static="spec", donate="rows")
 def decode_chunk(
     params: llama.Params, layers: Layers, prefix: KVCache, rows: DecodeState, spec: DecodeSpec
 ) -> tuple[DecodeState, jax.Array]:
-    """The rows at the next multiple of `spec.chunk` columns, and how many have not stopped."""
+    """Decodes up to the next multiple of `spec.chunk` columns; returns the rows and how many have not stopped."""
     until = jnp.minimum(((rows.column + 1) // spec.chunk + 1) * spec.chunk, spec.max_new_tokens)
     rows = advance(params, layers, (prefix,), rows, until, spec)
     return rows, jnp.sum(~rows.done.stopped)
 
 
 class Finished(NamedTuple):
-    """Rows that have been dropped, each at its index among all rows, and the indices of the others."""
+    """Completions of dropped rows at their original indices, and the original indices of the remaining rows."""
 
     done: Completions
     places: jax.Array
-    """int32 [rows that still run]."""
+    """int32 [remaining rows]."""
 
 
 @stage()
 def none_finished(rows: DecodeState) -> Finished:
-    """All rows running."""
+    """The initial value: no row has been dropped."""
     return Finished(shard_rows(jax.tree.map(jnp.zeros_like, rows.done)), jnp.arange(rows.token.shape[0]))
 
 
@@ -68,11 +68,11 @@ def none_finished(rows: DecodeState) -> Finished:
 def drop_finished(
     prefix: KVCache, rows: DecodeState, finished: Finished, number: int
 ) -> tuple[KVCache, DecodeState, Finished]:
-    """The `number` rows that run longest; all others are put to their places."""
+    """Keeps `number` rows, unfinished ones first, and stores the completions of all others in `finished`."""
     batch, places = rows.token.shape[0], finished.places
     order = jnp.argsort(rows.done.stopped, stable=True)[:number]
     shared = prefix.lengths.shape[0]
-    if shared > 1:  # groups are incomplete from here on: every row gets its prompt for itself
+    if shared > 1:  # groups are incomplete from here on: every row gets its own copy of its prompt
         prompts = order // (batch // shared)
         prefix = KVCache(prefix.keys[:, prompts], prefix.values[:, prompts], prefix.lengths[prompts])
     token, keys, done = shard_rows(jax.tree.map(lambda x: x[order], (rows.token, rows.keys, rows.done)))
@@ -82,7 +82,7 @@ def drop_finished(
 
 @stage(static="columns")
 def grow_cache(rows: DecodeState, columns: int) -> DecodeState:
-    """The rows with a cache of `columns` columns."""
+    """The rows with their cache padded to `columns` columns."""
     return rows._replace(cache=rows.cache.grown(columns))
 
 
@@ -93,18 +93,18 @@ def _placed(finished: Finished, done: Completions) -> Completions:
 
 @stage()
 def put_back(finished: Finished, done: Completions) -> Completions:
-    """All rows' completions in their order: those dropped before, and `done` of the others."""
+    """Completions of all rows in their original order: those of dropped rows, and `done` of the remaining ones."""
     return _placed(finished, done)
 
 
 @partial(jax.jit, static_argnames="columns")
 def _at_end(rows: DecodeState, columns: int) -> DecodeState:
-    """A copy at the last of so many `columns`: there is nothing left to decode."""
+    """A copy of the rows after the last of `columns` columns, with nothing left to decode."""
     return jax.tree.map(jnp.copy, rows)._replace(column=jnp.full_like(rows.column, columns))
 
 
 def cache_lengths(columns: int) -> tuple[int, ...]:
-    """Columns that a growing cache may have, each about twice the one before; the last holds `columns` tokens."""
+    """Ascending lengths of a growing cache, each about twice the one before; the last is `columns`."""
     lengths = [columns]
     while lengths[0] > SHORTEST_CACHE:
         lengths.insert(0, -(-lengths[0] // 2))
@@ -112,8 +112,8 @@ def cache_lengths(columns: int) -> tuple[int, ...]:
 
 
 def row_counts(batch: int) -> tuple[int, ...]:
-    """With how many of `batch` rows decoding may go on: all, three quarters, half, three eighths, a quarter, ...; every
-    device has as many of them."""
+    """Row counts with which decoding may continue: all of `batch`, three quarters, half, three eighths, a quarter, ...;
+    each divides evenly over the devices."""
     counts = {part >> halvings for part in (batch, 3 * batch // 4) for halvings in range(batch.bit_length())} - {0}
     return tuple(sorted({batch} | {count for count in counts if count % row_shards() == 0}, reverse=True))
 
@@ -125,7 +125,7 @@ def decode_in_chunks(
     spec: DecodeSpec,
     on: Backend = EAGER,
 ) -> Completions:
-    """As `rollout`. Not to be traced: after each chunk the host reads how many rows have not stopped."""
+    """Completions as by `rollout`. Cannot be traced: after each chunk the host reads how many rows have not stopped."""
     counts, finished, longest = row_counts(keys.shape[0]), None, spec.max_new_tokens
     prefix, rows = on.call(prefill, params, prompts, keys, spec=spec, cache_columns=cache_lengths(longest)[0])
     layers = on.call(unstack, params, config=spec.model)
@@ -152,7 +152,8 @@ def _grown(rows: DecodeState, until: int, spec: DecodeSpec, on: Backend = EAGER)
 
 
 def precompile(params: llama.Params, prompts: Ragged, keys: jax.Array, spec: DecodeSpec) -> None:
-    """Compiles every program that `decode_in_chunks` can need for arguments of these shapes, whatever the lengths."""
+    """Compiles every program that `decode_in_chunks` can need for arguments of these shapes, whatever the
+    lengths of the completions."""
     layers, caches = unstack(params, spec.model), cache_lengths(spec.max_new_tokens)
     prefix, rows = prefill(params, prompts, keys, spec, caches[0])
     counts, finished = row_counts(keys.shape[0]), None

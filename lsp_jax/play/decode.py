@@ -2,7 +2,7 @@
 
 1. `begin` draws the first token of each row from its prompt's last hidden state.
 2. `advance` feeds tokens back until a column is reached, or every row has stopped.
-3. `continue_prompts` is both in one, up to the last column; `rollout` prefills the prompts too. Both compose under
+3. `continue_prompts` does both, up to the last column; `rollout` also prefills the prompts. Both compose under
    `jax.jit` and read nothing from the device.
 
 `play/chunked_decode.py` runs `advance` from the host instead.
@@ -29,20 +29,20 @@ class Completions(NamedTuple):
     """Generated tokens. Leading axes: B, or N, or N and G."""
 
     tokens: jax.Array
-    """int32 [..., T]; 0 after `lengths`."""
+    """int32 [..., T]; 0 beyond `lengths`."""
     lengths: jax.Array
-    """int32 [...]: tokens generated, the one that stopped the row included."""
+    """int32 [...]: number of generated tokens, including the stop token."""
     logprobs: jax.Array
-    """float32 [..., T]: of each token under the distribution it was drawn from; 0 after `lengths`."""
+    """float32 [..., T]: log-probability of each token under the distribution it was drawn from; 0 beyond `lengths`."""
     log_mass: jax.Array
-    """float32 [..., T]: log of the mass that truncation kept; 0 without truncation and after `lengths`."""
+    """float32 [..., T]: log of the probability mass that truncation kept; 0 without truncation and beyond `lengths`."""
     stopped: jax.Array
-    """bool [...]: ended by a stop token; False means cut off at T."""
+    """bool [...]: ended by a stop token; False: cut off at T."""
 
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """All that decoding depends on beside its arrays; hashable, a static argument."""
+    """All static settings of decoding; hashable, a static argument."""
 
     model: LlamaConfig
     sampling: SamplingConfig
@@ -51,7 +51,7 @@ class DecodeSpec:
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a completion; none: every completion has T tokens."""
     chunk: int = 0
-    """Columns that are decoded between two reads of the host (`play/chunked_decode.py`); 0: all."""
+    """Columns decoded between two reads by the host (`play/chunked_decode.py`); 0: all."""
 
     @property
     def chunked(self) -> bool:
@@ -60,49 +60,51 @@ class DecodeSpec:
 
 
 class DecodeState(NamedTuple):
-    """DecodeState between two columns."""
+    """State of the decode loop between two columns."""
 
     column: jax.Array
-    """int32: of the token drawn last, the same for all rows."""
+    """int32: column of the token drawn last, the same for all rows."""
     token: jax.Array
-    """int32 [B]: that token, not yet fed."""
+    """int32 [B]: that token, not yet fed to the model."""
     keys: jax.Array
-    """[B]: each row's own."""
+    """[B]: PRNG key of each row."""
     done: Completions
-    """Their completions so far."""
+    """Completions so far."""
     cache: DecodeCache
-    """Keys and values of what was fed."""
+    """Keys and values of the tokens fed so far."""
 
 
 Layers = tuple[llama.Params, ...]
-"""Each layer's parameters by themselves (`llama.unstack_layers`)."""
+"""One tree of parameters per layer (`llama.unstack_layers`)."""
 
 
 def _record(done: Completions, draw: Draw, column: jax.Array, stop_ids: tuple[int, ...]) -> Completions:
-    alive = ~done.stopped
+    alive_B = ~done.stopped
 
     def put(array: jax.Array, value: jax.Array) -> jax.Array:
-        value = jnp.where(alive, value, jnp.zeros_like(value))
+        value = jnp.where(alive_B, value, jnp.zeros_like(value))
         return jax.lax.dynamic_update_slice_in_dim(array, value[:, None], column, axis=1)
 
-    stop = jnp.zeros_like(done.stopped)
+    stop_B = jnp.zeros_like(done.stopped)
     for stop_id in stop_ids:
-        stop = stop | (draw.token == stop_id)
+        stop_B = stop_B | (draw.token == stop_id)
     return Completions(
         tokens=put(done.tokens, draw.token),
-        lengths=done.lengths + alive,
+        lengths=done.lengths + alive_B,
         logprobs=put(done.logprobs, draw.logprob),
         log_mass=put(done.log_mass, draw.log_mass),
-        stopped=done.stopped | (alive & stop),
+        stopped=done.stopped | (alive_B & stop_B),
     )
 
 
 def begin(
-    params: llama.Params, last_hidden: jax.Array, keys: jax.Array, spec: DecodeSpec, cache_columns: int
+    params: llama.Params, last_hidden_ND: jax.Array, keys_B: jax.Array, spec: DecodeSpec, cache_columns: int
 ) -> DecodeState:
-    """The first token of each row with `keys` [B], B / N consecutive ones for each of `last_hidden` [N, D]; with a
-    cache of `cache_columns`."""
-    rows, start = keys.shape[0], jnp.zeros((), jnp.int32)
+    """The decode state after the first token of each row, with a cache of `cache_columns`.
+
+    Rows draw with their own `keys_B`; each prompt of `last_hidden_ND` has B / N consecutive rows.
+    """
+    rows, start = keys_B.shape[0], jnp.zeros((), jnp.int32)
     empty = Completions(
         tokens=jnp.zeros((rows, spec.max_new_tokens), jnp.int32),
         lengths=jnp.zeros(rows, jnp.int32),
@@ -110,12 +112,12 @@ def begin(
         log_mass=jnp.zeros((rows, spec.max_new_tokens), jnp.float32),
         stopped=jnp.zeros(rows, bool),
     )
-    keys = shard_rows(keys)
-    logits = jnp.repeat(llama.logits(params, spec.model, last_hidden), rows // last_hidden.shape[0], axis=0)
-    # a draw looks at the whole vocabulary of its row
-    first = sample(shard_rows(logits), row_uniforms(keys, start), spec.sampling)
-    cache = empty_decode_cache(spec.model, rows, cache_columns, last_hidden.dtype)
-    return DecodeState(start, first.token, keys, _record(shard_rows(empty), first, start, spec.stop_ids), cache)
+    keys_B = shard_rows(keys_B)
+    logits_BV = jnp.repeat(llama.logits(params, spec.model, last_hidden_ND), rows // last_hidden_ND.shape[0], axis=0)
+    # a draw reads the whole vocabulary of its row
+    first = sample(shard_rows(logits_BV), row_uniforms(keys_B, start), spec.sampling)
+    cache = empty_decode_cache(spec.model, rows, cache_columns, last_hidden_ND.dtype)
+    return DecodeState(start, first.token, keys_B, _record(shard_rows(empty), first, start, spec.stop_ids), cache)
 
 
 def advance(
@@ -126,7 +128,7 @@ def advance(
     until: jax.Array | int,
     spec: DecodeSpec,
 ) -> DecodeState:
-    """Draws tokens up to column `until - 1`, or until every row has stopped; `layers` are `llama.unstack_layers`'."""
+    """Draws tokens up to column `until - 1`, or until all rows have stopped. `layers`: see `llama.unstack_layers`."""
     shared = tuple(
         tuple(KVCache(prefix.keys[layer], prefix.values[layer], prefix.lengths) for prefix in prefixes)
         for layer in range(spec.model.num_hidden_layers)
@@ -136,30 +138,30 @@ def advance(
         return (rows.column + 1 < until) & ~jnp.all(rows.done.stopped)
 
     def step(rows: DecodeState) -> DecodeState:
-        hidden, cache = llama.decode_step(params, layers, spec.model, rows.token, shared, rows.cache, rows.column)
+        hidden_BD, cache = llama.decode_step(params, layers, spec.model, rows.token, shared, rows.cache, rows.column)
         column = rows.column + 1
-        logits = shard_rows(llama.logits(params, spec.model, hidden))
-        draw = sample(logits, row_uniforms(rows.keys, column), spec.sampling)
+        logits_BV = shard_rows(llama.logits(params, spec.model, hidden_BD))
+        draw = sample(logits_BV, row_uniforms(rows.keys, column), spec.sampling)
         return DecodeState(column, draw.token, rows.keys, _record(rows.done, draw, column, spec.stop_ids), cache)
 
     return jax.lax.while_loop(going, step, rows)
 
 
 def continue_prompts(
-    params: llama.Params, prefixes: Sequence[KVCache], last_hidden: jax.Array, keys: jax.Array, spec: DecodeSpec
+    params: llama.Params, prefixes: Sequence[KVCache], last_hidden_ND: jax.Array, keys_B: jax.Array, spec: DecodeSpec
 ) -> Completions:
     """Completions of B rows that continue N prefilled prompts (B / N rows a prompt); arrays [B, ...].
 
-    A prompt is the `prefixes` in their order, each with rows of its own number as in `llama.extend`; most have one.
-    `last_hidden` [N, D] belongs to each prompt's last real token, `keys` [B] are the rows' own.
+    A prompt is the concatenation of `prefixes`, usually one; each has its own number of rows, as in `llama.extend`.
+    `last_hidden_ND` belongs to the last real token of each prompt, `keys_B` are the PRNG keys of the rows.
     """
     layers = llama.unstack_layers(params["model"]["layers"], spec.model.num_hidden_layers)
-    rows = begin(params, last_hidden, keys, spec, max(spec.max_new_tokens - 1, 1))
+    rows = begin(params, last_hidden_ND, keys_B, spec, max(spec.max_new_tokens - 1, 1))
     return advance(params, layers, prefixes, rows, spec.max_new_tokens, spec).done
 
 
-def rollout(params: llama.Params, prompts: Ragged, keys: jax.Array, spec: DecodeSpec) -> Completions:
+def rollout(params: llama.Params, prompts: Ragged, keys_B: jax.Array, spec: DecodeSpec) -> Completions:
     """Completions [B, ...] of right-padded `prompts` (tokens [N, P], lengths [N]), each prefilled once for its B / N
-    rows with `keys` [B]."""
-    hidden, cache = llama.extend(params, spec.model, *prompts)
-    return continue_prompts(params, (cache,), llama.last_hidden(hidden, prompts[1]), keys, spec)
+    rows, which draw with `keys_B`."""
+    hidden_NPD, cache = llama.extend(params, spec.model, *prompts)
+    return continue_prompts(params, (cache,), llama.last_hidden(hidden_NPD, prompts[1]), keys_B, spec)

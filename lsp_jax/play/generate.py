@@ -1,7 +1,7 @@
-"""Prompts -> completions, as pure functions, and `generate` for people.
+"""Completions of prompts: the pure function `complete`, and `generate` of the public interface.
 
-`complete` prefills each prompt once and decodes its rows (`play/decode.py`); `generate` puts text in and out around it,
-with prompts padded to declared buckets.
+`complete` prefills each prompt once and decodes its rows (`play/decode.py`); `generate` calls it with encoded prompts,
+padded to declared buckets, and decodes the completions to text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def complete(
 ) -> Completions:
     """`repeats` completions of each right-padded prompt (tokens [N, P], lengths [N]); arrays [N * repeats, ...].
 
-    Row r draws with `fold_in(key, first_row + r)`, so batches of one list continue one another's noise.
+    Row r draws with `fold_in(key, first_row + r)`, so the noise does not depend on how a list is split.
     """
     return rollout(params, prompts, row_keys(key, prompts[0].shape[0] * repeats, first_row), spec)
 
@@ -70,7 +70,7 @@ def generate(
 
     A prompt is a string (one user message, in the chat template), a list of messages (`role`, `content`), or a list of
     token ids (used as they are). `SamplingConfig(temperature=0)` is greedy. `stop_at_eos=False` forces
-    `max_completion_length` tokens. The draws depend on `seed` and each prompt's place in the list, not on `batch_size`.
+    `max_completion_length` tokens. The draws depend on `seed` and each prompt's index in the list, not on `batch_size`.
     Raises InputError for an empty prompt, ids outside the vocabulary, and a prompt longer than the model's context.
     """
     check_options(prompts, sampling, max_completion_length)
@@ -94,7 +94,7 @@ def generate(
 
 
 def check_options(prompts: Sequence[Prompt], sampling: SamplingConfig, max_completion_length: int) -> None:
-    """Raises InputError for what can be seen without a model."""
+    """Raises InputError for options that are invalid for any model."""
     if isinstance(prompts, str):
         raise InputError("prompts", prompts, "must be a list; put a single prompt into one")
     sampling.check("sampling")

@@ -1,8 +1,8 @@
-"""Logits -> one token a row, with its log-probability under the distribution that was really sampled.
+"""Sampling of one token per row from logits, with its log-probability under the distribution it was drawn from.
 
-Temperature, then top-k, top-p and min-p in the order (and with the meaning) of transformers' logits warpers. The draw
-inverts the cumulative distribution in two levels, block then token, with two uniforms a row instead of V Gumbels:
-exact, and the cost of sampling no longer shows beside the head.
+Applies temperature, then top-k, top-p and min-p in the order and with the meaning of transformers' logits warpers. The
+draw inverts the cumulative distribution in two levels, block then token, with two uniforms per row instead of V Gumbel
+variates: it is exact, and its cost is negligible beside that of the head.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SamplingConfig:
     """Keep tokens at least this fraction as probable as the most probable one; 0 keeps all."""
 
     def check(self, field: str, greedy: bool = True) -> None:
-        """Raises InputError naming `field`.<name>; `greedy` False refuses temperature 0."""
+        """Raises InputError naming `field`.<name>; `greedy` False rejects temperature 0."""
         if not (self.temperature > 0 or (greedy and self.temperature == 0)):
             raise InputError(f"{field}.temperature", self.temperature, "must be > 0" + (" (or 0: greedy)" * greedy))
         if self.top_k < 0:
@@ -49,91 +49,91 @@ class SamplingConfig:
 
 
 class Draw(NamedTuple):
-    """One sampled token a row."""
+    """One sampled token per row."""
 
     token: jax.Array
     """int32 [B]."""
     logprob: jax.Array
     """float32 [B]: under the tempered, truncated, renormalised distribution; 0 when greedy."""
     log_mass: jax.Array
-    """float32 [B]: log of the tempered probability that truncation kept (0 without), so that
-    tempered log-probability minus log_mass = logprob."""
+    """float32 [B]: log of the tempered probability mass that truncation kept (0 without truncation):
+    logprob = tempered log-probability - log_mass."""
 
 
 def row_keys(key: jax.Array, rows: int, first: jax.Array | int = 0) -> jax.Array:
-    """One key a row from its global number, so that a row's noise does not depend on the batch it is drawn in."""
+    """One key per row, folded from its global index, so that its noise does not depend on the batch."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(rows))
 
 
-def row_uniforms(keys: jax.Array, position: jax.Array) -> jax.Array:
-    """float32 [B, 2] in [0, 1) for token `position` of rows with `keys` [B]."""
+def row_uniforms(keys_B: jax.Array, position: jax.Array) -> jax.Array:
+    """float32 [B, 2] in [0, 1) for token `position` of rows with `keys_B`."""
 
     def draw(key: jax.Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(key, position), (2,))
 
-    return jax.vmap(draw)(keys)
+    return jax.vmap(draw)(keys_B)
 
 
-def truncate(scaled: jax.Array, config: SamplingConfig) -> jax.Array:
-    """Sets the logits [B, V] of tokens that top-k, top-p or min-p cut off to -inf; `scaled` is already tempered."""
-    if 0 < config.top_k < scaled.shape[-1]:
-        kth = jax.lax.top_k(scaled, config.top_k)[0][:, -1:]
-        scaled = jnp.where(scaled < kth, -jnp.inf, scaled)
+def truncate(scaled_BV: jax.Array, config: SamplingConfig) -> jax.Array:
+    """The tempered logits `scaled_BV`, with those of tokens that top-k, top-p or min-p cut off set to -inf."""
+    if 0 < config.top_k < scaled_BV.shape[-1]:
+        kth_B1 = jax.lax.top_k(scaled_BV, config.top_k)[0][:, -1:]
+        scaled_BV = jnp.where(scaled_BV < kth_B1, -jnp.inf, scaled_BV)
     if config.top_p < 1:
-        ordered = jnp.sort(scaled, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        # the first token is always kept; `before` grows, so the kept set is a prefix of the order
-        kept = (before < config.top_p) & (ordered > -jnp.inf)
-        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        scaled = jnp.where(scaled < threshold, -jnp.inf, scaled)
+        ordered_BV = jnp.sort(scaled_BV, axis=-1, descending=True)
+        probabilities_BV = jax.nn.softmax(ordered_BV, axis=-1)
+        before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
+        # the first token is always kept; `before_BV` ascends, so the kept set is a prefix of the order
+        kept_BV = (before_BV < config.top_p) & (ordered_BV > -jnp.inf)
+        threshold_B1 = jnp.min(jnp.where(kept_BV, ordered_BV, jnp.inf), axis=-1, keepdims=True)
+        scaled_BV = jnp.where(scaled_BV < threshold_B1, -jnp.inf, scaled_BV)
     if config.min_p > 0:
-        highest = jnp.max(scaled, axis=-1, keepdims=True)
-        scaled = jnp.where(scaled < highest + jnp.log(config.min_p), -jnp.inf, scaled)
-    return scaled
+        highest_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True)
+        scaled_BV = jnp.where(scaled_BV < highest_B1 + jnp.log(config.min_p), -jnp.inf, scaled_BV)
+    return scaled_BV
 
 
-def sample(logits: jax.Array, uniforms: jax.Array, config: SamplingConfig) -> Draw:
-    """Draws one token from each row of `logits` [B, V] with `uniforms` [B, 2] in [0, 1)."""
-    logits = logits.astype(jnp.float32)
+def sample(logits_BV: jax.Array, uniforms_B2: jax.Array, config: SamplingConfig) -> Draw:
+    """Draws one token from each row of `logits_BV` with `uniforms_B2` in [0, 1)."""
+    logits_BV = logits_BV.astype(jnp.float32)
     if config.temperature == 0:
-        zeros = jnp.zeros(logits.shape[0], jnp.float32)
-        return Draw(jnp.argmax(logits, axis=-1).astype(jnp.int32), zeros, zeros)
-    scaled = logits / config.temperature
-    kept = truncate(scaled, config)
-    highest = jnp.max(scaled, axis=-1, keepdims=True)
-    weights = jnp.exp(kept - highest)
-    token, total = draw_index(weights, uniforms)
-    chosen = jnp.take_along_axis(scaled - highest, token[:, None], axis=-1)[:, 0]
-    log_mass = jnp.zeros_like(total)
+        zeros_B = jnp.zeros(logits_BV.shape[0], jnp.float32)
+        return Draw(jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), zeros_B, zeros_B)
+    scaled_BV = logits_BV / config.temperature
+    kept_BV = truncate(scaled_BV, config)
+    highest_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True)
+    weights_BV = jnp.exp(kept_BV - highest_B1)
+    token_B, total_B = draw_index(weights_BV, uniforms_B2)
+    chosen_B = jnp.take_along_axis(scaled_BV - highest_B1, token_B[:, None], axis=-1)[:, 0]
+    log_mass_B = jnp.zeros_like(total_B)
     if config.truncates:
-        log_mass = jnp.log(total) - jnp.log(jnp.sum(jnp.exp(scaled - highest), axis=-1))
-    return Draw(token, chosen - jnp.log(total), log_mass)
+        log_mass_B = jnp.log(total_B) - jnp.log(jnp.sum(jnp.exp(scaled_BV - highest_B1), axis=-1))
+    return Draw(token_B, chosen_B - jnp.log(total_B), log_mass_B)
 
 
-def draw_index(weights: jax.Array, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Index [B] drawn in proportion to non-negative `weights` [B, V], and their total [B].
+def draw_index(weights_BV: jax.Array, uniforms_B2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Indices [B] drawn in proportion to the non-negative `weights_BV`, and the total weights [B].
 
-    Never an index of weight 0, whatever the uniforms [B, 2] and however sums round.
+    An index of weight 0 is never drawn, whatever `uniforms_B2` and the rounding of sums.
     """
-    batch, vocabulary = weights.shape
-    padded = jnp.pad(weights, ((0, 0), (0, -vocabulary % BLOCK))).reshape(batch, -1, BLOCK)
+    batch, vocabulary = weights_BV.shape
+    padded = jnp.pad(weights_BV, ((0, 0), (0, -vocabulary % BLOCK))).reshape(batch, -1, BLOCK)
     sums = jnp.sum(padded, axis=-1)
-    block = _invert(sums, uniforms[:, 0])
-    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    index = block * BLOCK + _invert(inside, uniforms[:, 1])
-    return index.astype(jnp.int32), jnp.sum(sums, axis=-1)
+    block_B = _invert(sums, uniforms_B2[:, 0])
+    inside = jnp.take_along_axis(padded, block_B[:, None, None], axis=1)[:, 0]
+    index_B = block_B * BLOCK + _invert(inside, uniforms_B2[:, 1])
+    return index_B.astype(jnp.int32), jnp.sum(sums, axis=-1)
 
 
-def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Inverse of the cumulative distribution of `weights` [B, n] at `uniform` [B]."""
+def _invert(weights: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """Inverse of the cumulative distribution of `weights` [B, n] at `uniform_B`."""
     cumulative = jnp.cumsum(weights, axis=-1)
-    target = uniform[:, None] * cumulative[:, -1:]
+    target_B1 = uniform_B[:, None] * cumulative[:, -1:]
     # `<=`, so that u = 0 skips leading zeros; then the next index of positive weight, or the last one if rounding
     # carried the target past the end
-    reached = jnp.sum(cumulative <= target, axis=-1, keepdims=True)
+    reached_B1 = jnp.sum(cumulative <= target_B1, axis=-1, keepdims=True)
     positions = jnp.arange(weights.shape[-1])[None]
     positive = weights > 0
-    at_or_after = positive & (positions >= reached)
-    last = jnp.max(jnp.where(positive, positions, 0), axis=-1)
-    return jnp.where(jnp.any(at_or_after, axis=-1), jnp.argmax(at_or_after, axis=-1), last)
+    at_or_after = positive & (positions >= reached_B1)
+    last_B = jnp.max(jnp.where(positive, positions, 0), axis=-1)
+    return jnp.where(jnp.any(at_or_after, axis=-1), jnp.argmax(at_or_after, axis=-1), last_B)

@@ -1,12 +1,12 @@
 """Self-play: one policy samples queries as Challenger and answers them as Solver, giving an `Episode`.
 
 1. `challenger_rows`: the Challenger's one prompt, and the keys of its N queries.
-2. `read_queries`: what it wrote as queries, with each one's validity.
-3. `solver_rows`: query ids spliced into the Solver's chat template, as ids, and the keys of the answers.
-4. `grouped`: the N * G answers by query.
+2. `read_queries`: its completions as queries, with their validity.
+3. `solver_rows`: the ids of queries spliced into those of the Solver's chat template, and the keys of the answers.
+4. `grouped`: the N * G answers, grouped by query.
 
-Between them the policy decodes (`algorithm/rollout.py`). All of it is pure and stays on device. LSP, Algorithm 1, steps
-1 and 2.
+Decoding happens between them (`algorithm/rollout.py`). All functions are pure and stay on device. LSP, Algorithm 1,
+steps 1 and 2.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PlayConfig:
     sampling)."""
 
     def check(self, trains_challenger: bool) -> None:
-        """Raises InputError for sizes on which group-relative advantages are all zero, or empty texts."""
+        """Raises InputError for sizes that make all group-relative advantages zero, or texts empty."""
         if self.num_generations < 2:
             raise InputError(
                 "play.num_generations", self.num_generations, "G must be at least 2: the baseline is the group's mean"
@@ -75,15 +75,15 @@ class Queries(NamedTuple):
     sampled: Completions | None
     """[N, T]: the sampled tokens, trained on; None for queries from data."""
     text: Ragged
-    """Fixed beginning and sampled tokens without the stop token: tokens [N, q + T], lengths [N]."""
+    """Query prefix and sampled tokens without the stop token: tokens [N, q + T], lengths [N]."""
     valid: jax.Array
-    """bool [N]: stopped by itself, not blank, free of template tags."""
+    """bool [N]: ended by a stop token, not blank, free of template tags."""
     leaks: jax.Array | None = None
-    """bool [N]: holds a control token or a template's tag; None for queries from data."""
+    """bool [N]: contains a control token or a template tag; None for queries from data."""
 
 
 class Episode(NamedTuple):
-    """One iteration's play."""
+    """The rollouts of one iteration."""
 
     queries: Queries
     prompts: Ragged
@@ -102,27 +102,27 @@ def challenger_rows(key: jax.Array, prompts: PlayPrompts, num_queries: int) -> t
     return ids_row(prompts.challenger_ids), row_keys(jax.random.fold_in(key, CHALLENGER), num_queries)
 
 
-def read_queries(sampled: Completions, token_classes: jax.Array, prompts: PlayPrompts) -> Queries:
-    """The queries that the Challenger's completions are."""
+def read_queries(sampled: Completions, token_classes_V: jax.Array, prompts: PlayPrompts) -> Queries:
+    """The Challenger's completions as queries, with their validity."""
     written = (sampled.tokens, sampled.lengths - sampled.stopped)
     text = pack((ids_row(prompts.query_prefix_ids), written))
-    leaks = _leaks(written, token_classes, prompts.tags)
-    return Queries(sampled, text, sampled.stopped & _has_text(written, token_classes) & ~leaks, leaks)
+    leaks_N = _leaks(written, token_classes_V, prompts.tags)
+    return Queries(sampled, text, sampled.stopped & _has_text(written, token_classes_V) & ~leaks_N, leaks_N)
 
 
-def _has_text(written: Ragged, token_classes: jax.Array) -> jax.Array:
-    tokens, lengths = written
-    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-    return jnp.any(real & (token_classes[tokens] == TEXT), axis=-1)
+def _has_text(written: Ragged, token_classes_V: jax.Array) -> jax.Array:
+    tokens_NT, lengths_N = written
+    real_NT = jnp.arange(tokens_NT.shape[1])[None] < lengths_N[:, None]
+    return jnp.any(real_NT & (token_classes_V[tokens_NT] == TEXT), axis=-1)
 
 
-def _leaks(written: Ragged, token_classes: jax.Array, tags: tuple[tuple[int, ...], ...]) -> jax.Array:
-    tokens, lengths = written
-    real = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
-    leaks = jnp.any(real & (token_classes[tokens] == SPECIAL), axis=-1)
+def _leaks(written: Ragged, token_classes_V: jax.Array, tags: tuple[tuple[int, ...], ...]) -> jax.Array:
+    tokens_NT, lengths_N = written
+    real_NT = jnp.arange(tokens_NT.shape[1])[None] < lengths_N[:, None]
+    leaks_N = jnp.any(real_NT & (token_classes_V[tokens_NT] == SPECIAL), axis=-1)
     for tag in tags:
-        leaks = leaks | contains_sequence(written, tag)
-    return leaks
+        leaks_N = leaks_N | contains_sequence(written, tag)
+    return leaks_N
 
 
 def solver_rows(
@@ -134,5 +134,5 @@ def solver_rows(
 
 
 def grouped(flat: Completions, num_generations: int) -> Completions:
-    """[N * G, ...] -> [N, G, ...]."""
+    """Groups the answers by query: [N * G, ...] -> [N, G, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, num_generations, *x.shape[1:]), flat)
