@@ -31,7 +31,7 @@ from orbax.checkpoint.checkpoint_managers import (
 from lsp_jax.checkpoint.checksums import Manifest, differing, manifest
 from lsp_jax.checkpoint.host_state import HostState
 from lsp_jax.core import processes
-from lsp_jax.core.errors import InputError, RunError
+from lsp_jax.core.errors import InputError, RunError, one_line
 from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import path_name, shardings
@@ -131,7 +131,7 @@ class Checkpoints:
             call()
             reason = ""
         except Exception as error:  # what file systems and those that write to them raise is of many kinds
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            reason = one_line(error)
         reasons = [reason for reason in processes.gather("checkpoint written", reason) if reason]
         if reasons:
             failed, self._under_way = self._under_way, None
@@ -194,7 +194,7 @@ class Checkpoints:
         try:
             found = self._open().restore(iteration, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever Orbax and what it reads with make of damaged files
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = one_line(error)
             # a machine without memory or rights says nothing of the checkpoint
             machine = isinstance(error, (MemoryError, OSError, jax.errors.JaxRuntimeError))
             machine = machine and not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))

@@ -72,7 +72,7 @@ def _base(run: Path, config: TrainConfig) -> tuple[str, str]:
         seen.add(run.resolve())
         try:
             config = TrainConfig.load(run / "config.json")
-        except (OSError, InputError):
+        except InputError:
             return config.init_from, ""
     with suppress(InputError):
         return config.model, reference_of(run).get("commit", "")

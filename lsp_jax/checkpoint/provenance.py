@@ -14,6 +14,7 @@ import jax
 from lsp_jax.checkpoint.checksums import manifest
 from lsp_jax.config import TrainConfig, flat
 from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import read_json_object
 from lsp_jax.model.llama import Params
 from lsp_jax.policy import Policy
 
@@ -39,13 +40,14 @@ def parameters_digest(params: Params, dtype: str | None = None) -> str:
 
 
 def reference_of(run: Path) -> dict[str, Any]:
-    """The reference recorded by the run in that folder: `source`, `revision`, `commit`, `digest`. Raises InputError
-    where that cannot be read."""
-    try:
-        return dict(json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = f"its {MANIFEST} cannot be read ({type(error).__name__}): restore the file"
-        raise InputError("run", str(run), remedy) from error
+    """Returns the reference recorded by the run in that folder: `source`, `revision`, `commit`, `digest`.
+
+    Raises InputError if the manifest cannot be read.
+    """
+    reference = read_json_object(run / MANIFEST, "restore the file", "run").get("reference")
+    if not isinstance(reference, dict):
+        raise InputError("run", str(run / MANIFEST), "contains no reference; restore the file")
+    return reference
 
 
 def identity(config: TrainConfig, policy: Policy, params: Params, reward_model: Policy | None) -> dict[str, Any]:

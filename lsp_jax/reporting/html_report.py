@@ -21,7 +21,7 @@ from lsp_jax.checkpoint.run_dir import ALARMS_FILE, METRICS_FILE, REPORT, TRANSC
 from lsp_jax.config import TrainConfig, flat, flatten
 from lsp_jax.core import console
 from lsp_jax.core.errors import InputError
-from lsp_jax.core.files import check_writable, read_jsonl, user_path, write_text
+from lsp_jax.core.files import check_writable, read_json_object, read_jsonl, user_path, write_text
 from lsp_jax.monitor.hooks import Event, StepRecord
 from lsp_jax.reporting.metrics import PHASES, describe
 
@@ -64,7 +64,8 @@ def collect(run: Path) -> dict[str, Any]:
     """
     config = TrainConfig.load(run / "config.json")
     lines = list(_lines(run / METRICS_FILE))
-    started = _manifest(run / MANIFEST)
+    manifest = run / MANIFEST
+    started = read_json_object(manifest, "restore the file", "run") if manifest.is_file() else {}
     queries, repeated = _queries(run, lines[-1]["iteration"] if lines else 0)
     return {
         "name": run.resolve().name,
@@ -76,17 +77,6 @@ def collect(run: Path) -> dict[str, Any]:
         "config": {name: json.dumps(value) for name, value in flat(config).items()},
         "started": {name: str(value) for name, value in flatten(started).items()},
     }
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest that the run wrote at its start; empty where there is no such file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError("run", str(path), f"is not the JSON that a run writes ({error})") from None
-    if not isinstance(found, dict):
-        raise InputError("run", str(path), "is not the JSON object that a run writes")
-    return found
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
