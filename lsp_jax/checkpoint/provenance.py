@@ -19,12 +19,12 @@ from lsp_jax.model.llama import Params
 from lsp_jax.policy import Policy
 
 MANIFEST = "manifest.json"
-"""The file in which a run notes its identity at its start."""
+"""File in which a run records its provenance when it starts."""
 PACKAGES = ("lsp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the packages that decide what is computed, and the kind of device."""
+    """Returns the versions of Python and of the packages that affect results, and the kind of device."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 
 def parameters_digest(params: Params, dtype: str | None = None) -> str:
-    """SHA-256 of all arrays' names, shapes, dtypes and checksums, as they are or in `dtype`: the same on every mesh."""
+    """Returns the SHA-256 of all arrays' names, shapes, dtypes and checksums (of a cast to `dtype`), on any mesh."""
     return hashlib.sha256(json.dumps(manifest(params, dtype), sort_keys=True).encode()).hexdigest()
 
 
@@ -51,8 +51,7 @@ def reference_of(run: Path) -> dict[str, Any]:
 
 
 def identity(config: TrainConfig, policy: Policy, params: Params, reward_model: Policy | None) -> dict[str, Any]:
-    """The provenance that every checkpoint of a run records; `policy` with `params` is the model it started from, its
-    reference."""
+    """Returns the provenance recorded in every checkpoint of a run; its reference is `policy` with `params`."""
     settings = flat(config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     source = f"{config.init_from} checkpoint {config.init_step}" if config.init_from else config.model
