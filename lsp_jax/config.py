@@ -263,7 +263,7 @@ def _plain(hint: Any, value: Any, where: str) -> Any:
         try:
             return float(value)
         except OverflowError as error:
-            raise InputError(where, value, "is out of the range of a float") from error
+            raise InputError(where, value, "is outside the range of a float") from error
     if type(value) is not kind:
         raise InputError(where, value, f"must be of type {kind.__name__}")
     return value
