@@ -255,7 +255,7 @@ def _check_arrays(saved: Manifest, tree: Any) -> None:
     wrong = differing(here, {name: saved.get(name) for name in here})
     if wrong:
         others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise Damaged(f"the checksum of {wrong[0]}{others} has changed since the save")
+        raise Damaged(f"{wrong[0]}{others}: the checksum has changed since the save")
 
 
 def _digest(record: dict[str, Any]) -> str:
