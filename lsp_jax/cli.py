@@ -215,9 +215,9 @@ def replay(arguments: Sequence[str]) -> None:
     options = tyro.cli(ReplayOptions, args=list(arguments), prog="lsp-jax replay")
     replayed = run(options.run, options.step)
     for line in replayed.lines:
-        print(json.dumps(line))  # ASCII: control characters of model text reach a terminal as escapes
+        print(json.dumps(line))  # ASCII: control characters in model text reach a terminal escaped
     verdict = {
-        None: "the run has no transcript of it",
+        None: "the run has no transcript of this iteration",
         True: "identical to the run's transcript",
         False: "DIFFERS from the run's transcript",
     }[replayed.same]

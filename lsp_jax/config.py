@@ -16,6 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from lsp_jax.core.errors import InputError, one_of
+from lsp_jax.core.files import read_json_object
 from lsp_jax.core.processes import ProcessConfig
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.novelty import MemoryConfig
@@ -183,25 +184,14 @@ class TrainConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, source: str = "config.json") -> TrainConfig:
+    def from_json(cls, text: str) -> TrainConfig:
         """Parses the output of `to_json`; InputError names an unknown field or a value of the wrong type."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:  # not JSON, a number of too many digits, nested too deeply
-            raise InputError(source, str(error), "must be a run's config.json") from error
-        return _build(cls, data, source)
+        return _build(cls, json.loads(text), "config.json")
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
-        """Reads the `config.json` of a run."""
-        path = Path(path)
-        if not path.is_file():
-            raise InputError("config", str(path), "no such file: a run's folder holds config.json")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise InputError("config", str(path), f"cannot be read ({error}); it must be UTF-8") from error
-        return cls.from_json(text, str(path))
+        """Reads the `config.json` of a run; raises InputError as `from_json` does, and for an unreadable file."""
+        return _build(cls, read_json_object(Path(path), "must be a run's config.json", "config"), str(path))
 
 
 MAY_CHANGE = (
@@ -273,7 +263,7 @@ def _plain(hint: Any, value: Any, where: str) -> Any:
         try:
             return float(value)
         except OverflowError as error:
-            raise InputError(where, value, "is out of the range of a float") from error
+            raise InputError(where, value, "is outside the range of a float") from error
     if type(value) is not kind:
         raise InputError(where, value, f"must be of type {kind.__name__}")
     return value

@@ -82,8 +82,8 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
     """Writes a Hugging Face directory for transformers and vLLM: config, safetensors, tokenizer, and a model card.
 
     `dtype` None keeps that of the parameters. `card` becomes README.md, which a later export replaces unless it was
-    edited. Everything is written and synced to a sibling directory first and then renamed, so a failure leaves the
-    previous contents. An earlier export is replaced; a directory that holds anything else raises InputError. With
+    edited. Everything is written and synced to a sibling directory and then renamed, so a failure leaves the previous
+    contents. An earlier export is replaced; a directory that holds anything else raises InputError. With
     several processes all must call this: process 0 alone accesses `directory` and writes, the others contribute their
     shards and return without waiting for the files.
     """
@@ -103,7 +103,7 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
         if card:
             (fresh / CARD).write_text(sealed(card), encoding="utf-8")
         _sync(fresh)
-        check_replaceable(target)  # again: a file may have appeared while the weights were written
+        check_replaceable(target)  # again: files may have appeared while the weights were written
         if target.exists():
             target.rename(old)
         try:

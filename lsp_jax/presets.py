@@ -24,7 +24,7 @@ from lsp_jax.text import challenger_tasks
 from lsp_jax.text.prompts import PromptConfig
 
 DEMO_MODEL = "./models/SmolLM2-135M-Instruct"  # the leading dot rules out a hub id
-"""Where `make quickstart` puts the demo model (`lsp-jax demo-model` makes it)."""
+"""Directory of the demo model, created by `make quickstart` (with `lsp-jax demo-model`)."""
 
 PAPER_MODEL = "meta-llama/Llama-3.2-3B-Instruct"
 PAPER_REWARD_MODEL = "Skywork/Skywork-Reward-V2-Llama-3.2-3B"
@@ -37,14 +37,17 @@ MODELS = {
 
 LEFT_OPEN: dict[str, tuple[Any, str]] = {
     "play.num_generations": (8, "batch 4 x accumulation 2 on eight devices would be 8 queries x 8; TRL's default too"),
-    "play.max_query_length": (256, "long enough for the instructions that the paper shows"),
+    "play.max_query_length": (256, "long enough for the instructions shown in the paper"),
     "play.max_completion_length": (512, "most answers of the base model end earlier"),
-    "sampling.temperature": (1.0, "samples from the policy that is trained"),
+    "sampling.temperature": (1.0, "samples from the trained policy itself"),
     "sampling.top_p": (1.0, "no truncation, for the same reason"),
     "challenger_sampling.temperature": (1.0, "as for the Solver"),
     "challenger_sampling.top_p": (1.0, "as for the Solver"),
     "loss.alpha_challenger": (1.0, "equal weight for both roles"),
-    "loss.invalid_query_penalty": (-40.0, "below -V of a query whose answers score high: breaking off must not pay"),
+    "loss.invalid_query_penalty": (
+        -40.0,
+        "below -V of queries with high-scoring answers, so that truncation does not pay",
+    ),
     "reward.preference_weight": (1.0, "the reward model's raw score"),
     "reward.quality_weight": (1.0, "points 0..7, unscaled: the equations add R and R_Q without a factor"),
     "reward.quality_max_length": (64, "room for the seven points, their sum and the tag"),
@@ -53,17 +56,17 @@ LEFT_OPEN: dict[str, tuple[Any, str]] = {
     "optimizer.weight_decay": (0.0, "TRL's default"),
     "optimizer.warmup_steps": (0, "no warm-up is mentioned"),
     "optimizer.max_grad_norm": (1.0, "TRL's default"),
-    "max_steps": (1500, "the last iteration of which the paper shows samples"),
+    "max_steps": (1500, "the last iteration with samples in the paper"),
 }
-"""Values that the paper does not give, with the reason for ours. (GRPO has no Challenger: alpha_challenger is 0.)"""
+"""Our values for settings that the paper omits, with reasons. (GRPO has no Challenger: alpha_challenger is 0.)"""
 
 
 def quickstart() -> TrainConfig:
     """LSP on arithmetic with the demo model, in minutes on two CPU cores.
 
     The Challenger completes "What is ", a verifier checks the Solver's final number, and the frozen model's own quality
-    score keeps both roles readable. The learning rate is far above the paper's, because otherwise a few iterations of
-    such a small model would show no effect.
+    score keeps the text of both roles readable. The learning rate is far above the paper's, so that a few iterations
+    of such a small model show an effect.
     """
     return TrainConfig(
         model=DEMO_MODEL,
@@ -89,7 +92,7 @@ def paper_lsp() -> TrainConfig:
         output_dir="runs/paper_lsp",
         max_steps=_open("max_steps"),
         save_steps=500,
-        save_total_limit=3,  # the paper shows samples of three checkpoints
+        save_total_limit=3,  # the paper shows samples from three checkpoints
         play=PlayConfig(
             num_queries=8,  # given
             num_generations=_open("play.num_generations"),

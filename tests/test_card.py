@@ -59,7 +59,7 @@ def test_a_hub_id_is_the_base_model_and_a_name_cannot_write_markup(run: Path) ->
         card = model_card(run, 1)
         assert shown in card and ("base_model" in card) == bool(of) and "somebody" not in card
     (run / "metrics.jsonl").unlink()
-    assert "Its metrics were not kept." in model_card(run, 1)
+    assert "Not available." in model_card(run, 1)
 
 
 def test_earlier_stages_are_followed_to_the_first_and_in_no_circle(run: Path, tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_generate_with_a_prompt_that_is_too_long(refused: Refused, game_model: P
 def test_export_of_what_is_not_there(refused: Refused, game_model: Path, tmp_path: Path):
     run = tmp_path / "run"
     run.mkdir()
-    refused(["export", run, tmp_path / "out"], "config = ", "no such file")
+    refused(["export", run, tmp_path / "out"], "config = ", "No such file")
     (run / "config.json").write_text(game_config(game_model, run).to_json())
     refused(["export", run, tmp_path / "out"], "step = None", "has checkpoints none")
     refused(["export", run, tmp_path / "out", "--step", 3], "step = 3", "has checkpoints none")

@@ -123,11 +123,11 @@ def test_every_question_once_and_few_at_a_time(server: Server):
         ((429, {"Retry-After": "0.01"}, b""), "status 429"),
         ((429, {"Retry-After": "Wed, 21 Oct 2065 07:28:00 GMT"}, b""), "status 429"),
         ((500, {}, b"oops"), "status 500"),
-        ((200, {}, b"<html>"), "nonsense"),
-        ((200, {}, b"[" * 100_000), "nonsense"),
-        ((200, {}, b'{"choices": []}'), "nonsense"),
-        (completion(None), "nonsense"),
-        (completion([1]), "nonsense"),
+        ((200, {}, b"<html>"), "invalid reply"),
+        ((200, {}, b"[" * 100_000), "invalid reply"),
+        ((200, {}, b'{"choices": []}'), "invalid reply"),
+        (completion(None), "invalid reply"),
+        (completion([1]), "invalid reply"),
     ],
     ids=str,
 )
@@ -135,7 +135,7 @@ def test_what_may_pass_is_tried_again_and_counted(server: Server, first: Reply, 
     server.behave = lambda question, times: first if times == 1 else completion("fine")
     replies, endpoint = ask(server, ["q"])
     assert replies == {0: ("fine", "")} and len(server.asked) == 2
-    assert endpoint.counts[kind] == 1 and endpoint.counts["tried again"] == 1 and not endpoint.counts["failed"]
+    assert endpoint.counts[kind] == 1 and endpoint.counts["retried"] == 1 and not endpoint.counts["failed"]
 
 
 def test_a_reply_that_does_not_come_in_time(server: Server):
@@ -162,7 +162,7 @@ def test_an_endpoint_that_is_gone_ends_it_after_a_while(server: Server):
     """What was said before is there; the rest is not tried one by one."""
     server.behave = lambda question, _: completion("fine") if question == "q0" else (500, {}, b"")
     endpoint, got = Endpoint(server.config(retries=0, concurrency=1)), []
-    with pytest.raises(RunError, match=r"10 questions in a row had no reply \(status 500\)"):
+    with pytest.raises(RunError, match=r"10 requests in a row had no reply \(status 500\)"):
         got.extend(endpoint.ask([f"q{n}" for n in range(100)]))
     endpoint.close()
     assert got[0] == (0, "fine", "") and len(got) == module.FAILURES + 1 and len(server.asked) < 15

@@ -184,7 +184,7 @@ def test_a_second_stage_begins_with_the_merged_policy(trained: tuple[Path, Any],
         load_run_params(tmp_path / "second", 1),
         merged(run.reference, load_run_adapters(tmp_path / "second", 1), LORA),
     ), "its own base is the first run's policy"
-    with pytest.raises(InputError, match="export them merged"):
+    with pytest.raises(InputError, match="export the merged model"):
         export_adapters(tmp_path / "second", tmp_path / "adapters")
 
 

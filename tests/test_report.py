@@ -93,7 +93,7 @@ def test_what_is_shown_of_a_run(run: Path):
     assert data["started"]["versions.jax"] == "0.10.2"
     titles = {chart["title"]: chart["metrics"] for chart in found["charts"]}
     assert titles["Reward components"] == ["rewards/arithmetic/mean", "rewards/quality/mean"]
-    assert "Probe against the reference" not in titles
+    assert "Probe vs. reference" not in titles
     assert set(found["meanings"]) == set(data["metrics"])
     assert found["meanings"]["rewards/quality/mean"].startswith("mean of the component quality before")
 
@@ -211,7 +211,7 @@ def test_a_report_under_way_takes_little_time_and_stops_nothing(
         live.refresh()
         now[0] += 10.0
     assert written == [100.0, 202.0, 304.0]  # 2 seconds of writing, then a hundred without
-    assert "no report: the disk is full" in capsys.readouterr().err
+    assert "report not written: OSError: the disk is full" in capsys.readouterr().err
     live.refresh(last=True)
     assert len(written) == 4
 

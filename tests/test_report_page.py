@@ -70,7 +70,7 @@ def test_everything_is_drawn(browser: Browser, reports: dict[str, Path], tmp_pat
     look(browser, reports["healthy"], tmp_path, "healthy")
     assert browser.run("document.querySelector('#alarms').textContent").endswith("None.")
     look(browser, reports["empty"], tmp_path, "empty")
-    assert "No iteration yet" in browser.run("document.querySelector('#curves').textContent")
+    assert "No iterations yet" in browser.run("document.querySelector('#curves').textContent")
 
 
 def test_queries_are_filtered_and_answers_opened(browser: Browser, reports: dict[str, Path], tmp_path: Path):

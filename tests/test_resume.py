@@ -252,7 +252,7 @@ def test_a_lost_or_shortened_file_is_not_resumed_over(half: Path, game_model: Pa
     path = half / "transcripts.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
     kept = {name: (half / name).read_bytes() for name in FILES}
-    with pytest.raises(InputError, match=r"transcripts\.jsonl.*checkpoint saw"):
+    with pytest.raises(InputError, match=r"transcripts\.jsonl.*complete lines before the checkpoint"):
         train(config_of(game_model, half, resume="must"))
     assert {name: (half / name).read_bytes() for name in FILES} == kept
 

@@ -16,7 +16,7 @@ import pytest
 
 from lsp_jax.core.errors import InputError
 from lsp_jax.reward.base import EpisodeTexts, score_on_host
-from lsp_jax.reward.execution.pool import MAX_LOG, Program, WorkerFailure, Workers, printable
+from lsp_jax.reward.execution.pool import MAX_LOG, Program, WorkerFailure, Workers, line_of
 from lsp_jax.reward.user_callable import arithmetic_reward, callable_reward, probe_callable
 
 CHILD = """
@@ -92,7 +92,7 @@ def test_standard_error_is_passed_on_printable_and_bounded(capsys: pytest.Captur
         assert workers.run(PROGRAM, [{"do": "noise"}])[0].reply
     shown = capsys.readouterr().err
     assert "loud" in shown and "\x1b" not in shown and len(shown) < 2 * MAX_LOG
-    assert printable(b"a\x00\xff\n b\x1b") == "a\\x00\ufffd b\\x1b"
+    assert line_of(b"a\x00\xff\n b\x1b") == "a\\x00\ufffd b\\x1b"
 
 
 def test_a_child_without_standard_error_costs_no_time_of_ours():

@@ -1,4 +1,4 @@
-"""Another run's policy read out of its folder; exports as Hugging Face and PEFT directories, and to the hub."""
+"""Loading the policy of a run from its folder, and exporting it to Hugging Face or PEFT directories and the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lsp_jax.checkpoint.manager import Checkpoints, Damaged, abstract
 from lsp_jax.checkpoint.model_card import model_card
 from lsp_jax.checkpoint.provenance import parameters_digest, reference_of
-from lsp_jax.checkpoint.run_dir import BASE, CHECKPOINTS, _checked_step
+from lsp_jax.checkpoint.run_dir import BASE, CHECKPOINTS, checked_step
 from lsp_jax.config import TrainConfig
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import user_path
@@ -27,9 +27,9 @@ from lsp_jax.text.tokenizer import Tokenizer
 
 
 def open_run(run: str | Path) -> Policy:
-    """The model configuration and tokenizer of the run in that folder; `params` is empty.
+    """Returns the model configuration and tokenizer of a run; `params` is empty.
 
-    Raises InputError when the folder holds no run.
+    Raises InputError if the folder holds no run.
     """
     run = user_path("run", run)
     TrainConfig.load(run / "config.json")
@@ -37,8 +37,10 @@ def open_run(run: str | Path) -> Policy:
 
 
 def load_run_params(run: str | Path, step: int, dtype: str | None = None, mesh: Mesh | None = None) -> Params:
-    """The policy's parameters at checkpoint `step` of a run, in `dtype` (None keeps the checkpoint's), spread over
-    `mesh`, whatever mesh saved them."""
+    """Loads the policy's parameters at checkpoint `step` of a run in `dtype` (None keeps the checkpoint's).
+
+    They are sharded over `mesh`, whatever mesh saved them; adapters are merged.
+    """
     run = user_path("run", run)
     model, config = read_config(run / BASE), TrainConfig.load(run / "config.json")
     if config.lora.rank:
@@ -51,17 +53,17 @@ def load_run_params(run: str | Path, step: int, dtype: str | None = None, mesh: 
 
 
 def load_run_adapters(run: str | Path, step: int, mesh: Mesh | None = None) -> Params:
-    """The adapters at checkpoint `step` of a run, float32. Raises InputError where the run trained no adapters."""
+    """Loads the float32 adapters at checkpoint `step` of a run. Raises InputError if the run trained no adapters."""
     run = user_path("run", run)
     lora = TrainConfig.load(run / "config.json").lora
     if not lora.rank:
-        raise InputError("run", str(run), "trained all parameters, not adapters (--lora.rank): export them merged")
+        raise InputError("run", str(run), "trained all parameters, not adapters (--lora.rank): export the full model")
     model = params_shape(read_config(run / BASE))
     return _restored(run, step, abstract(mesh, lambda: init_adapters(model, lora)))
 
 
 def _restored(run: Path, step: int, shapes: Params) -> Params:
-    """The policy's parameters in a checkpoint."""
+    """Restores the policy's parameters from a checkpoint."""
     checkpoints = Checkpoints(run / CHECKPOINTS)
     try:
         return checkpoints.restore_params(step, shapes)
@@ -72,7 +74,7 @@ def _restored(run: Path, step: int, shapes: Params) -> Params:
 
 
 def _base_params(run: Path, config: TrainConfig, model: LlamaConfig, mesh: Mesh | None) -> Params:
-    """The float32 parameters that a run's adapters were trained beside; InputError where they are others by now."""
+    """Loads the frozen float32 parameters under a run's adapters; InputError if they have changed since."""
     if config.init_from:
         source = config.init_from
         base = load_run_params(source, config.init_step, "float32", mesh)
@@ -86,19 +88,19 @@ def _base_params(run: Path, config: TrainConfig, model: LlamaConfig, mesh: Mesh 
 
 
 def export_adapters(run: str | Path, directory: str | Path, step: int | None = None) -> int:
-    """Writes the adapters of a run's checkpoint (the newest without `step`) as PEFT's two files.
+    """Writes the adapters of a run's checkpoint (default: the newest) as PEFT's two files.
 
-    Returns the checkpoint's iteration. Raises InputError when the folder holds no run with adapters or no such
-    checkpoint, when `directory` holds anything else than an earlier export of adapters, and when the adapters belong to
-    the policy of another run, which PEFT could not load.
+    Returns the checkpoint's iteration. Raises InputError if the folder holds no run with adapters or no such
+    checkpoint, if `directory` holds anything but an earlier export of adapters, and if the base of the adapters is the
+    policy of another run, which PEFT could not load.
     """
     target, run = user_path("directory", directory), user_path("run", run)
     check_adapters_replaceable(target)
-    step = _checked_step(run, step, "step")
+    step = checked_step(run, step, "step")
     config = TrainConfig.load(run / "config.json")
     if config.init_from and config.lora.rank:
         raise InputError(
-            "run", str(run), f"its adapters belong to the policy of {config.init_from}: export them merged"
+            "run", str(run), f"its adapters belong to the policy of {config.init_from}: export the merged model"
         )
     adapters = load_run_adapters(run, step)
     revision = reference_of(run)["commit"] or config.revision or None
@@ -108,14 +110,14 @@ def export_adapters(run: str | Path, directory: str | Path, step: int | None = N
 
 
 def export_run(run: str | Path, directory: str | Path, step: int | None = None, dtype: str | None = None) -> int:
-    """Writes the policy of a run's checkpoint (the newest without `step`) as a Hugging Face directory.
+    """Writes the policy of a run's checkpoint (default: the newest) as a Hugging Face directory.
 
-    Returns the checkpoint's iteration. Raises InputError when the folder holds no run or no such checkpoint.
+    Returns the checkpoint's iteration. Raises InputError if the folder holds no run or no such checkpoint.
     """
     if dtype is not None:
         check_dtype(dtype)
     check_replaceable(user_path("directory", directory))
-    step = _checked_step(user_path("run", run), step, "step")
+    step = checked_step(user_path("run", run), step, "step")
     policy = open_run(run)
     card = model_card(user_path("run", run), step)
     save_pretrained(replace(policy, params=load_run_params(run, step)), directory, dtype, card)
@@ -123,31 +125,33 @@ def export_run(run: str | Path, directory: str | Path, step: int | None = None, 
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises InputError unless the hub could have a repository of that name, its owner named."""
+    """Raises InputError unless `repo_id` is a valid repository name on the hub, including its owner."""
     try:
         validate_repo_id(repo_id)
         if "/" not in repo_id:
-            raise HFValidationError("it names no owner")
+            raise HFValidationError("it has no owner")
     except HFValidationError as error:
         raise InputError("push_to_hub", repo_id, f"must be OWNER/NAME as the hub allows it ({error})") from None
 
 
 def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> str:
-    """Uploads an export, or a folder of adapters, to the hub as `repo_id`, which is made where it is missing, and
-    returns its address. Needs HF_TOKEN with the right to write. Raises InputError where the hub refuses, and where
-    `private` is asked of a repository that others can see already."""
+    """Uploads an export, of a model or of adapters, to the hub repository `repo_id` and returns its URL.
+
+    The repository is created if missing. Needs HF_TOKEN with write permission. Raises InputError if the upload fails,
+    and if `private` is requested for an existing public repository.
+    """
     folder = user_path("directory", directory)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise InputError("directory", str(directory), "holds no export; write one first")
     check_repo_id(repo_id)
     try:
-        # None: as the owner's account or organisation has it
+        # None: the default visibility of the owner's account or organisation
         url = HfApi().create_repo(repo_id, private=private or None, exist_ok=True)
         seen = private and not HfApi().repo_info(repo_id).private
     except Exception as error:
         raise _refused(repo_id, error) from None
     if seen:
-        raise InputError("private", True, f"{repo_id} is there already, and not private: nothing was uploaded")
+        raise InputError("private", True, f"{repo_id} already exists and is not private: nothing was uploaded")
     try:
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export of lsp_jax")
     except Exception as error:
@@ -156,6 +160,6 @@ def push_to_hub(directory: str | Path, repo_id: str, private: bool = False) -> s
 
 
 def _refused(repo_id: str, error: Exception) -> InputError:
-    """Whatever the network did; its text may quote the token's header: left out."""
-    remedy = f"could not be uploaded ({type(error).__name__}): is HF_TOKEN set, with the right to write there?"
+    """Returns the InputError for a failed upload, without the error's text, which may quote the token."""
+    remedy = f"could not be uploaded ({type(error).__name__}): is HF_TOKEN set, with write permission?"
     return InputError("push_to_hub", repo_id, remedy)

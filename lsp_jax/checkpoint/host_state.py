@@ -1,4 +1,4 @@
-"""The host's part of a checkpoint, beside the train state: progress of the run, and its provenance."""
+"""The host state in a checkpoint, beside the train state: progress and provenance of the run."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ class BestCheckpoint(NamedTuple):
     """The best checkpoint so far by `metric_for_best_model`."""
 
     iteration: int
-    """Its own."""
+    """Iteration of the checkpoint."""
     value: float
-    """Of the metric, finite."""
+    """Finite value of the metric."""
     metric: str
-    """The name of the metric that it is the best by."""
+    """Name of the metric."""
     greater: bool
     """Whether greater values are better."""
 
 
 @dataclass(frozen=True)
 class HostState:
-    """The host's part of a checkpoint; without arguments that of a run which has not begun."""
+    """The host state in a checkpoint; the default is that of a new run."""
 
     iteration: int = 0
-    """Iterations that are done."""
+    """Number of completed iterations."""
     cursor: int = 0
-    """Prompts of the data set taken so far: where the next iteration's queries begin."""
+    """Number of prompts consumed from the data set: the position of the next iteration's queries."""
     skipped: int = 0
-    """Iterations in a row, up to this one, whose updates were skipped."""
+    """Number of consecutive skipped updates up to this iteration."""
     best: BestCheckpoint | None = None
-    """The best checkpoint, this one included; None without a metric, or before it had a value."""
+    """The best checkpoint so far, possibly this one; None without a metric, or before its first value."""
     health: HealthState = field(default_factory=HealthState)
-    """What the alarms of self-play go on from."""
+    """State of the self-play alarms."""
     good: tuple[int, ...] = ()
-    """Iterations of the checkpoints that a collapsed run may go back to, the oldest first."""
+    """Iterations of the checkpoints that a collapsed run may be rolled back to, oldest first."""
     offsets: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of each JSONL file of the run that belong to these iterations, by the file's name."""
+    """Size in bytes of each JSONL file of the run as of this iteration, by file name."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What the run is made of (`provenance.identity`): `config`, `config_digest`, `versions`, `reference`,
+    """Provenance of the run (`provenance.identity`): `config`, `config_digest`, `versions`, `reference`,
     `reward_model`."""
 
     def to_record(self) -> dict[str, Any]:
-        """JSON's types, as they lie in a checkpoint beside `arrays` and `digest`."""
+        """Returns the JSON object that a checkpoint stores, beside `arrays` and `digest`."""
         best = self.best._asdict() if self.best is not None else {}
         record = {"iteration": self.iteration, "cursor": self.cursor, "skipped": self.skipped, "best": best}
         record |= {"health": self.health.to_record(), "good": list(self.good), "offsets": dict(self.offsets)}
@@ -53,8 +53,7 @@ class HostState:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """The host's part of a checkpoint's record. Those of earlier versions have no `skipped`, `best`, `health` or
-        `good`."""
+        """Parses the output of `to_record`; records of earlier versions lack `skipped`, `best`, `health` or `good`."""
         best = record.get("best", {})
         known = ("iteration", "cursor", "skipped", "best", "health", "good", "offsets", "arrays", "digest")
         return cls(

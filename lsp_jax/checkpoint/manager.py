@@ -1,7 +1,7 @@
-"""Checkpoints of a run: Orbax holds the train state, a JSON beside it the host's part and a checksum of every array.
+"""Checkpoints of a run: Orbax stores the train state, and beside it a JSON record with the host state and checksums.
 
-A checkpoint counts when it is whole: committed by Orbax, its JSON with the digest it was written with, its arrays with
-their checksums (Orbax restores a flipped byte without a word). Any other is `Damaged` and can be set aside.
+A checkpoint is intact if Orbax has committed it, the record has the digest it was written with, and the arrays have
+their checksums (Orbax does not detect a flipped byte). Any other is `Damaged` and can be set aside.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from orbax.checkpoint.checkpoint_managers import (
 from lsp_jax.checkpoint.checksums import Manifest, differing, manifest
 from lsp_jax.checkpoint.host_state import HostState
 from lsp_jax.core import processes
-from lsp_jax.core.errors import InputError, RunError
+from lsp_jax.core.errors import InputError, RunError, one_line
 from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import path_name, shardings
@@ -42,18 +42,20 @@ class Damaged(Exception):
 
 
 class SaveError(RunError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, written in the background: the newest `keep` of those at multiples of `every` stay,
-    the newest of all, and those that are pinned. One between two `every` (a run was stopped there) takes the place of
-    none that an uninterrupted run would have."""
+    """The checkpoints of one run, written in the background.
+
+    Retained are the newest `keep` at multiples of `every`, the newest of all, and pinned ones. A checkpoint between two
+    multiples (the run was stopped there) therefore displaces none that an uninterrupted run would have.
+    """
 
     def __init__(self, directory: str | Path, keep: int = 2, every: int = 1):
-        # the directory is made by the first save, so that looking for checkpoints leaves nothing behind
+        # the first save creates the directory, so that merely listing checkpoints leaves nothing behind
         self.directory: Path = Path(directory).expanduser().resolve()
-        # Orbax asks as a save begins and deletes once it is committed; it reads this very list, so `pin` can change it
+        # Orbax applies these when a save begins, and deletes after its commit; it keeps this list, so `pin` can edit it
         self._policies: list[PreservationPolicy] = [LatestN(1), EveryNSteps(every, max_to_keep=keep), CustomSteps(())]
         self._retention = AnyPreservationPolicy(self._policies)
         self._manager: ocp.CheckpointManager | None = None
@@ -64,54 +66,56 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=self._retention,
                 create=True,
-                lightweight_initialize=True,  # else a damaged record of Orbax's own keeps all from being listed
+                lightweight_initialize=True,  # otherwise damaged metadata of Orbax prevents listing
             )
-            # zstd takes a tenth off float32 weights, and for it holds up to as much memory again while it writes
+            # zstd saves a tenth of float32 weights, at the cost of up to their size in memory while writing
             arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
             handlers = {"params": arrays, "training": arrays, "host": ocp.JsonCheckpointHandler()}
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._manager
 
     def pin(self, steps: Iterable[int]) -> None:
-        """Keeps these checkpoints whatever their age, and none that were pinned before; from the next save on."""
-        # BestN would rank by the metrics of each save: the probe's are not of every one, and "good" is no metric
+        """Replaces the set of pinned checkpoints, which are kept at any age; takes effect with the next save."""
+        # BestN ranks by metrics of every save, but the probe does not run at every one, and "good" is no metric
         self._policies[-1] = CustomSteps(tuple(steps))
 
     def preserved(self, steps: Sequence[int]) -> set[int]:
-        """Those of the checkpoints `steps`, oldest first, that stay."""
-        # a policy of these kinds reads the step alone
+        """Returns which of the checkpoints `steps`, oldest first, the retention policy keeps."""
+        # these policies read only the step
         infos: list[Any] = [SimpleNamespace(step=step) for step in steps]
         stays = self._retention.should_preserve(infos, context=PreservationContext())
         return {step for step, kept in zip(steps, stays, strict=True) if kept}
 
     def latest(self) -> int | None:
-        """The newest whole checkpoint's iteration, None without one."""
+        """Returns the iteration of the newest committed checkpoint, or None."""
         return self._open().latest_step() if self.directory.is_dir() else None
 
     def steps(self) -> list[int]:
-        """Iterations of all whole checkpoints, oldest first."""
+        """Returns the iterations of all committed checkpoints, oldest first."""
         return sorted(self._open().all_steps()) if self.directory.is_dir() else []
 
     def save(self, state: TrainState, host: HostState, arrays: Manifest) -> None:
-        """Saves `state`, with its `manifest` in `arrays`, as of `host.iteration`; returns once the arrays are copied,
-        the writing goes on. Raises SaveError; with several processes all must call it together, after `wait`.
+        """Starts saving `state`, whose `manifest` is `arrays`, as checkpoint `host.iteration`.
+
+        Returns once the arrays are copied; writing continues in the background. Raises SaveError. With several
+        processes all must call this together, after `wait`.
         """
         items = {name: ocp.args.PyTreeSave(part) for name, part in _split(state).items()}
         record = {**host.to_record(), "arrays": arrays}
         record["digest"] = _digest(record)
         self._under_way = host.iteration
-        self._agreed(self._make_directory)  # before Orbax waits for all in a collective without a limit
+        self._agreed(self._make_directory)  # before Orbax enters a collective without a time limit
         args = ocp.args.Composite(**items, host=ocp.args.JsonSave(record))
         self._told(lambda manager: manager.save(host.iteration, args=args))
 
     def check(self) -> None:
-        """Raises SaveError when a save in the background has failed; all processes call it together."""
+        """Raises SaveError if a background save has failed; all processes must call this together."""
         if self._under_way is not None:
-            # Orbax tells an error once, and its own thread takes it; waiting for what has ended still raises it
+            # Orbax reports an error once, to a thread of its own; waiting for the finished save raises it again
             self._told(lambda manager: manager.is_saving_in_progress() or manager.wait_until_finished())
 
     def wait(self) -> None:
-        """Returns when every save is on disk; raises SaveError."""
+        """Waits until every save is on disk; raises SaveError."""
         if self._under_way is not None:
             self._told(lambda manager: manager.wait_until_finished())
             self._under_way = None
@@ -120,43 +124,43 @@ class Checkpoints:
         if processes.is_writer():
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory):
-                pass  # where none can be made Orbax's threads would wait minutes for one, and the process for them
+                pass  # fails early: Orbax's threads would retry for minutes
 
     def _told(self, call: Callable[[ocp.CheckpointManager], Any]) -> None:
         self._agreed(lambda: call(self._open()))
 
     def _agreed(self, call: Callable[[], Any]) -> None:
-        """`call`, with what went wrong in any process raised in all."""
+        """Runs `call`; a failure in any process raises SaveError in all."""
         try:
             call()
             reason = ""
-        except Exception as error:  # what file systems and those that write to them raise is of many kinds
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        except Exception as error:  # file systems and storage libraries raise many types
+            reason = one_line(error)
         reasons = [reason for reason in processes.gather("checkpoint written", reason) if reason]
         if reasons:
             failed, self._under_way = self._under_way, None
             self._drop()
-            self.clean()  # what it has left holds the space that the next one needs
+            self.clean()  # partial files take space that the next save needs
             raise SaveError(f"checkpoint {failed} could not be written to {self.directory}: {reasons[0]}")
 
     def clean(self) -> None:
-        """Removes what saves have left that came to no end; no save may be under way. All processes together."""
+        """Removes partial files of unfinished saves; none may be in progress. All processes must call this together."""
         processes.barrier("checkpoints cleaned")
         if processes.is_writer() and self.directory.is_dir():
             for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
 
     def _drop(self) -> None:
-        """Lets go of a manager whose save has failed: it would fail again, and knows checkpoints that are not there."""
+        """Discards a manager whose save has failed: it would fail again, and lists checkpoints that do not exist."""
         manager, self._manager = self._manager, None
         if manager is not None:
             with suppress(Exception):
                 manager.close()
 
     def restore(self, iteration: int, abstract: TrainState) -> tuple[TrainState, HostState]:
-        """The state in the shapes, dtypes and shardings of `abstract`, and what the host kept beside it.
+        """Restores the train state, in the shapes, dtypes and shardings of `abstract`, and the host state.
 
-        Raises InputError when the checkpoint belongs to a model of another shape, Damaged when it is not whole.
+        Raises InputError if the checkpoint belongs to a model of another shape, Damaged if it is not intact.
         """
         record = self._record(iteration, abstract)
         items = {name: _into(part) for name, part in _split(abstract).items()}
@@ -166,26 +170,26 @@ class Checkpoints:
         return state, HostState.from_record(record)
 
     def restore_params(self, iteration: int, abstract: Params) -> Params:
-        """The policy's parameters alone; raises as `restore`."""
+        """Restores only the policy's parameters; raises as `restore` does."""
         record = self._record(iteration, {"params": abstract})
         params = self._read(iteration, params=_into(abstract))["params"]
         _check_arrays(record["arrays"], {"params": params})
         return params
 
     def _record(self, iteration: int, abstract: Any) -> dict[str, Any]:
-        """The host's part, as it was written and of arrays like `abstract`."""
+        """Reads the JSON record; checks its digest, and that its arrays have the shapes and dtypes of `abstract`."""
         record = self._read(iteration, host=ocp.args.JsonRestore())["host"]
         if isinstance(record, dict) and "offsets" in record and not {"digest", "arrays"} & set(record):
-            remedy = "was written by an earlier version, without checksums: go on with that version"
+            remedy = "was written by an earlier version, without checksums: continue with that version"
             raise InputError("checkpoint", f"{self.directory}/{iteration}", remedy)
         if not isinstance(record, dict) or record.get("digest") != _digest(record):
-            raise Damaged("its host part is not as it was written")
+            raise Damaged("its host record has changed since it was written")
         for path, leaf in jax.tree.leaves_with_path(abstract):
             name, here = path_name(path), (list(leaf.shape), leaf.dtype.name)
             saved = record["arrays"].get(name)
             if saved is None or (saved["shape"], saved["dtype"]) != here:
                 there = "absent" if saved is None else f"{saved['dtype']}{saved['shape']}"
-                remedy = f"{name} is {there} there and {here[1]}{here[0]} here: it is of another model"
+                remedy = f"{name} is {there} there and {here[1]}{here[0]} here: it belongs to another model"
                 raise InputError("checkpoint", f"{self.directory}/{iteration}", remedy)
         return record
 
@@ -193,9 +197,9 @@ class Checkpoints:
         found, reason, machine = None, "", False
         try:
             found = self._open().restore(iteration, args=ocp.args.Composite(**items))
-        except Exception as error:  # whatever Orbax and what it reads with make of damaged files
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            # a machine without memory or rights says nothing of the checkpoint
+        except Exception as error:  # damaged files make Orbax and its libraries raise many types
+            reason = one_line(error)
+            # a lack of memory or permission does not mean that the checkpoint is damaged
             machine = isinstance(error, (MemoryError, OSError, jax.errors.JaxRuntimeError))
             machine = machine and not isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
         failed = [said for said in processes.gather("checkpoint read", [reason, machine]) if said[0]]
@@ -207,24 +211,26 @@ class Checkpoints:
         return found
 
     def remove_after(self, iteration: int) -> None:
-        """Removes the checkpoints of later iterations, the newest first; no save may be under way. All processes
-        together."""
+        """Removes the checkpoints after `iteration`, newest first.
+
+        No save may be in progress. All processes must call this together.
+        """
         later = [step for step in self.steps() if step > iteration]
         self.close()
         processes.barrier("checkpoints looked at")
         if processes.is_writer():
             for step in reversed(later):
-                # at once: half a checkpoint would be taken for a damaged one
+                # renamed first, because a half-deleted checkpoint would pass for a damaged one
                 (self.directory / str(step)).rename(self.directory / f"{step}.orbax-checkpoint-tmp-gone")
         self.clean()
 
     def set_aside(self, iteration: int) -> Path:
-        """Moves that checkpoint to where no run looks for one, and returns its place; all processes together."""
+        """Moves a damaged checkpoint to `damaged` and returns its new path; all processes must call this together."""
         self.close()
         place, number = self.damaged / str(iteration), 1
         while place.exists():
             place, number = self.damaged / f"{iteration}.{number}", number + 1
-        place = Path(processes.gather("checkpoint set aside", str(place))[0])  # nobody reads it any more
+        place = Path(processes.gather("checkpoint set aside", str(place))[0])  # also a barrier for readers
         if processes.is_writer():
             self.damaged.mkdir(exist_ok=True)
             (self.directory / str(iteration)).rename(place)
@@ -233,11 +239,11 @@ class Checkpoints:
 
     @property
     def damaged(self) -> Path:
-        """Where checkpoints lie that were not whole."""
+        """Directory of the damaged checkpoints."""
         return self.directory.with_name("damaged")
 
     def close(self) -> None:
-        """Waits for a save under way, whatever becomes of it (`wait` says), and frees the manager."""
+        """Waits for a save in progress, ignoring its errors (`wait` raises them), and closes the manager."""
         if self._manager is not None:
             with suppress(Exception):
                 self._manager.wait_until_finished()
@@ -249,7 +255,7 @@ def _check_arrays(saved: Manifest, tree: Any) -> None:
     wrong = differing(here, {name: saved.get(name) for name in here})
     if wrong:
         others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise Damaged(f"{wrong[0]}{others} do not have the checksum that they were saved with")
+        raise Damaged(f"{wrong[0]}{others}: the checksum has changed since the save")
 
 
 def _digest(record: dict[str, Any]) -> str:
@@ -258,18 +264,18 @@ def _digest(record: dict[str, Any]) -> str:
 
 
 def _split(state: TrainState) -> dict[str, Any]:
-    """Two items, so that an export reads the parameters without the moments."""
+    """Splits the state into two items, so that an export can read the parameters without the moments."""
     rest = {name: getattr(state, name) for name in TrainState._fields if name != "params"}
     return {"params": state.params, "training": rest}
 
 
 def _into(abstract: Any) -> ocp.args.PyTreeRestore:
-    """Reads arrays in the shapes, dtypes and shardings of `abstract`; another shape is an error."""
+    """Returns the arguments to restore arrays in the dtypes and shardings of `abstract`; other shapes are an error."""
     return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
 
 
 def abstract(mesh: Mesh | None, make: Callable[..., Any], *arguments: Any) -> Any:
-    """Shapes, dtypes and the placement on `mesh` of what `make(*arguments)` would build, without building it."""
+    """Returns shapes, dtypes and shardings on `mesh` of the result of `make(*arguments)`, without computing it."""
     shapes = jax.eval_shape(make, *arguments)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings(shapes, mesh)

@@ -1,4 +1,4 @@
-"""The model card of an exported policy: what it was made from, how, what the run measured, whom to cite."""
+"""The model card of an exported policy: base model, recipe, metrics of the run, citation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CITATION = """\
 
 
 def model_card(run: Path, step: int, adapters: bool = False) -> str:
-    """The README.md of the policy at checkpoint `step` of the run in that folder, or of its `adapters` alone."""
+    """Returns the README.md for the policy at checkpoint `step` of a run, or for its `adapters` alone."""
     config = TrainConfig.load(run / "config.json")
     base, commit = _base(run, config)
     metrics = _metrics(run, step)
@@ -48,12 +48,12 @@ def model_card(run: Path, step: int, adapters: bool = False) -> str:
         f"# {'Adapters for ' if adapters else ''}{_plain(_last(base))}, after {step} iterations of {method}",
         f"Trained by lsp_jax from `{name}`{f' at commit {commit}' if commit else ''} for {step} of {config.max_steps} "
         f"iterations of {config.play.num_queries} queries with {config.play.num_generations} answers each; "
-        f"{tokens:,.0f} tokens were sampled. The base model's license and its limits hold for this one.",
-        "## What the run measured",
+        f"{tokens:,.0f} tokens were sampled. The base model's license and limitations apply.",
+        "## Metrics of the run",
         _results(metrics),
-        "Rewards are the run's own and no benchmark.",
+        "Rewards are those of the training run, not a benchmark.",
         "## Recipe",
-        "Settings that decide what is trained and are not the defaults:",
+        "Settings that affect what is learned and differ from the defaults:",
         "\n".join(f"    {name} = {json.dumps(value)}" for name, value in _settings(config).items()),
         "## Citation",
         "```bibtex\n" + _CITATION + "\n```",
@@ -62,17 +62,19 @@ def model_card(run: Path, step: int, adapters: bool = False) -> str:
 
 
 def _base(run: Path, config: TrainConfig) -> tuple[str, str]:
-    """The model that it all began with, through earlier stages where they are still there, and its commit on the hub;
-    no commit of a local folder."""
+    """Returns the base model and its commit on the hub ("" for a local directory).
+
+    Earlier stages (`init_from`) are followed back as far as their folders exist.
+    """
     seen = {run.resolve()}
     while config.init_from:
         run = Path(config.init_from).expanduser()
-        if run.resolve() in seen:  # a folder that was made anew from one of its own stages
+        if run.resolve() in seen:  # a cycle: the folder was recreated from one of its own stages
             return config.init_from, ""
         seen.add(run.resolve())
         try:
             config = TrainConfig.load(run / "config.json")
-        except (OSError, InputError):
+        except InputError:
             return config.init_from, ""
     with suppress(InputError):
         return config.model, reference_of(run).get("commit", "")
@@ -80,7 +82,7 @@ def _base(run: Path, config: TrainConfig) -> tuple[str, str]:
 
 
 def _last(name: str) -> str:
-    """The last part of a path or of a hub id: the rest of a path says where, and whose machine it was."""
+    """Returns the last part of a path or hub id; the rest of a path may identify a user or machine."""
     return Path(name).name or name
 
 
@@ -97,11 +99,11 @@ def _results(metrics: list[dict[str, Any]]) -> str:
         if values:
             (first, begin), (last, end) = values[0], values[-1]
             rows.append(f"| `{name}` | {begin:.4g} (iteration {first}) | {end:.4g} (iteration {last}) |")
-    return "\n".join(["| metric | first | last |", "|---|---|---|", *rows]) if rows else "Its metrics were not kept."
+    return "\n".join(["| metric | first | last |", "|---|---|---|", *rows]) if rows else "Not available."
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """Every setting that is not the default and decides what was trained, by its dotted name; of a path its end."""
+    """Returns the settings, by dotted name, that affect what is learned and are not defaults; paths are shortened."""
     default = flat(TrainConfig())
     return {
         name: _last(value) if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
@@ -111,5 +113,5 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _plain(text: str) -> str:
-    """A name as it can stand in Markdown."""
+    """Returns a name with the characters that are special in Markdown replaced by `?`."""
     return "".join(character if character.isprintable() and character not in "`<>|[]" else "?" for character in text)

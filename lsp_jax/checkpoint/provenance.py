@@ -14,16 +14,17 @@ import jax
 from lsp_jax.checkpoint.checksums import manifest
 from lsp_jax.config import TrainConfig, flat
 from lsp_jax.core.errors import InputError
+from lsp_jax.core.files import read_json_object
 from lsp_jax.model.llama import Params
 from lsp_jax.policy import Policy
 
 MANIFEST = "manifest.json"
-"""The file in which a run notes its identity at its start."""
+"""File in which a run records its provenance when it starts."""
 PACKAGES = ("lsp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the packages that decide what is computed, and the kind of device."""
+    """Returns the versions of Python and of the packages that affect results, and the kind of device."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -34,23 +35,23 @@ def versions() -> dict[str, str]:
 
 
 def parameters_digest(params: Params, dtype: str | None = None) -> str:
-    """SHA-256 of all arrays' names, shapes, dtypes and checksums, as they are or in `dtype`: the same on every mesh."""
+    """Returns the SHA-256 of all arrays' names, shapes, dtypes and checksums (of a cast to `dtype`), on any mesh."""
     return hashlib.sha256(json.dumps(manifest(params, dtype), sort_keys=True).encode()).hexdigest()
 
 
 def reference_of(run: Path) -> dict[str, Any]:
-    """The reference recorded by the run in that folder: `source`, `revision`, `commit`, `digest`. Raises InputError
-    where that cannot be read."""
-    try:
-        return dict(json.loads((run / MANIFEST).read_text(encoding="utf-8"))["reference"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = f"its {MANIFEST} cannot be read ({type(error).__name__}): restore the file"
-        raise InputError("run", str(run), remedy) from error
+    """Returns the reference recorded by the run in that folder: `source`, `revision`, `commit`, `digest`.
+
+    Raises InputError if the manifest cannot be read.
+    """
+    reference = read_json_object(run / MANIFEST, "restore the file", "run").get("reference")
+    if not isinstance(reference, dict):
+        raise InputError("run", str(run / MANIFEST), "contains no reference; restore the file")
+    return reference
 
 
 def identity(config: TrainConfig, policy: Policy, params: Params, reward_model: Policy | None) -> dict[str, Any]:
-    """The provenance that every checkpoint of a run records; `policy` with `params` is the model it started from, its
-    reference."""
+    """Returns the provenance recorded in every checkpoint of a run; its reference is `policy` with `params`."""
     settings = flat(config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     source = f"{config.init_from} checkpoint {config.init_step}" if config.init_from else config.model

@@ -1,4 +1,4 @@
-"""A run's folder: what may be written there, what it holds, and another run's policy read out of it."""
+"""The folder of a run: file names, checks before writing, initialisation, saved checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RUN_FILES = ("config.json", *FILES, CHECKPOINTS, EXPORT)
 
 
 def check_output(config: TrainConfig, directory: Path) -> None:
-    """Raises InputError when the folder cannot be written to, holds another run, or not the one to be resumed."""
+    """Raises InputError if the folder is not writable, holds another run, or lacks the run to resume."""
     if directory.exists() and not directory.is_dir():
         raise InputError("output_dir", config.output_dir, "is a file; give a directory")
     check_writable("output_dir", directory)
@@ -39,7 +39,7 @@ def check_output(config: TrainConfig, directory: Path) -> None:
         raise InputError(
             "output_dir",
             config.output_dir,
-            f"holds another run ({found[0]}); give a new directory, or --resume auto to go on with it",
+            f"holds another run ({found[0]}); give a new directory, or --resume auto to continue that run",
         )
     if config.resume == "must" and not saved_steps(directory):
         raise InputError("resume", "must", f"no checkpoint in {directory / CHECKPOINTS}; use auto or never to start")
@@ -57,9 +57,10 @@ def check_output(config: TrainConfig, directory: Path) -> None:
 
 
 def resolve_run_constants(config: TrainConfig, directory: Path) -> TrainConfig:
-    """With what is decided once a run: the day that chat templates show, and the checkpoint that it starts from.
+    """Fills in the fields that stay constant in a run: the date in chat templates, and the initial checkpoint.
 
-    Given in `config`, else the resumed run's, else today's day and the newest checkpoint of `init_from`.
+    Unless set in `config`, they are those of the resumed run, else today's date and the newest checkpoint of
+    `init_from`.
     """
     saved = directory / "config.json"
     earlier = TrainConfig.load(saved) if config.resume != "never" and saved.is_file() else None
@@ -69,13 +70,15 @@ def resolve_run_constants(config: TrainConfig, directory: Path) -> TrainConfig:
         if config.init_from == earlier.init_from:
             step = step or earlier.init_step
     if config.init_from:
-        step = _checked_step(user_path("init_from", config.init_from), step or None, "init_step")
+        step = checked_step(user_path("init_from", config.init_from), step or None, "init_step")
     return replace(config, date=date or time.strftime("%d %b %Y"), init_step=step)
 
 
 def init_run_dir(directory: Path, config: TrainConfig, policy: Policy, identity: Mapping[str, Any]) -> None:
-    """Makes the run's folder, with its configuration, what it started with (`identity`, the first time) and, so that
-    the run can be exported alone, the base model's configuration and tokenizer."""
+    """Creates the run's folder with its configuration and, the first time, its manifest (`identity`).
+
+    The base model's configuration and tokenizer are copied there, so that an export needs only the run's folder.
+    """
     base = directory / BASE
     base.mkdir(parents=True, exist_ok=True)
     files = {"config.json": config.to_json()}
@@ -89,11 +92,11 @@ def init_run_dir(directory: Path, config: TrainConfig, policy: Policy, identity:
     policy.tokenizer.save(base)
 
 
-# --- a run's policy, for its export or for the next stage ----------------------------------------------------------
+# --- checkpoints in a run's folder ---------------------------------------------------------------------------------
 
 
-def _checked_step(run: Path, step: int | None, field: str) -> int:
-    """`step`, or the newest checkpoint; InputError where there is no run or no such checkpoint."""
+def checked_step(run: Path, step: int | None, field: str) -> int:
+    """Returns `step`, by default the newest checkpoint; InputError if there is no run or no such checkpoint."""
     TrainConfig.load(run / "config.json")
     saved = saved_steps(run)
     if not saved or (step is not None and step not in saved):
@@ -102,7 +105,7 @@ def _checked_step(run: Path, step: int | None, field: str) -> int:
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Iterations of the checkpoints in that run's folder, the oldest first."""
+    """Returns the iterations of a run's checkpoints, oldest first."""
     checkpoints = Checkpoints(run / CHECKPOINTS)
     try:
         return checkpoints.steps()

@@ -1,4 +1,4 @@
-"""Exceptions that end a run, each with its exit status, and the formatting of values in their messages."""
+"""Exceptions that end a run, each with its exit status, and the formatting of values and causes in messages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ LOST_STATUS = 3  # exit status when another process of the run failed
 STALLED_STATUS = 4  # no progress
 FAILED_STATUS = 5  # the run cannot continue: non-finite numbers or damaged checkpoints
 COLLAPSED_STATUS = 6  # self-play collapsed, and the configuration asks to stop then
-STOPPED_STATUS = 75  # asked to stop (EX_TEMPFAIL of sysexits.h); `--resume auto` continues the run
+STOPPED_STATUS = 75  # stopped on request (EX_TEMPFAIL of sysexits.h); `--resume auto` continues the run
 
 
 class InputError(ValueError):
-    """Invalid input; the message names the field, its value and what would be valid.
+    """Invalid input; the message names the field, its value and the remedy.
 
     The command line prints it as one line and exits with status 2; in a notebook it is an ordinary `ValueError`.
     """
@@ -53,6 +53,11 @@ def shown(value: object, longest: int = LONGEST) -> str:
     except (RecursionError, ValueError):  # nested too deeply, or an integer beyond Python's digit limit
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= longest else text[:longest] + "..."
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Returns the type and message of an exception on one line of at most `limit` characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Paths given by users, atomic writes, JSON Lines, and sealed text files that are replaced only if unedited."""
+"""User paths, atomic writes, JSON and JSON Lines, and sealed text files that are replaced only if unedited."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ BESIDE = 48
 def user_path(field: str, text: str | Path) -> Path:
     """Returns `text` as a path with `~` expanded; it need not exist.
 
-    Raises InputError naming `field` for what no file system accepts: a NUL, a lone surrogate, an overlong name, a
-    symlink loop, an unknown `~user`.
+    Raises InputError naming `field` for a path that no file system accepts: a NUL, a lone surrogate, an overlong name,
+    a symlink loop, an unknown `~user`.
     """
     try:
         path = Path(text).expanduser()
@@ -66,6 +66,23 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file atomically."""
     with replacing(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
+
+
+def read_json_object(path: Path, remedy: str, field: str = "") -> dict[str, Any]:
+    """Reads the object in a JSON file.
+
+    Raises InputError naming `field` (default: the file) and the path, with the cause and `remedy`.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        reason, cause = f"must be a JSON object, not {shown(value, 40)}", None
+    except OSError as error:
+        reason, cause = f"cannot be read ({error.strerror})", error
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        reason, cause = f"is not valid JSON in UTF-8 ({error})", error
+    raise InputError(field or path.name, str(path), f"{reason}; {remedy}") from cause
 
 
 def read_jsonl(

@@ -109,7 +109,7 @@ class Relay:
         self._start(self._accept)
 
     def arm(self, armed: bool = True) -> None:
-        """From now on treats a silent coordinator as lost too: it answers every heartbeat."""
+        """Starts (or stops) reporting the loss of the coordinator, including by silence: it answers every heartbeat."""
         self._heard, self._armed = time.monotonic(), armed
 
     def _start(self, target: Callable[..., None], *arguments: Any) -> None:
@@ -156,7 +156,7 @@ class Relay:
 
 
 def _send(target: socket.socket, data: bytes) -> None:
-    """`sendall` that retries when the read timeout of the socket interrupts it."""
+    """Sends all of `data`, retrying when the read timeout of the socket interrupts it."""
     view = memoryview(data)
     while view:
         with suppress(TimeoutError):

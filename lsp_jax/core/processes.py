@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from lsp_jax.core import heartbeat
-from lsp_jax.core.errors import LOST_STATUS, InputError, ProcessError, RunError, Stopped
+from lsp_jax.core.errors import LOST_STATUS, InputError, ProcessError, RunError, Stopped, one_line
 
 _ROOT = "lsp_jax"
 
@@ -69,7 +69,7 @@ class ProcessConfig:
 
 @dataclass
 class _Group:
-    """The started processes, as seen from this one."""
+    """State of a multi-process run in this process."""
 
     config: ProcessConfig
     client: Any
@@ -134,7 +134,7 @@ def start(config: ProcessConfig) -> None:
         heartbeat.end(f"{_name_of(0)} {what}")
 
     relay = heartbeat.Relay(coordinator, config.silence, lost) if index else None
-    # it would catch SIGTERM, which then no longer ends a process
+    # JAX's preemption service would catch SIGTERM, which then no longer ends a process
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -148,13 +148,12 @@ def start(config: ProcessConfig) -> None:
             shutdown_timeout_seconds=math.ceil(config.silence),
         )
     except RuntimeError as error:
-        if "before any JAX call" in " ".join(str(error).split()):
+        if "before any JAX call" in one_line(error):
             remedy = "must be started before any other use of JAX"
             raise InputError("processes", coordinator, remedy) from error
-        reason = " ".join(str(error).split())[:300]
         raise ProcessError(
             f"process {index} ({socket.gethostname()}) could not join {count} processes at {coordinator} "
-            f"within {config.start_timeout:g} seconds: {reason}"
+            f"within {config.start_timeout:g} seconds: {one_line(error)}"
         ) from error
     _group = _join(config, index, count, relay)
 
@@ -181,7 +180,7 @@ def _name_of(index: int) -> str:
 
 
 def _detect(timeout: float) -> tuple[str, int, int, list[int] | None]:
-    """Coordinator, number, index and local devices as JAX detects them on TPU pods and under Slurm; else number 1."""
+    """Returns coordinator, number, index and local devices as detected on TPU pods and under Slurm; else number 1."""
     from jax._src import cloud_tpu_init, clusters
 
     if all(name in os.environ for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")):
@@ -203,7 +202,7 @@ def _detect(timeout: float) -> tuple[str, int, int, list[int] | None]:
 
 
 def _leave() -> None:
-    """Exit handler: after success JAX's own shutdown follows; a failed process exits at once without a barrier."""
+    """Exit handler: on success JAX's own shutdown follows; a failed process exits at once, without that barrier."""
     assert _group is not None
     if _group.failed is not None:
         sys.stdout.flush()
@@ -222,7 +221,7 @@ def together() -> Iterator[None]:
     """
     try:
         yield
-    except Stopped:  # all of them, together
+    except Stopped:  # raised in all processes
         raise
     except BaseException as error:
         if _group is not None and _group.failed is None:
@@ -232,7 +231,7 @@ def together() -> Iterator[None]:
             _group.failed = {InputError: 2, ProcessError: LOST_STATUS}.get(type(error), status)
             if _group.relay is not None:
                 _group.relay.arm(False)
-            _group.watch.stop(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+            _group.watch.stop(one_line(error))
             if _group.index == 0:
                 time.sleep(heartbeat.LINGER)  # the others read the reason from this process
         raise
@@ -283,7 +282,7 @@ def _gather(group: _Group, what: str, value: Any, seconds: float) -> list[Any]:
 def check_same(what: str, values: Mapping[str, Any], remedy: str) -> None:
     """Raises InputError in every process unless `values` are equal everywhere.
 
-    The message names the first value that differs and the process that has another one, and gives `remedy`.
+    The message names the first value that differs and the process that differs from process 0, and gives `remedy`.
     """
     first, *others = gather(what, dict(values))
     for index, other in enumerate(others, 1):

@@ -69,7 +69,7 @@ def keep_programs(directory: str) -> None:
     """Turns on JAX's persistent compilation cache in `directory`; does nothing if that is empty.
 
     A directory that is already set (JAX_COMPILATION_CACHE_DIR, or in a notebook) stays. Every program is cached: most
-    of a run's programs compile in less than one second, below which JAX caches none by default.
+    of a run's programs compile in less than one second, JAX's default threshold.
     """
     if not directory:
         return
@@ -80,11 +80,11 @@ def keep_programs(directory: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # an earlier compilation has already decided that there is none
+    compilation_cache.reset_cache()  # a compilation before this call has fixed that there is no cache
 
 
 def _processor() -> str:
-    """A short hash of the CPU's model and feature flags."""
+    """Returns a short hash of the CPU's model and feature flags."""
     description = platform.machine() + platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -187,9 +187,7 @@ class Endpoint:
                         self._count("failed")
                     yield index, reply, why
                     if in_a_row >= FAILURES:
-                        remedy = (
-                            f"{in_a_row} questions in a row had no reply ({why}); what was answered is kept: try later"
-                        )
+                        remedy = f"{in_a_row} requests in a row had no reply ({why}); verdicts are cached: retry later"
                         raise RunError(f"judge {self.name}: {remedy}")
         finally:
             self._stop.set()  # interrupts waits for retries
@@ -205,7 +203,7 @@ class Endpoint:
                     raise
                 # with jitter, so that requests do not all return at once
                 pause = max(error.wait, min(2.0**number, LONGEST_WAIT) * random.uniform(0.5, 1.0))
-                self._count("tried again")
+                self._count("retried")
                 if self._stop.wait(min(pause, LONGEST_WAIT)):
                     raise
         raise AssertionError("unreachable")
@@ -240,7 +238,7 @@ class Endpoint:
             for part in reply.iter_bytes():
                 body += part
                 if len(body) > LARGEST_REPLY or time.monotonic() > end:
-                    raise httpx.ReadTimeout("a reply without end")
+                    raise httpx.ReadTimeout("the reply is too long or too slow")
             return reply.status_code, reply.headers, bytes(body)
 
     def _read(self, body: bytes) -> str:
@@ -250,8 +248,8 @@ class Endpoint:
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             text = usage = model = None
         if not isinstance(text, str):
-            self._count("nonsense")
-            raise _NoReply("a reply that is no chat completion", 0.0)
+            self._count("invalid reply")
+            raise _NoReply("the reply is not a chat completion", 0.0)
         with self._lock:
             self.models[printable(str(model))] += 1
             for name, field in (("tokens in", "prompt_tokens"), ("tokens out", "completion_tokens")):

@@ -1,8 +1,7 @@
-"""Who says which of two answers is better: a model that writes its verdict, here or behind an endpoint, or a reward
-model that scores each answer alone.
+"""Judges that compare two answers: a chat model, local or at an endpoint, or a reward model that scores each answer.
 
-Answers are untrusted text: in the judge's prompt they stand between marks that hold a digest of all that is judged, so
-that no answer can close its own place, and the judge's reply is read by its last line alone.
+Answers are untrusted text: in the judge's prompt they are delimited by tags that contain a digest of the whole pair, so
+that an answer cannot close its own tag, and only the last line of the judge's reply is parsed.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from lsp_jax.reward.preference import preference_template, score_conversations
 
 FIRST, SECOND, TIE = "first", "second", "tie"
 MALFORMED, FAILED = "malformed", "failed"
-"""A reply that holds no verdict, and no reply at all: such an instruction is left out of the win rate, and counted."""
+"""A reply without a verdict, and a missing reply: such instructions are counted, but excluded from the win rate."""
 
 _QUESTION = """\
 Two assistants were given the same instruction. Say whose answer is better: more helpful, more correct, clearer and \
@@ -49,7 +48,7 @@ _VERDICT = re.compile(r"\W*verdict\W*(a|b|tie)\W*", re.IGNORECASE)
 _ALONE = re.compile(r"\W*(a|b|tie)\W*", re.IGNORECASE)
 _MEANING = {"a": FIRST, "b": SECOND, "tie": TIE}
 PROMPT_DIGEST = digest(_QUESTION)[:12]
-"""Of the wording: verdicts of another one are not mixed with these."""
+"""Digest of the prompt's wording, so that cached verdicts of another wording are not reused."""
 
 
 class Pair(NamedTuple):
@@ -61,7 +60,7 @@ class Pair(NamedTuple):
 
     @property
     def swapped(self) -> Pair:
-        """The same in the other order."""
+        """The pair in the other order."""
         return Pair(self.instruction, self.second, self.first)
 
 
@@ -71,27 +70,27 @@ class Verdict(NamedTuple):
     choice: str
     """FIRST, SECOND, TIE, MALFORMED or FAILED."""
     said: Any
-    """The reply, the two scores, or why there is none."""
+    """The reply, the two scores, or the reason why there is neither."""
 
 
 class Judge(Protocol):
-    """Compares pairs; `identity` pins it, and verdicts are kept under it."""
+    """Judge of pairs; its `identity` is part of the cache key of its verdicts."""
 
     name: str
     identity: str
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
-        """Each pair's index with its verdict, as they come."""
+        """Yields (index of the pair, verdict), in any order."""
         ...
 
 
 def question(pair: Pair) -> str:
-    """The judge's user message."""
+    """Returns the judge's user message."""
     return _QUESTION.format(mark=digest(*pair)[:12], **pair._asdict())
 
 
 def read_verdict(reply: str) -> Verdict:
-    """The verdict of the reply's last line that is not empty, or a reply that is nothing but the letter."""
+    """Parses the verdict in the last non-empty line of a reply, or in a reply that is only the letter."""
     lines = [line for line in reply.splitlines() if line.strip()]
     found = _VERDICT.fullmatch(lines[-1]) if lines else None
     if found is None and len(lines) == 1:
@@ -100,17 +99,17 @@ def read_verdict(reply: str) -> Verdict:
 
 
 class ModelJudge:
-    """A policy that is loaded here, on its mesh, and writes its verdict greedily."""
+    """A local chat model that writes its verdict by greedy decoding."""
 
     def __init__(self, policy: Policy, weights: str, store: Store, max_new_tokens: int = 256, batch_size: int = 8):
-        """`weights` is their digest; replies are kept in `store` as any answers are."""
+        """`weights` is the digest of the weights; replies are cached in `store` like other answers."""
         self.name: str = policy.source + (f"@{policy.commit}" if policy.commit else "")
         self.identity: str = digest("model", weights, max_new_tokens, PROMPT_DIGEST)
         self._policy, self._weights, self._store = policy, weights, store
         self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
-        """Raises InputError where a pair does not fit the model's context."""
+        """Yields (index, verdict) in order; InputError if a pair does not fit the model's context."""
         prompts = chat_prompts(self._policy, [question(pair) for pair in pairs], self._max_new_tokens)
         requests = [Request(ids, self._max_new_tokens, SamplingConfig(temperature=0.0)) for ids in prompts]
         said = answers(self._policy, requests, self._store, self._weights, self._batch_size, "judge")
@@ -118,20 +117,20 @@ class ModelJudge:
 
 
 class RewardModelJudge:
-    """A Bradley-Terry reward model: the answer that scores higher is better, equal scores are a tie.
+    """A Bradley-Terry reward model: the answer with the higher score wins, equal scores are a tie.
 
-    It sees one answer at a time, so its verdict cannot depend on their order.
+    It scores one answer at a time, so its verdict does not depend on their order.
     """
 
     def __init__(self, model: Policy, weights: str, batch_size: int = 16):
-        """`weights` is their digest."""
+        """`weights` is the digest of the weights."""
         self.name: str = model.source + (f"@{model.commit}" if model.commit else "")
         self.identity: str = digest("reward model", weights)
         self._model, self._batch_size = model, batch_size
         self._template = preference_template(model.tokenizer)
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
-        """A conversation that exceeds the model's context has no score, and its pair FAILED."""
+        """Yields (index, verdict) in order; FAILED if a conversation exceeds the model's context."""
         conversations = list(
             dict.fromkeys(c for p in pairs for c in ((p.instruction, p.first), (p.instruction, p.second)))
         )
@@ -145,7 +144,7 @@ class RewardModelJudge:
             yield index, Verdict(choice, [first, second])
 
     def _scores(self, conversations: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float | None]:
-        """Batches of one width each, the shortest first."""
+        """Scores conversations in batches of equal width, shortest first; None for those beyond the context."""
         room = self._model.config.max_position_embeddings - self._template.fixed_length
         scores: dict[tuple[str, str], float | None] = dict.fromkeys(conversations)
         sized: dict[tuple[int, int], list[tuple[tuple[str, str], list[list[int]]]]] = {}
@@ -173,15 +172,15 @@ class RewardModelJudge:
 
 
 class TextJudge:
-    """Anything that answers a message with text, such as an endpoint."""
+    """A judge that answers a message with text, such as an endpoint."""
 
     def __init__(self, name: str, identity: str, ask: Callable[[Sequence[str]], Iterator[tuple[int, str | None, str]]]):
-        """`ask` yields (index, reply or None, why there is none) as replies come."""
+        """`ask` yields (index, reply or None, reason of failure) in any order."""
         self.name: str = name
         self.identity: str = digest("text", identity, PROMPT_DIGEST)
         self._ask = ask
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Verdict]]:
-        """As replies come, in any order."""
+        """Yields (index, verdict) in the order of the replies."""
         for index, reply, why in self._ask([question(pair) for pair in pairs]):
             yield index, Verdict(FAILED, why) if reply is None else read_verdict(reply)

@@ -1,10 +1,10 @@
-"""`lsp-jax evaluate`: models and checkpoints on benchmarks, and against another model before a judge.
+"""`lsp-jax evaluate`: models and checkpoints on benchmarks, and their win rates against another model.
 
-1. Everything that can be wrong is looked at first: options, files, sandboxes, the judge's key and address.
-2. Each subject answers all that is asked of it, batched by length; answers are kept by content as they come.
-3. Answers are graded; pairs are judged in both orders; result files are written.
+1. All inputs are checked first: options, files, sandboxes, the judge's key and URL.
+2. Each subject generates all its answers, batched by length and cached by content.
+3. Answers are graded, pairs judged in both orders, and result files written.
 
-A rerun makes only what is missing, so one that was killed goes on, and a further checkpoint costs only itself.
+A rerun computes only missing results, so it continues a killed evaluation, and adding a checkpoint costs only that one.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from lsp_jax.reward.execution.pool import Workers
 from lsp_jax.reward.preference import load_reward_model
 
 WINRATE_MAX_NEW_TOKENS = 1024
-"""Longest answer to an instruction unless told otherwise, in tokens."""
+"""Default maximum length of an answer to an instruction, in tokens."""
 
 
 class Asked(NamedTuple):
-    """The tasks for every model."""
+    """Problems and instructions, the same for every model."""
 
     problems: dict[str, list[tasks.Problem]]
-    """Of each task."""
+    """Problems of each task."""
     instructions: list[Instruction]
-    """Of the win rate."""
+    """Instructions of the win rate."""
     config: EvaluateConfig
 
     def of_tasks(self, policy: Policy) -> list[Request]:
-        """Every problem's answers, task by task. InputError for what does not fit the model."""
+        """Returns the requests for all tasks, in order; InputError if one does not fit the model."""
         config, wanted = self.config, []
         for name, problems in self.problems.items():
             max_new_tokens = config.max_completion_length or tasks.TASKS[name].max_new_tokens
@@ -69,7 +69,7 @@ class Asked(NamedTuple):
         return wanted
 
     def of_winrate(self, policy: Policy, seed: int) -> list[Request]:
-        """One answer to each instruction. InputError for what does not fit the model."""
+        """Returns a request for each instruction; InputError if one does not fit the model."""
         max_new_tokens = self.config.max_completion_length or WINRATE_MAX_NEW_TOKENS
         prompts = chat_prompts(policy, [instruction.text for instruction in self.instructions], max_new_tokens)
         return [self._request(prompt, max_new_tokens, 0, seed) for prompt in prompts]
@@ -82,22 +82,22 @@ class Baseline(NamedTuple):
     """The baseline of the win rate."""
 
     subject: Subject | None
-    """None: a file of outputs."""
+    """The model; None for a file of outputs."""
     label: str
     outputs: list[str]
-    """The file's; empty for a subject, which has not answered yet."""
+    """Outputs from the file; empty for a model."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Does all that `config` asks for, writes it to `output_dir` and returns what `results.json` holds.
+    """Runs the evaluation, writes it to `output_dir` and returns the contents of `results.json`.
 
-    Raises InputError, before anything is generated, for what cannot be used; RunError where a judge no longer answers
-    (what it has said is kept).
+    Raises InputError for invalid input, before anything is generated, and RunError if a judge no longer replies (its
+    earlier verdicts are cached).
     """
     config.check()
     asked, baseline = _asked(config)
     subjects = open_subjects(config.models, config.steps)
-    for subject in subjects:  # what does not fit is said before gigabytes are read
+    for subject in subjects:  # checks lengths before any weights are read
         asked.of_tasks(subject.opened)
     for subject in (*subjects, *([baseline.subject] if baseline and baseline.subject else [])):
         asked.of_winrate(subject.opened, config.seed)
@@ -127,7 +127,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _asked(config: EvaluateConfig) -> tuple[Asked, Baseline | None]:
-    """All that is read from files; InputError for one of another form."""
+    """Reads tasks, instructions and the baseline; InputError for invalid files."""
     named = tasks.named(config.tasks)
     problems = {name: tasks.load_task(name, file, config.limit) for name, file in named.items()}
     if not config.winrate_against:
@@ -139,7 +139,7 @@ def _asked(config: EvaluateConfig) -> tuple[Asked, Baseline | None]:
         outputs = {row.text: row.output or "" for row in given}
         lacking = [row.text for row in instructions if row.text not in outputs]
         if lacking:
-            remedy = f"has no output for {len(lacking)} of the instructions, the first {lacking[0][:60]!r}"
+            remedy = f"has no output for {len(lacking)} of the instructions, such as {lacking[0][:60]!r}"
             raise InputError("winrate_against", config.winrate_against, remedy)
         label = given[0].generator or Path(config.winrate_against).name
         baseline = Baseline(None, label, [outputs[row.text] for row in instructions])
@@ -152,7 +152,7 @@ def _asked(config: EvaluateConfig) -> tuple[Asked, Baseline | None]:
 
 @contextmanager
 def _judge_endpoint(config: EvaluateConfig) -> Iterator[Endpoint | None]:
-    """The endpoint that judges, found to be there; None where none does."""
+    """Context with the judge's endpoint, checked to be reachable; None for a local judge."""
     if not config.winrate_against or config.judge.kind != "endpoint":
         yield None
         return
@@ -165,7 +165,7 @@ def _judge_endpoint(config: EvaluateConfig) -> Iterator[Endpoint | None]:
 
 
 def _local(config: EvaluateConfig, store: Store, mesh: Mesh | None) -> Judge:
-    """A judge that is loaded here."""
+    """Loads a local judge."""
     judge = config.judge
     if judge.kind == "reward_model":
         model = load_reward_model(judge.source, "auto", mesh=mesh)
@@ -177,7 +177,7 @@ def _local(config: EvaluateConfig, store: Store, mesh: Mesh | None) -> Judge:
 def _answered(
     subject: Subject, asked: Asked, store: Store, workers: Workers, mesh: Mesh | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """A subject's entry among the results, its tasks graded, and its answers to the instructions."""
+    """Returns a subject's entry of the results, with graded tasks, and its answers to the instructions."""
     config = asked.config
     policy = subject.load(config.dtype, mesh)
     weights = parameters_digest(policy.params)
@@ -209,7 +209,7 @@ def _graded(
 
 
 def _baseline_texts(baseline: Baseline, asked: Asked, store: Store, mesh: Mesh | None) -> tuple[list[str], list[str]]:
-    """The baseline's answers, and those drawn with another seed for the control (none of a file)."""
+    """Returns the baseline's answers, and those with another seed for the control (empty for a file)."""
     if baseline.subject is None:
         return baseline.outputs, []
     config = asked.config
@@ -222,18 +222,18 @@ def _baseline_texts(baseline: Baseline, asked: Asked, store: Store, mesh: Mesh |
 
 
 class _WinRates(NamedTuple):
-    """The comparisons of one evaluation."""
+    """Win rates of the subjects of an evaluation."""
 
     asked: Asked
     baseline: Baseline
     texts: tuple[list[str], list[str]]
-    """The baseline's answers, and its others."""
+    """The baseline's answers, and those for the control."""
     directory: Path
 
     def judged(
         self, subjects: list[Subject], texts: list[list[str]], judge: Judge, verdicts: Store, endpoint: Endpoint | None
     ) -> dict[str, Any]:
-        """Every subject's outcome, and the control's; writes outputs and annotations in AlpacaEval's form."""
+        """Judges every subject and the control; writes outputs and annotations in AlpacaEval's format."""
         base, other = self.texts
         named = [(subject.label, written) for subject, written in zip(subjects, texts, strict=True)]
         control = [(f"{self.baseline.label} (control)", other)] if other else []
@@ -270,5 +270,5 @@ class _WinRates(NamedTuple):
 
 
 def _file(label: str) -> str:
-    """A label as a part of a file's name."""
+    """Returns a label in a form that is safe in file names."""
     return re.sub(r"[^\w.@-]+", "_", label).strip("_.")[-100:] or "model"

@@ -1,4 +1,4 @@
-"""The numbers behind a result, in float64 on the host: intervals, pass@k, win rates, and those at equal length."""
+"""Statistics in float64 on the host: confidence intervals, pass@k, win rates, length-controlled win rates."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import numpy as np
 
 RESAMPLES = 2000
 Z = 1.959964
-"""Of an interval that holds 95 %."""
+"""Normal quantile of a two-sided 95 % interval."""
 RIDGE = 0.01
-"""Of the length-controlled fit: it stays finite where one side wins everything (1 / C of AlpacaEval's C = 100)."""
+"""Ridge penalty of the length-controlled fit, finite even if one side always wins (1 / C with AlpacaEval's C = 100)."""
 
 
 class Interval(NamedTuple):
-    """A figure with its 95 % interval."""
+    """An estimate with its 95 % confidence interval."""
 
     value: float
     low: float
     high: float
     number: int
-    """Of independent cases behind it."""
+    """Number of independent cases."""
 
     def as_dict(self, digits: int = 4) -> dict[str, Any]:
-        """Rounded, for a result file; what is not a number is None there."""
+        """Returns rounded values for a result file, with None for NaN."""
         rounded = [None if math.isnan(x) else round(x, digits) for x in (self.value, self.low, self.high)]
         return {**dict(zip(("value", "low", "high"), rounded, strict=True)), "number": self.number}
 
 
 def wilson(right: int, number: int) -> Interval:
-    """The share `right` of `number` with Wilson's score interval (Wilson 1927)."""
+    """Returns the proportion `right` / `number` with Wilson's score interval (Wilson 1927)."""
     if not number:
         return Interval(math.nan, 0.0, 1.0, 0)
     share, spread = right / number, Z * Z / number
@@ -41,7 +41,7 @@ def wilson(right: int, number: int) -> Interval:
 
 
 def pass_at_k(number: int, right: int, k: int) -> float:
-    """The chance that one of k of a problem's `number` answers is right, `right` of them being so: unbiased.
+    """Returns the unbiased estimate of pass@k for a problem with `right` correct answers among `number`.
 
     1 - C(number - right, k) / C(number, k), as in Chen et al. 2021, Equation 1. ValueError unless 1 <= k <= number.
     """
@@ -51,7 +51,7 @@ def pass_at_k(number: int, right: int, k: int) -> float:
 
 
 def bootstrap(cases: int, figure: Callable[[np.ndarray], float], seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of `figure` (of indices into the cases), with cases drawn anew `RESAMPLES` times."""
+    """Returns the 95 % percentile bootstrap interval of `figure`, a function of indices into the cases."""
     rng = np.random.default_rng(seed)
     drawn = [figure(rng.integers(0, cases, cases)) for _ in range(RESAMPLES)]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
@@ -59,7 +59,7 @@ def bootstrap(cases: int, figure: Callable[[np.ndarray], float], seed: int = 0) 
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """A mean with its bootstrap interval over the values (problems, instructions)."""
+    """Returns the mean with its bootstrap interval over the values (problems, instructions)."""
     array = np.asarray(values, np.float64)
     if not len(array):
         return Interval(math.nan, math.nan, math.nan, 0)
@@ -67,27 +67,29 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 class WinRate(NamedTuple):
-    """A model against a baseline, over instructions that were judged in both orders."""
+    """Win rates of a model against a baseline, over instructions that were judged in both orders."""
 
     win_rate: Interval
     """Mean score: 1 a win, 1/2 a tie, 0 a loss; both orders of an instruction are averaged first (AlpacaEval's)."""
     wins_only: Interval
-    """Share of instructions won: a tie is none."""
+    """Fraction of instructions won; a tie is not a win."""
     length_controlled: Interval
-    """The win rate that a logistic fit foresees for answers of equal length."""
+    """Win rate that a logistic fit predicts for answers of equal length."""
     wins: int
     ties: int
     losses: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For a result file."""
+        """Returns the values for a result file."""
         rates = {name: getattr(self, name).as_dict() for name in ("win_rate", "wins_only", "length_controlled")}
         return {**rates, "wins": self.wins, "ties": self.ties, "losses": self.losses}
 
 
 def win_rate(scores: Sequence[float], extra_characters: Sequence[float]) -> WinRate:
-    """Of each instruction's `scores` in [0, 1] (mean of both orders) and by how many characters the model's answer is
-    longer than the baseline's. A score above 1/2 is a win, of 1/2 a tie."""
+    """Returns the win rates from `scores` in [0, 1] per instruction, means of both orders: > 1/2 is a win, 1/2 a tie.
+
+    `extra_characters` is the length of the model's answer minus that of the baseline's.
+    """
     array, extra = np.asarray(scores, np.float64), np.asarray(extra_characters, np.float64)
     wins, ties = int((array > 0.5).sum()), int((array == 0.5).sum())
     controlled = Interval(math.nan, math.nan, math.nan, len(array))
@@ -99,7 +101,7 @@ def win_rate(scores: Sequence[float], extra_characters: Sequence[float]) -> WinR
 
 
 def length_controlled(scores: np.ndarray, extra_characters: np.ndarray) -> float:
-    """The win rate at equal length: sigmoid(a) of score ~ sigmoid(a + b tanh(extra / its deviation)).
+    """Returns the win rate at equal length: sigmoid(a) of score ~ sigmoid(a + b tanh(extra / its standard deviation)).
 
     Dubois et al. 2024 without the difficulty of instructions (AlpacaEval's `length_controlled_minimal`), fitted by
     Newton's method with a small ridge in place of its lasso.
@@ -113,7 +115,7 @@ def length_controlled(scores: np.ndarray, extra_characters: np.ndarray) -> float
         gradient = features.T @ (scores - chance) - RIDGE * weights
         curvature = (features * (chance * (1 - chance))[:, None]).T @ features + RIDGE * np.eye(2)
         step = np.linalg.solve(curvature, gradient)
-        # far out the curvature is that of the ridge alone, and a whole step would overshoot
+        # far from the optimum only the ridge has curvature, and a full step would overshoot
         weights = weights + step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
         if np.abs(step).max() < 1e-10:
             break

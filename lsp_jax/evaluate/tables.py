@@ -1,4 +1,4 @@
-"""Results as Markdown: for a terminal, a note or a paper."""
+"""Evaluation results as Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lsp_jax.core.console import printable
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """Every table that `results` (what `run.evaluation.evaluate` returns) has figures for."""
+    """Returns the tables for `results`, as returned by `evaluate.runner.evaluate`."""
     parts = [_tasks(results["models"])] if any(entry["tasks"] for entry in results["models"]) else []
     if "winrate" in results:
         parts += _winrates(results["winrate"])
@@ -22,7 +22,7 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def percent(figure: Mapping[str, Any]) -> str:
-    """62.5 (58.1 to 66.7)."""
+    """Formats an interval in percent, as `62.5 (58.1 to 66.7)`."""
     if figure["value"] is None:
         return "-"
     value, low, high = (
@@ -40,7 +40,7 @@ def _tasks(models: Sequence[Mapping[str, Any]]) -> str:
                 sizes = [str(told[metric]["number"]), str(told["ungraded"])]
                 lengths = [f"{told['mean_tokens']:.0f}", f"{100 * told['cut_off']:.0f} %"]
                 rows.append([printable(entry["name"]), place, task, metric, percent(told[metric]), *sizes, *lengths])
-    head = ["model", "iteration", "task", "metric", "%, 95 % interval", "problems", "not graded", "tokens", "cut off"]
+    head = ["model", "iteration", "task", "metric", "%, 95 % interval", "problems", "not graded", "tokens", "truncated"]
     return _rows(head, rows)
 
 
@@ -51,7 +51,7 @@ def _winrates(told: Mapping[str, Any]) -> list[str]:
         "wins only, %",
         "at equal length, %",
         "win / tie / loss",
-        "left out",
+        "excluded",
         "malformed",
         "no reply",
     ]
@@ -72,6 +72,6 @@ def _winrates(told: Mapping[str, Any]) -> list[str]:
     parts = [f"{who}; {outcome['ties_count']}.", _rows(head, rows)]
     if subsets:
         parts.append(_rows(["model", "subset", "win rate, %", "at equal length, %", "instructions"], subsets))
-    parts.append("Position bias of the judge (a half and all without any):")
+    parts.append("Position bias of the judge (50 % and 100 % if unbiased):")
     parts.append(_rows(["model", "verdicts for the first answer", "the same winner in both orders"], biases))
     return parts

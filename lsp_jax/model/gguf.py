@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lsp_jax.core.errors import InputError
+from lsp_jax.core.errors import InputError, one_line
 from lsp_jax.core.files import check_writable, user_path
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.weights import check_weights
-from lsp_jax.text.tokenizer_files import one_line
 
 log: logging.Logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from lsp_jax.core.errors import InputError, one_of
+from lsp_jax.core.files import read_json_object
 from lsp_jax.core.runtime import to_host
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.hf_names import Tensor, file_tensors, leaf_shapes
@@ -45,7 +46,7 @@ _CONVERT = (
 
 def read_config(directory: str | Path) -> LlamaConfig:
     """Reads the `LlamaConfig` of a Hugging Face directory; InputError if `config.json` is missing or unusable."""
-    config = _read_json(Path(directory) / "config.json", "a model directory must contain it")
+    config = read_json_object(Path(directory) / "config.json", "a model directory must contain a valid one")
     try:
         return LlamaConfig.from_hf(config)
     except InputError:
@@ -159,23 +160,11 @@ def _insert(params: Params, path: str, leaf: jax.Array) -> None:
     params[last] = leaf
 
 
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(path.name, str(path), f"cannot be read ({error.strerror}); {remedy}") from error
-    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        raise InputError(path.name, str(path), f"is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(path.name, str(path), "must be a JSON object")
-    return value
-
-
 def _weight_files(directory: Path) -> list[Path]:
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     if (directory / INDEX).is_file():
-        shards = _read_json(directory / INDEX, "it lists the shards").get("weight_map")
+        shards = read_json_object(directory / INDEX, "download it again").get("weight_map")
         names = shards.values() if isinstance(shards, dict) else ()
         if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise InputError(INDEX, str(directory), "'weight_map' must map tensor names to files in the same directory")

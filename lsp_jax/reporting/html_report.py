@@ -1,6 +1,6 @@
-"""One HTML file of a run, or of several beside one another: curves, queries and answers, alarms, times, settings.
+"""HTML report of one run, or of several side by side: curves, queries and answers, alarms, times, settings.
 
-The file needs no network and no account. What a model wrote reaches the page as JSON and is put there as text alone.
+The single file needs no network. Model text is embedded as JSON and inserted into the page only as text.
 """
 
 from __future__ import annotations
@@ -20,51 +20,52 @@ from lsp_jax.checkpoint.provenance import MANIFEST
 from lsp_jax.checkpoint.run_dir import ALARMS_FILE, METRICS_FILE, REPORT, TRANSCRIPTS_FILE
 from lsp_jax.config import TrainConfig, flat, flatten
 from lsp_jax.core import console
-from lsp_jax.core.errors import InputError
-from lsp_jax.core.files import check_writable, read_jsonl, user_path, write_text
+from lsp_jax.core.errors import InputError, one_line
+from lsp_jax.core.files import check_writable, read_json_object, read_jsonl, user_path, write_text
 from lsp_jax.monitor.hooks import Event, StepRecord
 from lsp_jax.reporting.metrics import PHASES, describe
 
 PAGE = Path(__file__).parent / "page"
 MOST_POINTS = 1000
-"""Iterations of which a curve has a point."""
+"""Maximum number of points of a curve."""
 SHOWN_ITERATIONS, SHOWN_QUERIES, SHOWN_CHARACTERS, SHOWN_REPEATS = 24, 4, 2000, 20
-"""Iterations of which queries are shown, queries of each, characters of a text, queries that were asked repeatedly."""
+"""Limits of the page: iterations with queries, queries per iteration, characters per text, repeated queries."""
 BREAK = 50
-"""A report of a run under way is written once in so many times what writing it takes."""
+"""Time between two reports of a live run, as a multiple of the time that writing one takes."""
 
 CHARTS = (
     ("Reward", "solver/reward", "challenger/reward"),
     ("Reward components", "rewards/<name>/mean"),
     ("KL to the reference", "solver/kl", "challenger/kl"),
-    ("Entropy, nats a token", "solver/entropy", "challenger/entropy"),
+    ("Entropy, nats per token", "solver/entropy", "challenger/entropy"),
     ("Length, tokens", "solver/completions/mean_length", "challenger/completions/mean_length"),
-    ("Cut off at the longest", "solver/completions/clipped_ratio", "challenger/completions/clipped_ratio"),
+    ("Truncated completions", "solver/completions/clipped_ratio", "challenger/completions/clipped_ratio"),
     ("Queries", "queries/valid_fraction", "queries/unique_fraction", "queries/near_duplicate_fraction"),
-    ("Variety of queries", "queries/cluster_entropy", "queries/distinct_1", "queries/distinct_2"),
+    ("Diversity of queries", "queries/cluster_entropy", "queries/distinct_1", "queries/distinct_2"),
     ("Value of queries", "queries/value/min", "queries/value/median", "queries/value/max"),
-    ("Groups with one reward", "solver/frac_reward_zero_std", "resampled_fraction"),
-    ("Answers that count", "answers/valid_fraction", "answers/tag_fraction", "queries/leak_fraction"),
-    ("Learner against sampler", "sampling/token_mult_prob_error"),
+    ("Groups with equal rewards", "solver/frac_reward_zero_std", "resampled_fraction"),
+    ("Valid answers", "answers/valid_fraction", "answers/tag_fraction", "queries/leak_fraction"),
+    ("Learner vs. sampler", "sampling/token_mult_prob_error"),
     ("Gradient norm", "grad_norm"),
-    ("Probe against the reference", "probe/gain"),
-    ("Tokens a second", "tokens_per_second"),
-    ("Share of the machine's limit", *(f"limit/{phase}" for phase in PHASES)),
+    ("Probe vs. reference", "probe/gain"),
+    ("Tokens per second", "tokens_per_second"),
+    ("Fraction of the hardware limit", *(f"limit/{phase}" for phase in PHASES)),
 )
-"""Curves that a report opens with: title and metrics, those that a run has not left out."""
+"""Default curves of a report: title and metrics; metrics that no run has are omitted."""
 
 
-# --- what is shown of a run ---------------------------------------------------------------------------------------
+# --- the data of a run --------------------------------------------------------------------------------------------
 
 
 def collect(run: Path) -> dict[str, Any]:
-    """The data of a report on the run in that folder, as JSON's types; it may be under way.
+    """Returns the data of a report on a run, which may still be running, as JSON types.
 
-    Raises InputError where there is no run, or one of its files cannot be read.
+    Raises InputError if there is no run, or one of its files cannot be read.
     """
     config = TrainConfig.load(run / "config.json")
     lines = list(_lines(run / METRICS_FILE))
-    started = _manifest(run / MANIFEST)
+    manifest = run / MANIFEST
+    started = read_json_object(manifest, "restore the file", "run") if manifest.is_file() else {}
     queries, repeated = _queries(run, lines[-1]["iteration"] if lines else 0)
     return {
         "name": run.resolve().name,
@@ -78,25 +79,16 @@ def collect(run: Path) -> dict[str, Any]:
     }
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest that the run wrote at its start; empty where there is no such file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError("run", str(path), f"is not the JSON that a run writes ({error})") from None
-    if not isinstance(found, dict):
-        raise InputError("run", str(path), "is not the JSON object that a run writes")
-    return found
-
-
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file that a run may be writing."""
+    """Yields the records of a file that a run may be writing."""
     return read_jsonl(path, skip="torn")
 
 
 def _columns(lines: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Metrics by name, of evenly spaced iterations where there are many, the last one among them. What most iterations
-    lack (the probe's figures) is thinned by itself: evenly spaced iterations may hold none of it."""
+    """Returns metrics by name, of at most MOST_POINTS evenly spaced iterations including the last.
+
+    Metrics that most iterations lack (the probe's) are thinned separately, or evenly spaced iterations might miss them.
+    """
     common = Counter(name for line in lines for name in line)
     rare = {name for name, number in common.items() if 2 * number < len(lines)}
     special = [number for number, line in enumerate(lines) if not rare.isdisjoint(line)]
@@ -105,13 +97,13 @@ def _columns(lines: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _spaced(numbers: Sequence[int]) -> Sequence[int]:
-    """At most MOST_POINTS of them, the last one among them."""
+    """Returns at most MOST_POINTS evenly spaced elements, including the last."""
     step = -(-len(numbers) // MOST_POINTS) or 1
     return numbers[(len(numbers) - 1) % step :: step] if numbers else numbers
 
 
 def _facts(config: TrainConfig, lines: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The run in a few figures: means over its first and its last tenth."""
+    """Returns summary figures of the run as (label, text): means over its first and last tenth, totals."""
     facts = [("model", config.model or config.init_from), ("iterations", f"{len(lines)} of {config.max_steps}")]
     width = max(len(lines) // 10, 1)
     for label, name in (
@@ -129,7 +121,7 @@ def _facts(config: TrainConfig, lines: Sequence[dict[str, Any]]) -> list[tuple[s
 
 
 def _queries(run: Path, last: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Records of iterations spread over the run, texts cut to what a page shows; and what was asked most often."""
+    """Returns truncated transcripts of iterations spread over the run, and the most frequent repeated queries."""
     places = max(SHOWN_ITERATIONS - 1, 1)
     wanted = {round(1 + place * (last - 1) / places) for place in range(places + 1)}
     shown, asked = [], {}
@@ -145,7 +137,7 @@ def _queries(run: Path, last: int) -> tuple[list[dict[str, Any]], list[dict[str,
 
 
 def _cut(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with its long texts cut; `key` is the whole query."""
+    """Returns a record with long texts truncated; `key` is the full query."""
     answers = [{**answer, "text": answer["text"][:SHOWN_CHARACTERS]} for answer in record["answers"]]
     return {**record, "query": record["query"][:SHOWN_CHARACTERS], "answers": answers, "key": record["query"]}
 
@@ -154,7 +146,7 @@ def _cut(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _charts(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Titles and metrics of the curves, of those metrics that any run has."""
+    """Returns title and metrics of each curve, omitting metrics that no run has."""
     there = dict.fromkeys(name for run in runs for name in run["metrics"])
 
     def matching(name: str) -> list[str]:
@@ -166,7 +158,7 @@ def _charts(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def page(runs: Sequence[Path]) -> str:
-    """The report of the runs in those folders, as the text of an HTML file."""
+    """Returns the report of the runs in those folders as HTML."""
     collected = [collect(run) for run in runs]
     names = [run["name"] for run in collected]
     for run, path in zip(collected, runs, strict=True):
@@ -181,13 +173,13 @@ def page(runs: Sequence[Path]) -> str:
         "data": _embedded(data),
         "script": (PAGE / "page.js").read_text(encoding="utf-8"),
     }
-    # one pass over the template: nothing that is put in is looked at again
+    # a single pass, so that inserted text is never treated as a template
     template = (PAGE / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
 def _meaning(name: str) -> str:
-    """A metric's meaning; a run of an earlier version may have some that there are no more."""
+    """Returns the definition of a metric; runs of earlier versions may have metrics that no longer exist."""
     try:
         return describe(name)
     except KeyError:
@@ -196,22 +188,22 @@ def _meaning(name: str) -> str:
 
 @cache
 def _plotly() -> str:
-    """Plotly's script as its package has it (`plotly.offline` reads the same file, after a second of imports)."""
+    """Returns Plotly's script from its package (`plotly.offline` has it too, after a second of imports)."""
     script = importlib.resources.files("plotly") / "package_data" / "plotly.min.js"
     return script.read_text(encoding="utf-8")
 
 
 def _embedded(data: Any) -> str:
-    """JSON that cannot end the element it lies in, or open another one."""
+    """Returns JSON that contains no markup, so that it cannot close or open an HTML element."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path = "") -> Path:
-    """Writes the report of the runs in those folders; returns its path.
+    """Writes the report of the runs in those folders and returns its path.
 
-    Without `output`: `report.html` in the folder of a single run, `comparison.html` here for several. Raises InputError
-    where a folder holds no run, or the file cannot be written.
+    Default `output`: `report.html` in the folder of a single run, `comparison.html` in the current directory for
+    several. Raises InputError if a folder holds no run, or the file cannot be written.
     """
     if not runs:
         raise InputError("runs", runs, "give the folder of at least one run")
@@ -227,24 +219,24 @@ def write_report(runs: Sequence[str | Path], output: str | Path = "") -> Path:
 
 
 class LiveReport:
-    """The report of a run under way, written again now and then: at most a fiftieth of the run's time goes there."""
+    """Hook that keeps the report of a running run up to date, in at most a fiftieth of the run's time."""
 
     def __init__(self, directory: Path):
         self._directory, self._due = directory, 0.0
 
     def after_step(self, record: StepRecord) -> Sequence[Event]:
-        """Writes the report of the iterations so far, when it is time to."""
+        """Rewrites the report if it is due."""
         self.refresh()
         return ()
 
     def refresh(self, last: bool = False) -> None:
-        """Once an iteration; `last`: whatever the time. One that cannot be made is a warning and ends no run."""
+        """Rewrites the report if it is due, or in any case if `last`; a failure is only a warning."""
         start = time.perf_counter()
         if start < self._due and not last:
             return
         try:
             write_report([self._directory])
         except Exception as error:
-            console.warn(f"no report: {error} ({type(error).__name__})")
+            console.warn(f"report not written: {one_line(error)}")
         now = time.perf_counter()
         self._due = now + BREAK * (now - start)

@@ -1,4 +1,4 @@
-"""The console: a line an iteration, on a terminal a bar."""
+"""Progress on the console: one line per iteration, and a progress bar on terminals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lsp_jax.reporting.metrics import PHASES
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
-    """The numbers of one iteration on one line; those that are absent are left out."""
+    """Returns the main metrics of an iteration as one line; absent ones are omitted."""
     shown = (
         ("solver/reward", "solver {:+.3f}"),
         ("challenger/reward", "challenger {:+.3f}"),
@@ -30,15 +30,15 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 
 class Console:
-    """Progress of a run: a line an iteration with a sample of the play; on a terminal a bar with the phase below."""
+    """Hook that prints one line per iteration with a sample; on a terminal it also shows a bar with the phase."""
 
     def __init__(self, total: int, start: int = 0, stream: TextIO | None = None):
-        """`total` iterations of which `start` are done; `stream` is standard error unless given."""
+        """`start` of `total` iterations are done; `stream` is standard error by default."""
         self._total, self._stream, self._first = total, stream or sys.stderr, start + 1
         self._bar = None
         if self._stream.isatty():
             form = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
-            # a fixed size: terminals that say they have 0 columns and rows would not show the bar
+            # fixed size, because terminals that report 0 columns and rows would not show the bar
             self._bar = tqdm(
                 total=total,
                 initial=start,
@@ -51,21 +51,21 @@ class Console:
             )
 
     def phase(self, name: str) -> None:
-        """Shows on the bar which phase has begun; those of the first iteration are compiled before they run."""
+        """Shows the phase that has begun on the bar; in the first iteration it is compiled before it runs."""
         if self._bar is not None:
             compiling = " (compiles first)" if self._bar.n < self._first else ""
-            with suppress(OSError):  # a terminal that is gone
+            with suppress(OSError):  # the terminal is closed
                 self._bar.set_postfix_str(name + compiling)
 
     def after_step(self, record: StepRecord) -> Sequence[Event]:
-        """Shows the iteration, and the first query with its first answer."""
+        """Prints the iteration, and its first query with the first answer."""
         first = record.transcripts[0]
-        with suppress(OSError):  # a terminal or pipe that is gone
+        with suppress(OSError):  # the terminal or pipe is closed
             self.step(record.iteration, record.metrics, (first["query"], first["answers"][0]["text"]))
         return ()
 
     def step(self, iteration: int, metrics: Mapping[str, Any], sample: tuple[str, str] | None = None) -> None:
-        """Shows iteration number `iteration` (from 1) and one sample (query, answer), which may hold anything."""
+        """Prints iteration `iteration` (from 1) and one sample (query, answer) of untrusted text."""
         lines = [f"{iteration}/{self._total}  {summary(metrics)}"]
         if sample is not None:
             lines += [f"  Q {printable(sample[0], 100)}", f"  A {printable(sample[1], 150)}"]
@@ -77,6 +77,6 @@ class Console:
             self._bar.update(iteration - self._bar.n)
 
     def close(self) -> None:
-        """Takes the bar away; the lines stay."""
+        """Removes the bar; printed lines stay."""
         if self._bar is not None:
             self._bar.close()

@@ -1,4 +1,4 @@
-"""The lines of `transcripts.jsonl`: an iteration's queries and answers with their rewards."""
+"""Records of `transcripts.jsonl`: an iteration's queries and answers with their rewards."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lsp_jax.text.tokenizer import Tokenizer
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int], logprobs: list[float]) -> list[list[Any]]:
-    """The text that each id adds to that of `ids`, and its log-probability; the texts joined are the decoded whole.
+    """Returns [text, log-probability] per token; the texts concatenate to the decoded `ids`.
 
-    One that ends inside a character adds nothing, the one that completes it the whole character. Each is decoded after
-    the few before it, for a SentencePiece tokenizer writes the first word of a text without its space.
+    A token that ends inside a character has the empty text; the token that completes it has the whole character. Each
+    is decoded together with preceding ones, because SentencePiece drops the space before the first word of a text.
     """
     out, start, done = [], 0, 0
     for end, logprob in enumerate(logprobs[: len(ids)], 1):
@@ -32,10 +32,10 @@ def token_texts(tokenizer: Tokenizer, ids: list[int], logprobs: list[float]) -> 
 def records(
     iteration: int, texts: EpisodeTexts, advantages: Advantages, scores: Scores, stopped: np.ndarray
 ) -> list[dict[str, Any]]:
-    """One record a query, from host (numpy) copies of the iteration's results; `stopped` bool [N, G].
+    """Returns one record per query from host (numpy) copies of the iteration's results; `stopped` is bool [N, G].
 
-    R and R_Q are the weighted sums by kind, `rewards` each component before its weight. A score that does not count is
-    written all the same; `valid` says that it did not.
+    R and R_Q are the weighted sums by kind, `rewards` the components before weighting. Masked scores are included, with
+    `valid` false.
     """
     out = []
     for n, query in enumerate(texts.queries):

@@ -22,13 +22,13 @@ _TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "tracki
 
 
 class MetricsWriter:
-    """Appends to the files of a run's directory and to the trackers asked for. Make one in one process only."""
+    """Hook that appends to the JSONL files of a run and to trackers. Create it in one process only."""
 
     def __init__(self, directory: str | Path, report_to: tuple[str, ...] = ()):
-        """`report_to` holds any of "tensorboard", "wandb", "trackio"; each is imported only here.
+        """Opens the trackers `report_to`: any of "tensorboard", "wandb", "trackio", imported only here.
 
         Raises:
-            InputError: an unknown tracker, or one that is not installed.
+            InputError: a tracker is unknown or not installed.
         """
         self.directory: Path = Path(directory)
         modules = [(name, _import_tracker(name)) for name in report_to]
@@ -39,11 +39,11 @@ class MetricsWriter:
         """Writes the iteration's metrics and transcripts."""
         self.write(record.iteration, record.metrics)
         self.write_transcripts(record.transcripts)
-        self.write_alarms(())  # the file is there from the first iteration on, also where none ever begins
+        self.write_alarms(())  # creates the file even if no alarm ever starts
         return ()
 
     def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
-        """One line of `metrics.jsonl`: numbers by name (Python's or numpy's), null for one that is not finite.
+        """Appends one line to `metrics.jsonl`: Python or numpy numbers by name, non-finite ones as null.
 
         Raises KeyError, with nothing written, for a name that is not in `METRICS`.
         """
@@ -55,25 +55,27 @@ class MetricsWriter:
             log(iteration, {name: value for name, value in values.items() if value is not None})
 
     def write_transcripts(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """One line of `transcripts.jsonl` a record, all of them in one write; arrays become lists."""
+        """Appends one line per record to `transcripts.jsonl`, in a single write; arrays become lists."""
         self._append(TRANSCRIPTS_FILE, [plain(record) for record in records])
 
     def write_checksums(self, iteration: int, before: int, arrays: Mapping[str, Mapping[str, Any]]) -> None:
-        """One line of `checksums.jsonl`: each array's checksum as of `iteration`, and the checkpoint `before` that was
-        on disk when its save began (0 for none)."""
+        """Appends one line to `checksums.jsonl`: each array's checksum as of `iteration`.
+
+        `before` is the newest checkpoint on disk when the save began (0: none).
+        """
         sums = {name: entry["checksum"] for name, entry in arrays.items()}
         self._append(CHECKSUMS_FILE, [{"iteration": iteration, "before": before, "arrays": sums}])
 
     def write_alarms(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """One line of `alarms.jsonl` a record."""
+        """Appends one line per record to `alarms.jsonl`."""
         self._append(ALARMS_FILE, [plain(record) for record in records])
 
     def rollback_records(self, offset: int) -> list[dict[str, Any]]:
-        """Alarms written after `offset` for which the run went back: that it did is not undone by going back again."""
+        """Returns the alarms after byte `offset` that caused a rollback; a later rollback must not erase them."""
         return [record for record in read_jsonl(self.directory / ALARMS_FILE, offset=offset) if "back_to" in record]
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
-        # ASCII: model text may hold characters that readers take for line ends
+        # ASCII, because some readers split lines at Unicode characters that model text may contain
         lines = "".join(json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n" for record in records)
         try:
             with (self.directory / name).open("ab") as file:
@@ -82,7 +84,7 @@ class MetricsWriter:
             raise RunError(f"{self.directory / name} could not be written: {error}") from error
 
     def offsets(self) -> dict[str, int]:
-        """Bytes in each file, on disk for good: what a checkpoint keeps for `truncate_to`."""
+        """Syncs the files and returns their sizes in bytes, which a checkpoint stores for `truncate_to`."""
         sizes = {}
         for name in FILES:
             with (self.directory / name).open("ab") as file:
@@ -91,15 +93,15 @@ class MetricsWriter:
         return sizes
 
     def existing(self) -> list[str]:
-        """The names of those files that are there."""
+        """Returns the names of those files that exist."""
         return [name for name in FILES if (self.directory / name).is_file()]
 
     def truncate_to(self, offsets: Mapping[str, int]) -> None:
-        """Truncates the files to `offsets`, so that a resumed run goes on where its checkpoint was taken.
+        """Truncates the files to `offsets`, so that a resumed run continues from its checkpoint.
 
         Raises:
-            InputError: a file is missing or shorter than its offset, or the offset is not the end of a line; then
-                none is touched.
+            InputError: a file is missing or shorter than its offset, or the offset is not the end of a line; no file is
+                changed then.
         """
         for name, offset in offsets.items():
             path = self.directory / name
@@ -109,7 +111,7 @@ class MetricsWriter:
                 file.seek(max(offset - 1, 0))
                 end = file.read(1)
             if offset > 0 and end != b"\n":
-                remedy = f"does not have the {offset} bytes of whole lines that the checkpoint saw; restore the file"
+                remedy = f"must have the {offset} bytes of complete lines before the checkpoint; restore it"
                 raise InputError(name, f"{path.stat().st_size} bytes", remedy)
         for name, offset in offsets.items():
             os.truncate(self.directory / name, offset)
@@ -122,7 +124,7 @@ class MetricsWriter:
 
 
 def plain(value: Any) -> Any:
-    """Python's own types, None for a number that is not finite."""
+    """Converts numpy values to Python types, and non-finite numbers to None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
@@ -135,14 +137,14 @@ def plain(value: Any) -> Any:
 
 
 def check_trackers(report_to: tuple[str, ...]) -> None:
-    """Raises InputError for an unknown tracker, or one that is not installed."""
+    """Raises InputError if a tracker is unknown or not installed."""
     for name in report_to:
         _import_tracker(name)
 
 
 def _import_tracker(name: str) -> Any:
     if name not in _TRACKERS:
-        raise InputError("report_to", name, f"must be among {', '.join(_TRACKERS)}")
+        raise InputError("report_to", name, f"must be one of {', '.join(_TRACKERS)}")
     try:
         return importlib.import_module(_TRACKERS[name])
     except ImportError as error:
@@ -153,7 +155,7 @@ _Log = Callable[[int, dict[str, Any]], None]
 
 
 def _open_tracker(name: str, module: Any, directory: Path) -> tuple[_Log, Callable[[], None]]:
-    """How to log to a tracker, and how to close it."""
+    """Opens a tracker; returns its functions to log an iteration and to close it."""
     if name == "tensorboard":
         board = module.SummaryWriter(logdir=str(directory / "tensorboard"))
 
@@ -163,10 +165,10 @@ def _open_tracker(name: str, module: Any, directory: Path) -> tuple[_Log, Callab
             board.flush()
 
         return scalars, board.close
-    module.init(project="lsp_jax", name=directory.name)  # wandb, and trackio has its interface
+    module.init(project="lsp_jax", name=directory.name)  # wandb or trackio, which has the same interface
     if name == "trackio":
         return lambda iteration, values: module.log(values, step=iteration), module.finish
-    # wandb's own step may only rise, and a run that went back to a checkpoint plays iterations again
+    # wandb's own step must increase, but a run that was rolled back repeats iterations
     module.define_metric("iteration")
     module.define_metric("*", step_metric="iteration")
     return lambda iteration, values: module.log(values), module.finish

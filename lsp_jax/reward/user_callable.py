@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lsp_jax.core.errors import InputError
+from lsp_jax.core.errors import InputError, one_line
 from lsp_jax.reward.base import DataRows, HostReward, Kind, RewardOutput
-from lsp_jax.reward.execution.pool import Program, WorkerFailure, Workers, printable
-from lsp_jax.reward.execution.user_functions import call_reward, one_line, reward_array
+from lsp_jax.reward.execution.pool import Program, WorkerFailure, Workers, line_of
+from lsp_jax.reward.execution.user_functions import call_reward, reward_array
 
 _ARITHMETIC = "lsp_jax.reward.arithmetic:grade"
 
@@ -98,9 +98,9 @@ def _in_worker(
     if reply is None:
         raise WorkerFailure(outcome.failure)
     if "refused" in reply:
-        raise InputError("reward.callable", name, printable(str(reply["refused"])))
+        raise InputError("reward.callable", name, line_of(str(reply["refused"])))
     if "values" not in reply:
-        raise WorkerFailure(f"raised {printable(str(reply.get('raised')))}")
+        raise WorkerFailure(f"raised {line_of(str(reply.get('raised')))}")
     return reward_array(reply["values"], name, (len(queries), len(answers[0])))
 
 

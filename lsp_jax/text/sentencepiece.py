@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lsp_jax.core.errors import InputError
-from lsp_jax.text.tokenizer_files import added_tokens, chat_template_of, one_line, read_json, token_text
+from lsp_jax.core.errors import InputError, one_line
+from lsp_jax.text.tokenizer_files import added_tokens, chat_template_of, read_json, token_text
 
 
 class SentencePieceBackend:

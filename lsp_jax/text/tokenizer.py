@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from lsp_jax.core.errors import InputError
+from lsp_jax.core.errors import InputError, one_line
 from lsp_jax.text.sentencepiece import SentencePieceBackend
-from lsp_jax.text.tokenizer_files import check_text, one_line, stop_ids_of
+from lsp_jax.text.tokenizer_files import check_text, stop_ids_of
 
 TEXT, BLANK, SPECIAL = 0, 1, 2  # the values of Tokenizer.token_classes
 

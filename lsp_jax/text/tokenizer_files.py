@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from lsp_jax.core.errors import InputError
-
-
-def one_line(error: Exception) -> str:
-    """Returns the first line of a library's error message."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+from lsp_jax.core.errors import InputError, one_line
+from lsp_jax.core.files import read_json_object
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads the object in a JSON file; {} if there is no file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        raise InputError(path.name, str(path.parent), f"is not JSON ({error}); restore the original file") from error
-    if not isinstance(value, dict):
-        raise InputError(path.name, str(path.parent), "must hold a JSON object; restore the original file")
-    return value
+    return read_json_object(path, "restore the original file") if path.is_file() else {}
 
 
 def stop_ids_of(directory: Path, eos_id: int | None) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
 "use strict";
-// Draws a report from the JSON of the page. What a model wrote is set as text and nothing else.
+// Renders the report from the JSON in the page. Model text is inserted only as text, never as HTML.
 
 const report = JSON.parse(document.getElementById("data").textContent);
 const runs = report.runs;
@@ -19,7 +19,7 @@ function element(tag, classes, ...children) {
   return made;
 }
 
-// Characters that cannot be seen, or change the order of others, as their escapes.
+// Escapes characters that are invisible or change the order of others.
 function visible(text) {
   return text.replace(HIDDEN, (sign) => {
     const hex = sign.codePointAt(0).toString(16);
@@ -60,10 +60,10 @@ function into(id, ...children) {
 // --- figures ----------------------------------------------------------------------------------------------------
 
 const drawn = [];
-// No bar of buttons, which would lie over the curves: dragging enlarges, a double click goes back.
+// No button bar, which would cover the curves: dragging zooms in, a double click resets.
 const SHOWN = { displayModeBar: false, responsive: true };
 
-// Plotly reads some HTML in names; nothing here is meant as such.
+// Plotly interprets some HTML in names, so it is escaped.
 function plain(text) {
   return visible(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
@@ -126,7 +126,7 @@ function drawCurves() {
   into("curves", grid);
   made.forEach(([, draw]) => draw());
   const names = Object.keys(report.meanings).filter((name) => name !== "iteration").sort();
-  if (!names.length) return into("curves", element("p", "", "No iteration yet."));
+  if (!names.length) return into("curves", element("p", "", "No iterations yet."));
   const holder = element("div", "chart"), meaning = element("p");
   const change = () => { meaning.textContent = report.meanings[select.value]; redraw(); };
   const [label, select] = choice("Any metric", names.map((name) => [name, name]), change);
@@ -142,7 +142,7 @@ function drawTimes() {
     if (!there.length) continue;
     const holder = element("div", "chart");
     into("times", element("div", "panel", element("h3", "", several ? run.name : "Seconds of each iteration, by phase"), holder,
-      element("p", "", "The last figure of a phase is its share of what the machine could do at best, where that is known.")));
+      element("p", "", "The tooltip also gives each phase's fraction of the hardware limit, where known.")));
     const traces = () => there.map((phase, place) => ({
       type: "bar", name: phase, x: run.metrics.iteration, y: run.metrics[`time/${phase}`],
       customdata: (run.metrics[`limit/${phase}`] || run.metrics.iteration.map(() => null)).map((share) =>
@@ -167,7 +167,7 @@ function drawAlarms() {
   const rows = runs.flatMap((run) => run.alarms.map((alarm) =>
     [...(several ? [run.name] : []), alarm.iteration, alarm.alarm, alarm.action, said(alarm.said)]));
   if (!rows.length) return into("alarms", element("p", "good", "None."));
-  into("alarms", table([...(several ? ["run"] : []), "iteration", "alarm", "action", "what was seen"], rows));
+  into("alarms", table([...(several ? ["run"] : []), "iteration", "alarm", "action", "message"], rows));
 }
 
 function drawSettings() {
@@ -182,7 +182,7 @@ function drawSettings() {
   const only = element("input");
   only.type = "checkbox";
   only.addEventListener("change", fill);
-  if (several) into("settings", element("div", "controls", element("label", "", only, "only what differs")));
+  if (several) into("settings", element("div", "controls", element("label", "", only, "differences only")));
   into("settings", holder);
   fill();
 }
@@ -196,7 +196,7 @@ function shaded(tokens) {
       span.title = "log-probability not finite";
       return span;
     }
-    // a token of probability 1 has no shade, one of 1 in 400 or less the whole of it
+    // no shade at probability 1, full shade at 1/400 or less
     span.style.backgroundColor = `rgba(var(--unlikely), ${(0.75 * Math.min(-logprob / 6, 1)).toFixed(3)})`;
     span.title = `log-probability ${logprob.toFixed(3)}, probability ${Math.exp(logprob).toPrecision(3)}`;
     return span;
@@ -208,8 +208,8 @@ function answers(record) {
   const parts = Object.keys(record.answers[0]?.rewards ?? {});
   const rows = record.answers.map((answer) => [
     answer.R, answer.R_Q, answer.advantage, ...parts.map((name) => answer.rewards[name] ?? "–"),
-    element("span", answer.valid ? "mark good" : "mark bad", answer.valid ? "counts" : "does not"),
-    element("span", "mark", answer.stopped ? "" : "cut off"), answer.tokens ? shaded(answer.tokens) : said(answer.text),
+    element("span", answer.valid ? "mark good" : "mark bad", answer.valid ? "valid" : "masked"),
+    element("span", "mark", answer.stopped ? "" : "truncated"), answer.tokens ? shaded(answer.tokens) : said(answer.text),
   ]);
   return table(["R", "R_Q", "advantage", ...parts, "", "", "answer"], rows);
 }
@@ -232,7 +232,7 @@ const KINDS = {
   valid: ["valid", (record) => record.valid],
   invalid: ["invalid", (record) => !record.valid],
   repeated: ["asked more than once", (record) => record.asked > 1],
-  flat: ["answers with one reward", (record) => new Set(record.answers.filter((a) => a.valid).map((a) => a.R + a.R_Q)).size < 2],
+  flat: ["answers with equal rewards", (record) => new Set(record.answers.filter((a) => a.valid).map((a) => a.R + a.R_Q)).size < 2],
 };
 
 function drawQueries() {
@@ -244,7 +244,7 @@ function drawQueries() {
     count.textContent = `${found.length} of ${run.queries.length} shown`;
     list.replaceChildren(...found.map(entry));
     again.replaceChildren();
-    if (run.repeated.length) again.append(element("h3", "", "Asked most often"), table(["times", "first", "last", "query"],
+    if (run.repeated.length) again.append(element("h3", "", "Most frequent queries"), table(["times", "first", "last", "query"],
       run.repeated.map((item) => [item.count, item.first, item.last, said(item.query)])));
   };
   const [runLabel, which] = choice("Run", runs.map((run, place) => [String(place), run.name]), fill);
@@ -254,7 +254,7 @@ function drawQueries() {
   search.placeholder = "in queries and answers";
   search.addEventListener("input", fill);
   into("queries",
-    element("p", "faint", "A few queries of iterations spread over the run. The answers to the first query of an iteration are shaded by the probability of each token: likely ",
+    element("p", "faint", "Sample queries from iterations across the run. The answers to the first query of an iteration are shaded by token probability: likely ",
       element("span", "legend"), " unlikely."),
     element("div", "controls", ...(several ? [runLabel] : []), kindLabel, element("label", "", "Find", search), count), list, again);
   fill();

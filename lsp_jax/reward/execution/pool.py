@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lsp_jax.core.console import printable
 from lsp_jax.core.errors import InputError
 
 START_SECONDS = 60.0  # time limit until a child is ready; its imports do not count towards the time of the item
@@ -62,15 +63,14 @@ class WorkerFailure(RuntimeError):
     """A call without a result: it timed out, raised, or its process died."""
 
 
-def printable(data: bytes | str, limit: int = 300) -> str:
-    """Returns one printable line of at most `limit` characters."""
+def line_of(data: bytes | str) -> str:
+    """Returns output of a child as one printable line."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)[:limit]
+    return printable(" ".join(text.split()), limit=300)
 
 
 def _forward(lines: Iterable[bytes]) -> None:
-    sys.stderr.writelines(f"{text}\n" for text in map(printable, lines) if text)
+    sys.stderr.writelines(f"{text}\n" for text in map(line_of, lines) if text)
 
 
 class _Child:
@@ -103,7 +103,7 @@ class _Child:
         self.deadline = time.monotonic() + (START_SECONDS if self.ready is None else seconds)
 
     def fail(self, why: str) -> None:
-        log = f" ({printable(bytes(self.log[-1000:]))})" if self.log and self.ready is None else ""
+        log = f" ({line_of(bytes(self.log[-1000:]))})" if self.log and self.ready is None else ""
         self.outcome = Outcome(None, why + log, started=self.ready is not None)
 
     def is_late(self, now: float) -> bool:
@@ -158,7 +158,7 @@ class _Child:
         if self.ready is None and isinstance(message, dict) and message.get("ready") is True and not self.reading:
             self.ready, self.deadline = message, time.monotonic() + self.seconds
         elif self.ready is None and isinstance(message, dict) and isinstance(message.get("refused"), str):
-            refused = printable(message["refused"])
+            refused = line_of(message["refused"])
             self.outcome = Outcome(None, refused, started=False, refused=refused)
         elif self.ready is None or not isinstance(message, dict) or message.get("number") != self.number:
             self.fail("sent an invalid reply")
@@ -263,7 +263,7 @@ class Workers:
                         child.give(item, seconds)
                         busy[place] = child
                     except (OSError, ValueError) as error:  # ValueError: a NUL in its command
-                        outcomes[place] = Outcome(None, f"could not be started: {printable(str(error))}", False)
+                        outcomes[place] = Outcome(None, f"could not be started: {line_of(str(error))}", False)
                         not_started += 1
                 _attend(list(busy.values()))
                 for place, child in list(busy.items()):
@@ -302,7 +302,7 @@ class Workers:
             try:
                 child = self._child(program)
             except (OSError, ValueError) as error:
-                return Outcome(None, f"could not be started: {printable(str(error))}", False)
+                return Outcome(None, f"could not be started: {line_of(str(error))}", False)
             if child.ready is None:
                 child.give({}, self.timeout)
                 while child.ready is None and child.outcome is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lsp_jax.core.errors import InputError
+from lsp_jax.core.errors import InputError, one_line
 
 
 def load_callable(spec: str) -> Callable[..., Any]:
@@ -54,10 +54,6 @@ def _load_file(path: str) -> Any:
         del sys.modules[name]
         raise
     return module
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def takes_rows(function: Callable[..., Any]) -> bool:

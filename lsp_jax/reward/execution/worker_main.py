@@ -16,8 +16,8 @@ import sys
 import threading
 from typing import Any
 
-from lsp_jax.core.errors import InputError
-from lsp_jax.reward.execution.user_functions import call_reward, load_callable, one_line, takes_rows
+from lsp_jax.core.errors import InputError, one_line
+from lsp_jax.reward.execution.user_functions import call_reward, load_callable, takes_rows
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
