@@ -82,7 +82,7 @@ class PlannedSource:
 
     def __init__(self, planner: Planner, config: TrainConfig, game: GameSpec, reward_model: LlamaConfig | None) -> None:
         self._planner, self._config, self._game, self._reward_model = planner, config, game, reward_model
-        self.specs: tuple[RewardSpec, ...] = _specs(config)
+        self.specs: tuple[RewardSpec, ...] = planner.put(_specs(config))
         frozen = {"reference": planner.put(_as(llama.params_shape(game.model), game.learner.compute_dtype), "train")}
         self.reference: Any = frozen["reference"]
         """The frozen reference's parameters."""
@@ -166,9 +166,10 @@ def _as(tree: Any, dtype: str) -> Any:
 
 
 def _specs(config: TrainConfig) -> tuple[RewardSpec, ...]:
-    """One spec for each configured component: how they are mixed changes nothing that is counted."""
+    """Shapes of one spec per configured component; standardisation costs next to nothing and is left out."""
     reward = config.reward
     names = [name for name in ("arithmetic", "maths", "code", "quality") if getattr(reward, f"{name}_weight")]
     names += ["preference"] if reward.preference_model and reward.preference_weight else []
     names += ["callable"] if reward.callable else []
-    return tuple(RewardSpec(name, "quality" if name == "quality" else "task", 1.0) for name in names)
+    specs = tuple(RewardSpec(name, "quality" if name == "quality" else "task", 1.0) for name in names)
+    return jax.tree.map(lambda _: _array(jnp.float32), specs)

@@ -11,8 +11,10 @@ Standardisation, clipping and weighting are separate: see `RewardSpec` and `comb
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -21,6 +23,7 @@ import numpy as np
 
 from lsp_jax.core import processes, runtime
 from lsp_jax.core.errors import InputError
+from lsp_jax.learn.spec import Scalar
 from lsp_jax.model.sharding import replicate, row_shards
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.text.tokenizer import Tokenizer
@@ -85,15 +88,20 @@ class HostReward:
 Reward = DeviceReward | EpisodeReward | HostReward
 
 
-class RewardSpec(NamedTuple):
-    """How one component enters the weighted sum of its kind; hashable."""
+UNBOUNDED = (-math.inf, math.inf)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("weight", "clip"), meta_fields=("name", "kind", "standardize"))
+@dataclass(frozen=True)
+class RewardSpec:
+    """How one component enters the weighted sum of its kind. A pytree: weight and bounds are traced scalars."""
 
     name: str
     kind: Kind
-    weight: float
+    weight: Scalar
     standardize: bool = False
     """Subtract the mean and divide by the standard deviation over the iteration's valid answers, before clipping."""
-    clip: tuple[float, float] | None = None
+    clip: tuple[Scalar, Scalar] = UNBOUNDED
     """Lowest and highest value, applied before the weight."""
 
 
@@ -167,9 +175,8 @@ def combine(
             # equal values become 0: what remains after subtracting the mean is rounding error
             spread = deviation > 1e-6 * jnp.maximum(jnp.abs(mean), 1.0)
             values = jnp.where(spread, (values - mean) / jnp.where(spread, deviation, 1.0), 0.0)
-        if spec.clip is not None:
-            values = jnp.clip(values, *spec.clip)
-        totals[spec.kind] = totals[spec.kind] + spec.weight * jnp.where(finite, values, 0.0)
+        values = jnp.where(finite, jnp.clip(values, *spec.clip), 0.0)
+        totals[spec.kind] = totals[spec.kind] + spec.weight * values
     components = {spec.name: output.values for spec, output in zip(specs, outputs, strict=True)}
     failed = {spec.name: ~finite for spec, finite in zip(specs, scored, strict=True)}
     return Scores(totals["task"], totals["quality"], valid_query, valid_answer, components, failed)

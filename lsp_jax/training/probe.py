@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from lsp_jax.monitor.health import Health
 from lsp_jax.monitor.hooks import Event, StepRecord
 from lsp_jax.play.prompt_data import data_queries
 from lsp_jax.play.selfplay import Episode
-from lsp_jax.reward.base import RewardOutput, RewardSpec, combine, solver_rewards
+from lsp_jax.reward.base import UNBOUNDED, RewardOutput, RewardSpec, combine, solver_rewards
 from lsp_jax.reward.scoring import score
 from lsp_jax.training.run import Run
 
@@ -91,10 +92,10 @@ class Probe:
 def raw(spec: RewardSpec) -> RewardSpec:
     """Scores as they are: standardised over an iteration they could not be compared with those of another, and the
     bounds of such scores are none of these."""
-    return spec._replace(standardize=False, clip=None) if spec.standardize else spec
+    return replace(spec, standardize=False, clip=UNBOUNDED) if spec.standardize else spec
 
 
-@stage(static=("specs", "use_quality"))
+@stage(static="use_quality")
 def query_values(
     episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], use_quality: bool
 ) -> jax.Array:

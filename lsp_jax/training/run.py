@@ -37,7 +37,7 @@ class Run:
     """Prompts that are answered and never learned from (`health.probe`)."""
     rewards: tuple[Reward, ...]
     specs: tuple[RewardSpec, ...]
-    """How they are mixed, in their order."""
+    """Their combination, in the same order; weights and bounds on the devices."""
     reward_model: Policy | None
     """The preference reward's model; `params` is empty."""
     workers: Workers

@@ -83,11 +83,12 @@ def setup(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | 
             components = load_rewards(config.reward, opened_rewards, opened, reference, classes, mesh)
             if config.park_frozen:
                 reference, components = _offloaded(reference, components, stays=config.lora.rank > 0)
-            seed_key, hyper = replicate((jax.random.key(config.seed), hyperparameters(config)))
+            specs = jax.tree.map(np.float32, opened_rewards.specs)
+            seed_key, hyper, specs = replicate((jax.random.key(config.seed), hyperparameters(config), specs))
     except BaseException:
         workers.close()
         raise
-    made = opened, reference, game, hyper, data, probe, components, opened_rewards.specs, scorer, workers, mesh, classes
+    made = opened, reference, game, hyper, data, probe, components, specs, scorer, workers, mesh, classes
     return Run(config, *made, seed_key, directory), params
 
 

@@ -160,12 +160,12 @@ class RunSource:
         """The play with queries that teach nothing replaced (`algorithm/resampling.py`) and its scores; the metrics are
         the fraction of queries that were replaced, and the tokens of all plays."""
         run = self._run
-        static = {"specs": run.specs, "use_quality": run.game.learner.loss.use_quality}
+        use_quality = run.game.learner.loss.use_quality
         with on.phase("reward"):
             outputs = scoring.score(run.rewards, run.policy.tokenizer, episode, self._rows)
         changed, tokens = np.zeros(run.game.num_queries, bool), tokens_of(episode)
         for number in range(run.config.play.max_resamples):
-            flat, _ = runtime.to_host(on.call(groups, episode, outputs, **static))
+            flat, _ = runtime.to_host(on.call(groups, episode, outputs, run.specs, use_quality=use_quality))
             if not flat.any():
                 break
             fresh_key = jax.random.fold_in(key, RESAMPLE + number)
@@ -176,7 +176,7 @@ class RunSource:
             tokens = tokens + tokens_of(more)
             with on.phase("reward"):
                 fresh = scoring.score(run.rewards, run.policy.tokenizer, more, self._rows)
-                _, differ = runtime.to_host(on.call(groups, more, fresh, **static))
+                _, differ = runtime.to_host(on.call(groups, more, fresh, run.specs, use_quality=use_quality))
                 source = sources(flat, differ)
                 episode, outputs = on.call(replaced, (episode, outputs), (more, fresh), replicate(source))
             changed |= source >= 0
