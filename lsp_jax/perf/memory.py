@@ -51,8 +51,10 @@ def with_micro_batch_size(
     memory: int | None,
     data_width: int = 0,
 ) -> GameSpec:
-    """Returns `game` with the micro-batch size of `config`, else with as many rows as fit into `memory` bytes of a device:
-    a power of two, at least 1, at most the device's rows. `data_width` is the width of queries from a data set."""
+    """Returns `game` with the micro-batch size of `config`, or as many rows as fit into `memory` bytes of a device.
+
+    Those are a power of two, at least 1, at most the device's rows. `data_width` is the width of queries from data.
+    """
     if config.optimizer.micro_batch_size:
         return game
     rows = DEFAULT_MICRO_BATCH_SIZE

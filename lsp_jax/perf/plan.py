@@ -1,7 +1,8 @@
 """`lsp-jax plan`: whether a run fits given hardware and what bounds its speed, from ahead-of-time compilation.
 
-No weights, tokenizer or device are needed (`perf/aot.py`, `perf/chips.py`). A stage's time is the largest of three: operations,
-bytes to and from memory, and bytes over the network, each at the chip's published peak rate. It is a lower bound; most runs are slower. All queries and answers are assumed to have the maximum length of the configuration.
+No weights, tokenizer or device are needed (`perf/aot.py`, `perf/chips.py`). The time of a stage is the largest of its
+operations, bytes to and from memory, and bytes over the network, each at the chip's published peak rate. It is a lower
+bound; most runs are slower. All queries and answers are assumed to have the maximum length of the configuration.
 """
 
 from __future__ import annotations

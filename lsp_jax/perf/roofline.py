@@ -1,8 +1,8 @@
 """Roofline of each phase of an iteration: the minimum time on the devices, as a fraction of the measured time.
 
 Only unavoidable work counts: products with weights, 2 operations per weight and token, and in decoding one read of the
-weights per column. The minimum time of a phase is the larger of operations and bytes at the devices' peak rates. Padding is
-not counted, and each prompt counts once. Attention scores, rewards and the optimiser are not counted.
+weights per column. The minimum time of a phase is the larger of operations and bytes at the devices' peak rates. Each
+prompt counts once, without padding; attention scores, rewards and the optimiser are not counted.
 """
 
 from __future__ import annotations
