@@ -171,7 +171,7 @@ def test_a_single_iteration_that_is_skipped_is_got_over(
     for numbers in ({"not_finite/component": 2.0}, {}, {"grad_norm": math.inf}, {}):
         alarms.check(1, sound | numbers, params, batch)
     said = capfd.readouterr().err
-    assert said.count("warning") == 2 and "not finite: b" in said and "not finite: gradient" in said
+    assert said.count("warning") == 2 and "non-finite component: b" in said and "non-finite component: gradient" in said
     for error in (1.06, math.nan):
         alarms.check(3, sound | {"sampling/token_mult_prob_error": error}, params, batch)
     assert capfd.readouterr().err.count("sampler and learner disagree") == 2
