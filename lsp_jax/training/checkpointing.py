@@ -40,8 +40,8 @@ class Saving:
         health: Health,
         start: HostState,
     ):
-        """The states of `alarms` and `health` are saved too; all checkpoints of the run have
-        the provenance of `start`, where it continues."""
+        """The states of `alarms` and `health` are saved too; the run continues from the host state `start`, and its
+        provenance is that of all checkpoints."""
         self._config, self._checkpoints, self._writer = config, checkpoints, writer
         self._alarms, self._health, self._provenance = alarms, health, start.provenance
         self.failed: int = 0
