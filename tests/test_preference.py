@@ -385,7 +385,7 @@ def test_template_is_needed(model: Path) -> None:
     refused(model, "chat_template")
     config["chat_template"] = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     (model / "tokenizer_config.json").write_text(json.dumps(config))
-    refused(model, "chat_template", "between a question and its answer")
+    refused(model, "chat_template", "must separate the user's message")
 
 
 def test_tokenizer_and_weights_must_fit(model: Path, tmp_path: Path) -> None:
