@@ -63,7 +63,7 @@ def iteration(run: Run, params: Any) -> dict[str, Any]:
     outputs = tuple(
         scoring.score_component(load_to_device(reward.params), episode, score=reward.score) for reward in run.rewards
     )
-    learnable = learn_batch(episode, outputs, run.hyper, specs=run.specs, game=game)
+    learnable = learn_batch(episode, outputs, run.specs, run.hyper, game=game)
     references = reference_logprobs(load_to_device(run.reference), learnable.batch, game.learner)
     arguments = state.params, learnable.batch, references, run.hyper
     program = gradients.lower(*arguments, spec=game.learner).compile()

@@ -78,7 +78,7 @@ def test_one_query_is_enough_for_the_solver_alone(train: Callable):
             ("command = 'tarin'", "must be one of train, doctor, generate, export, evaluate, report"),
         ),
         (["generate", "./no/such", "Hello"], ("model = './no/such'", "no such directory")),
-        (["export", "no/such/run", "out"], ("config = 'no/such/run/config.json'", "no such file")),
+        (["export", "no/such/run", "out"], ("config = 'no/such/run/config.json'", "No such file")),
     ],
 )
 def test_a_bad_command_is_named(arguments: list[str], words: tuple[str, ...], refused: Refused):

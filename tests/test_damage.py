@@ -90,7 +90,7 @@ def test_the_one_before_is_taken(
     resumed = train(config_of(game_model, run, resume="must"))
     out = capsys.readouterr().out
     assert f"checkpoint {NEWEST} is damaged and was moved to {run}/damaged/{NEWEST}" in out
-    assert f"going on after iteration {K}" in out
+    assert f"resuming after iteration {K}" in out
     assert tree_hash(run / "damaged" / str(NEWEST)) == left
     assert same_bits(resumed, whole_run[1])
     assert_same_run(run, whole_run[0])
@@ -120,7 +120,7 @@ def test_checkpoints_that_have_vanished_are_no_fresh_start(run: Path, game_model
     """`--resume auto` begins anew only where nothing was on disk."""
     shutil.rmtree(run / "checkpoints")
     before = tree_hash(run)
-    with pytest.raises(InputError, match=f"checkpoint {K} was there, and none is now"):
+    with pytest.raises(InputError, match=f"checkpoint {K} existed, and none is left"):
         train(config_of(game_model, run, resume="auto"))
     assert tree_hash(run) == before
 
@@ -130,7 +130,7 @@ def test_no_whole_one_is_an_error_and_stays_one(run: Path, game_model: Path):
         flip(array_file(run / "checkpoints" / str(step)), 0.5)
     lines = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "transcripts.jsonl")}
     for _ in range(2):
-        with pytest.raises(InputError, match="none of the run's checkpoints is whole"):
+        with pytest.raises(InputError, match="none of the run's checkpoints is intact"):
             train(config_of(game_model, run, resume="auto"))
     assert {name: (run / name).read_bytes() for name in lines} == lines
     assert {path.name for path in (run / "damaged").iterdir()} == {str(K), str(NEWEST)}

@@ -173,7 +173,7 @@ def sampled(setting: Setting) -> np.ndarray:
 
     def learn(episode: Episode) -> jax.Array:
         outputs = tuple(scoring.score_component(tables, episode, score=reward.score) for reward in REWARDS)
-        batch = learn_batch(episode, outputs, hyper, specs=SPECS, game=game).batch
+        batch = learn_batch(episode, outputs, SPECS, hyper, game=game).batch
         references = reference_logprobs(reference, batch, game.learner)._replace(params=reference)
         return ravel_pytree(gradients(params, batch, references, hyper, game.learner)[0])[0]
 

@@ -383,7 +383,7 @@ def test_a_run_goes_back_so_often_and_not_without_a_checkpoint(
     game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     collapsing(monkeypatch, 5, 5)
-    with pytest.raises(Collapsed, match="has gone back 1 times"):
+    with pytest.raises(Collapsed, match="after 1 rollbacks"):
         lsp.train(rolling(game_model, tmp_path / "often", health={"max_rollbacks": 1}), rewards=[host_reward()])
     assert (tmp_path / "often" / "checkpoints" / "5").is_dir()
     monkeypatch.undo()

@@ -67,7 +67,7 @@ def play(game: GameSpec, state: TrainState, hyper: Hyperparameters = HYPER) -> t
     token_classes = jnp.full(MODEL.vocab_size, TEXT, jnp.uint8)
     episode = rollout.solve(state.params, rollout.challenge(state.params, token_classes, key, game), key, game)
     outputs, specs = (score(None, episode),), (RewardSpec("sum", "task", 1.0),)
-    batch = learn_batch(episode, outputs, hyper, specs=specs, game=game).batch
+    batch = learn_batch(episode, outputs, specs, hyper, game=game).batch
     return batch, reference_logprobs(REFERENCE, batch, game.learner)._replace(params=REFERENCE)
 
 

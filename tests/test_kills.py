@@ -79,7 +79,7 @@ def iterations_before(process: subprocess.Popen[str]) -> int:
         line = process.stdout.readline()
         assert line, f"it ended with status {process.wait()}: {said}"
         said += line
-    found = re.search(r"going on after iteration (\d+)", said)
+    found = re.search(r"resuming after iteration (\d+)", said)
     return int(found[1]) if found else 0
 
 

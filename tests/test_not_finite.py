@@ -71,10 +71,10 @@ def test_the_diagnosis_names_the_place(
 
     run_stages_by(planted, monkeypatch)
     config = config_of(game_model, tmp_path / "run", max_skipped=2)
-    with pytest.raises(NumbersError, match=rf"iteration 2.*{name}; so for 2 iterations in a row") as error:
+    with pytest.raises(NumbersError, match=rf"iteration 2.*{name}; 2 consecutive iterations were skipped") as error:
         train(config)
     assert error.value.status == FAILED_STATUS
-    assert f"iteration 1 changed nothing: the first that was not finite: {name}" in capfd.readouterr().err
+    assert f"iteration 1: update skipped, first non-finite component: {name}" in capfd.readouterr().err
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["skipped_updates"] for line in lines] == [1, 2] and lines[0]["not_finite/component"] > 0
 
@@ -157,7 +157,7 @@ def test_the_count_in_a_row_goes_on_after_a_restart(monkeypatch: pytest.MonkeyPa
     for number in (1, 2):
         first.check(number, numbers, {"w": jnp.ones(2)}, cast(Any, None))
     saved = HostState.from_record(HostState(skipped=first.skipped).to_record())
-    with pytest.raises(NumbersError, match="for 3 iterations in a row"):
+    with pytest.raises(NumbersError, match="3 consecutive iterations were skipped"):
         Alarms(3, saved.skipped).check(3, numbers, {"w": jnp.ones(2)}, cast(Any, None))
 
 
@@ -171,7 +171,7 @@ def test_a_single_iteration_that_is_skipped_is_got_over(
     for numbers in ({"not_finite/component": 2.0}, {}, {"grad_norm": math.inf}, {}):
         alarms.check(1, sound | numbers, params, batch)
     said = capfd.readouterr().err
-    assert said.count("warning") == 2 and "not finite: b" in said and "not finite: gradient" in said
+    assert said.count("warning") == 2 and "non-finite component: b" in said and "non-finite component: gradient" in said
     for error in (1.06, math.nan):
         alarms.check(3, sound | {"sampling/token_mult_prob_error": error}, params, batch)
     assert capfd.readouterr().err.count("sampler and learner disagree") == 2

@@ -245,7 +245,7 @@ def test_ids_are_llama_3s(tmp_path: Path) -> None:
     # a space before the message joins its first word: the ids of the message alone would not be the template's
     joined = llama3_tokenizer.TEMPLATE.replace("+ message['content'] | trim", "+ ' ' + message['content'] | trim")
     (tmp_path / "chat_template.jinja").write_text(joined.replace("end_header_id|>\n\n", "end_header_id|>"))
-    with pytest.raises(InputError, match="other ids than one alone"):
+    with pytest.raises(InputError, match="must not change the token ids of its messages"):
         preference_template(Tokenizer.from_pretrained(tmp_path))
 
 
@@ -385,7 +385,7 @@ def test_template_is_needed(model: Path) -> None:
     refused(model, "chat_template")
     config["chat_template"] = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     (model / "tokenizer_config.json").write_text(json.dumps(config))
-    refused(model, "chat_template", "between a question and its answer")
+    refused(model, "chat_template", "must separate the user's message")
 
 
 def test_tokenizer_and_weights_must_fit(model: Path, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_killing_one_process_of_a_run_ends_the_other_with_its_name(game_model: P
 def test_one_process_that_is_asked_to_end_stops_all_of_them(game_model: Path, tmp_path: Path):
     """Both abandon the same iteration, save together and say the same; process 0 goes on alone from there."""
     said = [ended.said()["stopped"] for ended in run_together("asked", game_model, tmp_path / "run")]
-    assert said[0] == said[1] == "asked to end by SIGTERM; iteration 1 is saved; --resume auto goes on"
+    assert said[0] == said[1] == "asked to end by SIGTERM; iteration 1 is saved; --resume auto continues"
     state, host = saved_state(tmp_path / "run", game_model, 1)
     assert int(state.iteration) == host.iteration == 1
 

@@ -87,7 +87,7 @@ def test_resume_after_k_of_2k_steps(
 ):
     directory, state = whole_run
     resumed = train(config_of(game_model, half, resume="must"))
-    assert f"going on after iteration {K}" in capsys.readouterr().out
+    assert f"resuming after iteration {K}" in capsys.readouterr().out
     assert same_bits(resumed.params, state.params)
     assert same_bits(resumed.opt_state, state.opt_state)  # both moments and the count of the warm-up
     assert same_bits(resumed, state)
@@ -132,7 +132,7 @@ def test_auto_in_an_empty_directory_starts_and_says_so(
         directory.mkdir(parents=True)
     train(config_of(game_model, directory, resume="auto", max_steps=1))
     out = capsys.readouterr().out
-    assert "no checkpoint yet: starting from the model" in out and "going on" not in out
+    assert "no checkpoint yet: starting from the model" in out and "resuming" not in out
     assert without_clocks(directory) == without_clocks(whole_run[0])[:1]
 
 
@@ -141,7 +141,7 @@ def test_never_says_nothing_of_checkpoints(
 ):
     train(config_of(game_model, tmp_path / "run", max_steps=1))
     out = capsys.readouterr().out
-    assert "checkpoint yet" not in out and "going on" not in out
+    assert "checkpoint yet" not in out and "resuming" not in out
 
 
 def test_a_finished_run_says_so_and_keeps_what_it_wrote(
@@ -308,6 +308,6 @@ def test_kill_9_in_the_middle_and_resume(game_model: Path, tmp_path: Path):
     assert not (tmp_path / "killed" / "export").exists()
     resumed = child("killed", 0)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on after iteration" in resumed.stdout and "going on" not in killed.stdout
+    assert "resuming after iteration" in resumed.stdout and "resuming" not in killed.stdout
     train(config_of(game_model, tmp_path / "whole", max_steps=6, reward=QUALITY))
     assert_same_run(tmp_path / "killed", tmp_path / "whole")

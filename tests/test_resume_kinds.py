@@ -80,7 +80,7 @@ def test_kill_9_after_k_steps_and_k_more_are_2k_steps(kind: str, devices: int, g
     assert len(read_lines(tmp_path / "killed" / "metrics.jsonl")) == K + 1
     said = [child_run.run(config, env=env) for config in (replace(killed, resume="must"), whole)]
     assert [ended.returncode for ended in said] == [0, 0], said[0].stderr[-3000:] + said[1].stderr[-3000:]
-    assert f"going on after iteration {K}\n" in said[0].stdout and "going on" not in said[1].stdout
+    assert f"resuming after iteration {K}\n" in said[0].stdout and "resuming" not in said[1].stdout
     if devices > 1:
         assert "mesh: data 1, fsdp 4, tensor 2 (8 devices" in said[0].stdout
     assert_same_run(tmp_path / "killed", tmp_path / "whole")

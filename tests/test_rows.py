@@ -48,7 +48,7 @@ def test_neither_rewards_nor_their_masks_change_the_order(started: tuple[Run, Pa
     for _ in range(3):
         masks = rng.random((4, 4)) < 0.6, rng.random(4) < 0.8
         output = RewardOutput(*jax.tree.map(jnp.asarray, (rng.normal(size=(4, 4)).astype(np.float32), *masks)))
-        after = learn_batch(episode, (output,), run.hyper, specs=SPECS, game=game).batch
+        after = learn_batch(episode, (output,), SPECS, run.hyper, game=game).batch
         again = reference_logprobs(run.reference, after, game.learner)
         for old, new, one, other in zip(before, after, references[:2], again[:2], strict=True):
             assert old is not None and new is not None and one is not None and other is not None

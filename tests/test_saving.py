@@ -84,7 +84,7 @@ def test_a_full_disk_and_going_on(
         state = run(config, full, lambda number: number in (1, 2))
     assert same_bits(state, whole_run[1])
     said = capfd.readouterr().err
-    assert said.count("could not be written") == 2 and "the newest one is 1, going on" in said
+    assert said.count("could not be written") == 2 and "the newest one is 1; continuing" in said
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[0]["checkpoint/failed"] == 0
     assert lines[-1]["checkpoint/failed"] >= 1  # what is found only while the last one is saved is not in its line
@@ -164,7 +164,7 @@ def test_a_directory_that_has_become_read_only(
         assert len(lines) < STEPS and not (tmp_path / "run" / "export").exists()
     else:
         assert ended.returncode == 0 and "checkpoint 4 could not be written" in ended.stderr, ended.stderr
-        assert ended.stderr.count("the newest one is 1, going on") >= 3 and lines[-1]["checkpoint/failed"] >= 1
+        assert ended.stderr.count("the newest one is 1; continuing") >= 3 and lines[-1]["checkpoint/failed"] >= 1
         assert_same_run(tmp_path / "run", whole_run[0])
         shutil.rmtree(tmp_path / "run" / "export")
     resumed = train(replace(config, resume="must"))

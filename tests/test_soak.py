@@ -83,7 +83,7 @@ def test_killed_every_fifty_iterations(soak: Soak, tmp_path: Path) -> None:
         ended = child_run.run(config, "killed_at", iteration, env=soak.environment)
         assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
         assert len(without_clocks(tmp_path / "killed")) == iteration
-        gone_on += "going on after iteration" in ended.stdout
+        gone_on += "resuming after iteration" in ended.stdout
     ended = child_run.run(config, env=soak.environment)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert gone_on == STEPS // EVERY - 1, "all but the first"

@@ -76,7 +76,7 @@ def test_a_signal_in_any_phase(
 
 def test_a_signal_before_anything_was_learned(game_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rollout, "solve", signalled(rollout.solve, 1))
-    with pytest.raises(Stopped, match="nothing was there to save"):
+    with pytest.raises(Stopped, match="there was nothing to save"):
         train(config_of(game_model, tmp_path / "run"))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -168,7 +168,7 @@ def test_a_second_interrupt_ends_at_once(game_model: Path, tmp_path: Path):
         child.process.send_signal(signal.SIGINT)
         time.sleep(1)
     status, said = child.ends()
-    assert status == 130 and "Ctrl-C to end at once" in said and "interrupted twice" in said
+    assert status == 130 and "Ctrl-C to exit at once" in said and "interrupted twice" in said
 
 
 def test_what_is_left_has_a_limit(game_model: Path, tmp_path: Path):

@@ -34,6 +34,7 @@ STAGES = (reference_logprobs, learn_batch, with_old_logprobs, update)
 TASK = jnp.asarray([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9], [0.5, 0.5, 0.5]])  # V(q) 0.2, 0.5, 0.8
 VALID = jnp.asarray([True, True, True, False])
 NEAREST = jnp.asarray([0.95, 0.5, 0.1, 0.1])
+PLAIN_MIXING = RewardSpec("task", "task", 1.0)
 CONFIG = TrainConfig(
     play=PlayConfig(N, G, max_query_length=T, max_completion_length=T),
     loss=LossConfig(num_iterations=2, clip_epsilon=0.2, importance_cap=2.0, value_low=0.1, value_high=0.9),
@@ -70,15 +71,14 @@ def config(**changes: Any) -> TrainConfig:
     return found
 
 
-def learned(config: TrainConfig) -> dict[str, np.ndarray]:
+def learned(config: TrainConfig, mixing: RewardSpec = PLAIN_MIXING) -> dict[str, np.ndarray]:
     """What two updates on one play give, in the order in which it is made."""
     parts = {name: getattr(config, name) for name in ("play", "loss", "memory", "optimizer")}
     game, hyper = game_spec(MODEL, PROMPTS, **parts)
     assert all(isinstance(scalar, np.float32) for scalar in hyper)
     references = reference_logprobs(REFERENCE, rows_without_rewards(EPISODE, game=game), spec=game.learner)
     outputs = (RewardOutput(TASK, jnp.ones((N, G), bool), jnp.ones(N, bool)),)
-    specs = (RewardSpec("task", "task", 1.0),)
-    scored = learn_batch(EPISODE, outputs, hyper, jnp.float32(1), NEAREST, specs=specs, game=game)
+    scored = learn_batch(EPISODE, outputs, (mixing,), hyper, jnp.float32(1), NEAREST, game=game)
     batch = with_old_logprobs(POLICY, None, scored.batch, spec=game.learner)
     first, metrics = update(init_state(POLICY, game.learner.optimizer), batch, references, hyper, spec=game.learner)
     moved = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), first.params, POLICY)
@@ -141,6 +141,17 @@ def test_leaving_the_gate_and_the_warm_up_out_compiles_nothing(plain: dict[str, 
     np.testing.assert_allclose(found["step"], 2 * plain["step"], rtol=1e-4, atol=1e-7)
 
 
+def test_weight_and_bounds_of_a_reward_compile_nothing(plain: dict[str, np.ndarray]) -> None:
+    """Both have their effect on the Challenger's reward -V(q) of the queries that get no penalty."""
+    before = compiled()
+    halved = learned(CONFIG, replace(PLAIN_MIXING, weight=0.5))
+    clipped = learned(CONFIG, replace(PLAIN_MIXING, clip=(0.0, 0.5)))
+    assert compiled() == before
+    np.testing.assert_allclose(plain["rewards"][1:3], [-0.5, -0.8], rtol=1e-6)
+    np.testing.assert_allclose(halved["rewards"][1:3], [-0.25, -0.4], rtol=1e-6)
+    np.testing.assert_allclose(clipped["rewards"][1:3], [-(0.4 + 0.5 + 0.5) / 3, -0.5], rtol=1e-6)
+
+
 def test_the_effects_are_of_the_right_size(plain: dict[str, np.ndarray]) -> None:
     half = learned(config(loss__alpha_challenger=0.5))
     np.testing.assert_allclose(half["weights"], 0.5 * plain["weights"], rtol=1e-6)
@@ -150,6 +161,13 @@ def test_the_effects_are_of_the_right_size(plain: dict[str, np.ndarray]) -> None
     np.testing.assert_allclose(losses[2] - losses[1], losses[1] - losses[0], rtol=1e-4)
     penalised = learned(config(memory__penalty=0.5))["rewards"]
     np.testing.assert_allclose(penalised - plain["rewards"], [-0.25, 0, 0, 0], atol=1e-6)
+
+
+def test_standardisation_of_a_reward_compiles(plain: dict[str, np.ndarray]) -> None:
+    """The control of a reward's weight and bounds."""
+    before = learn_batch.jitted._cache_size()
+    learned(CONFIG, replace(PLAIN_MIXING, standardize=True))
+    assert learn_batch.jitted._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("change", [{"loss__kl_estimator": "k3"}, {"loss__importance_cap": 0.0}], ids=str)

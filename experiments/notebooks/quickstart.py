@@ -105,7 +105,7 @@ for spec, output in zip(run.specs, outputs, strict=True):
 # %%
 rows = rows_without_rewards(episode, game=run.game)
 references = reference_logprobs(run.reference, rows, spec=run.game.learner)
-learnable = learn_batch(episode, outputs, run.hyper, specs=run.specs, game=run.game)
+learnable = learn_batch(episode, outputs, run.specs, run.hyper, game=run.game)
 print("advantages of the Challenger", jax.device_get(learnable.batch.challenger.advantages).round(3))
 shapes(learnable.batch.solver)
 

@@ -1,4 +1,4 @@
 """Algorithm 1 of the paper on device.
 
-Read `spec` (what is fixed), `stages` (the stages in order), `rollout`, `learner_batch`.
+Read `spec` (static settings), `stages` (the stages in order), `rollout`, `learner_batch`.
 """

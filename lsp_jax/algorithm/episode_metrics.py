@@ -1,4 +1,4 @@
-"""Metrics of an iteration's play and rewards: means over the rows that count, computed on the device."""
+"""Metrics of rollouts and rewards: means over the valid rows, computed on the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lsp_jax.reward.base import Scores, correlation, mean_std
 
 
 def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metrics:
-    """Means over what counts; names are listed in `reporting/metrics.py`."""
+    """Metrics of an episode and its scores, float32 scalars by name (defined in `reporting/metrics.py`)."""
     metrics: Metrics = {}
     for role, values, counts in (
         ("solver", result.solver_reward, result.answer_counts),
@@ -38,11 +38,10 @@ def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metric
         metrics[f"rewards/{one}/correlation/{other}"] = correlation(*pair, result.answer_counts)
     pair = scores.task, scores.quality
     metrics["rewards/task_quality_correlation"] = correlation(*pair, result.answer_counts)
-    # the rewards themselves: centred on their mean, equal ones need not be exactly 0
-    highest = jnp.max(jnp.where(result.answer_counts, result.solver_reward, -jnp.inf), axis=1)
-    lowest = jnp.min(jnp.where(result.answer_counts, result.solver_reward, jnp.inf), axis=1)
-    flat = highest <= lowest
-    metrics["solver/frac_reward_zero_std"] = jnp.mean(flat)
+    # compares rewards, not advantages: those of equal rewards need not be exactly 0
+    highest_N = jnp.max(jnp.where(result.answer_counts, result.solver_reward, -jnp.inf), axis=1)
+    lowest_N = jnp.min(jnp.where(result.answer_counts, result.solver_reward, jnp.inf), axis=1)
+    metrics["solver/frac_reward_zero_std"] = jnp.mean(highest_N <= lowest_N)
     metrics["solver/prompts/mean_length"] = jnp.mean(episode.prompts[1].astype(jnp.float32))
     metrics["queries/valid_fraction"] = jnp.mean(scores.valid_query)
     metrics["queries/unique_fraction"] = _unique_fraction(episode.queries)
@@ -56,27 +55,26 @@ def play_metrics(episode: Episode, scores: Scores, result: Advantages) -> Metric
 
 @jax.jit
 def tokens_of(episode: Episode) -> jax.Array:
-    """float32: tokens sampled by both roles."""
+    """Number of tokens sampled by both roles, float32."""
     sampled = episode.queries.sampled
     asked = 0 if sampled is None else jnp.sum(sampled.lengths)
     return (jnp.sum(episode.answers.lengths) + asked).astype(jnp.float32)
 
 
-def _values(task: jax.Array, result: Advantages) -> Metrics:
-    """How V(q), the mean task reward of a query's answers, is spread over the queries that have any; 0 without one."""
-    answered = jnp.sum(result.answer_counts, axis=1)
-    value = jnp.sum(jnp.where(result.answer_counts, task, 0.0), axis=1) / jnp.maximum(answered, 1)
-    value = jnp.sort(jnp.where(answered > 0, value, jnp.inf))  # those without one at the end
-    number = jnp.sum(answered > 0)
-    at = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
-    places = {name: jnp.round(share * (number - 1)).astype(jnp.int32) for name, share in at.items()}
-    return {f"queries/value/{name}": jnp.where(number > 0, value[place], 0.0) for name, place in places.items()}
+def _values(task_NG: jax.Array, result: Advantages) -> Metrics:
+    """Quantiles of V(q), the mean task reward of a query's valid answers, over queries that have any; 0 without one."""
+    answered_N = jnp.sum(result.answer_counts, axis=1)
+    value_N = jnp.sum(jnp.where(result.answer_counts, task_NG, 0.0), axis=1) / jnp.maximum(answered_N, 1)
+    value_N = jnp.sort(jnp.where(answered_N > 0, value_N, jnp.inf))  # queries without valid answers last
+    number = jnp.sum(answered_N > 0)
+    quantiles = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "max": 1.0}
+    ranks = {name: jnp.round(quantile * (number - 1)).astype(jnp.int32) for name, quantile in quantiles.items()}
+    return {f"queries/value/{name}": jnp.where(number > 0, value_N[rank], 0.0) for name, rank in ranks.items()}
 
 
 def _unique_fraction(queries: Queries) -> jax.Array:
-    """Distinct queries over N, by their ids."""
-    tokens, lengths = queries.text
-    real = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, -1)
-    same = jnp.all(real[:, None] == real[None], axis=-1)
-    earlier = jnp.tril(same, -1)
-    return jnp.mean(~jnp.any(earlier, axis=-1))
+    """Fraction of distinct queries, compared by token ids."""
+    tokens_NT, lengths_N = queries.text
+    tokens_NT = jnp.where(jnp.arange(tokens_NT.shape[1])[None] < lengths_N[:, None], tokens_NT, -1)
+    same_NN = jnp.all(tokens_NT[:, None] == tokens_NT[None], axis=-1)
+    return jnp.mean(~jnp.any(jnp.tril(same_NN, -1), axis=-1))  # equal to no earlier query

@@ -1,7 +1,7 @@
-"""From an episode to the rows that both roles learn from, in one order whether they are scored yet or not.
+"""From an episode to the rows of the loss for both roles, in the same order before and after scoring.
 
-1. `rows_without_rewards`: the rows before any reward is known; the reference's pass needs no more.
-2. `learn_batch`: rewards and masks -> advantages -> the rows of the update, with the metrics of play and reward.
+1. `rows_without_rewards`: the rows before any reward is known, which suffice for the reference's forward pass.
+2. `learn_batch`: rewards and masks -> advantages -> the rows of the update, with the metrics of rollouts and rewards.
 """
 
 from __future__ import annotations
@@ -35,31 +35,34 @@ class ScoredBatch(NamedTuple):
 
 @stage(static="game")
 def rows_without_rewards(episode: Episode, game: GameSpec) -> LearnBatch:
-    """The rows as `learn_batch` orders them, with advantages of 0; answers to valid queries count, and every query."""
+    """The rows in the order of `learn_batch`, with advantages 0; all queries and all answers to valid queries count."""
     shape = episode.answers.lengths.shape
     answers = jnp.zeros(shape), jnp.broadcast_to(episode.queries.valid[:, None], shape)
     return _rows(episode, answers, (jnp.zeros(shape[0]), jnp.ones(shape[0], bool)), game, 1.0)
 
 
-@stage(static=("specs", "game"))
+@stage(static="game")
 def learn_batch(
     episode: Episode,
     outputs: tuple[RewardOutput, ...],
+    specs: tuple[RewardSpec, ...],
     hyper: Hyperparameters,
     challenger_weight: jax.Array | float = 1.0,
     nearest_similarity_N: jax.Array | None = None,
     *,
-    specs: tuple[RewardSpec, ...],
     game: GameSpec,
 ) -> ScoredBatch:
-    """Rewards -> advantages -> the rows of both roles, and the metrics of play and reward. `challenger_weight` is a
-    factor of the Challenger's loss: 0 while it is paused; `nearest_similarity_N` is each query's highest similarity
-    to an earlier one."""
+    """Rewards -> advantages -> the rows of both roles, with the metrics of rollouts and rewards.
+
+    `outputs` and `specs` are those of the reward components, in the same order. `challenger_weight` is a factor of the
+    Challenger's loss, 0 while it is paused; `nearest_similarity_N` is the highest similarity of each query to an
+    earlier one.
+    """
     loss = game.learner.loss
     scores = combine(specs, outputs, episode, loss.use_quality)
-    near = None if nearest_similarity_N is None else nearest_similarity_N >= hyper.near_duplicate
+    near_duplicate_N = None if nearest_similarity_N is None else nearest_similarity_N >= hyper.near_duplicate
     rewards = GroupRewards(scores.task, scores.quality, scores.valid_query, scores.valid_answer)
-    result = advantages(rewards, loss, hyper, near)
+    result = advantages(rewards, loss, hyper, near_duplicate_N)
     answers, queries = (result.solver, result.answer_counts), (result.challenger, result.query_counts)
     batch = _rows(episode, answers, queries, game, hyper.alpha_challenger)
     if batch.challenger is not None:
@@ -77,22 +80,22 @@ def _rows(
 ) -> LearnBatch:
     """Rows of both roles from the advantages and counts of `answers` [N, G] and `queries` [N].
 
-    They are sorted by what is known once they are sampled, so that neither rewards nor their masks change the order.
+    The sort keys are known after sampling, so neither rewards nor their masks change the order.
     """
     repeats, learner = game.num_generations, game.learner
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), episode.answers)
     prompts = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), episode.prompts)
-    advantages, counts = (x.reshape(-1) for x in answers)
-    solver = make_rows(prompts, _sampled(flat), advantages, counts, 1.0, learner.loss.loss_type)
-    valid = jnp.repeat(episode.queries.valid, repeats)
-    solver = by_length(solver, learner.prompt_sharing(learner.solver), valid)
+    advantages_B, counts_B = (x.reshape(-1) for x in answers)
+    solver = make_rows(prompts, _sampled(flat), advantages_B, counts_B, 1.0, learner.loss.loss_type)
+    valid_B = jnp.repeat(episode.queries.valid, repeats)
+    solver = by_length(solver, learner.prompt_sharing(learner.solver), valid_B)
     sampled = episode.queries.sampled
     if not game.trains_challenger or sampled is None:
         return LearnBatch(solver, None)
     prompt = ids_row(game.prompts.challenger_ids)
     challenger = make_rows(prompt, _sampled(sampled), *queries, alpha_challenger, learner.loss.loss_type)
-    every = jnp.ones(len(queries[0]), bool)
-    return LearnBatch(solver, by_length(challenger, learner.prompt_sharing(learner.challenger), every))
+    every_N = jnp.ones(len(queries[0]), bool)
+    return LearnBatch(solver, by_length(challenger, learner.prompt_sharing(learner.challenger), every_N))
 
 
 def _sampled(completions: Completions) -> Sampled:

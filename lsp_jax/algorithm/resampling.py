@@ -1,9 +1,9 @@
-"""Queries that teach nothing, because all their answers got one reward, played anew (as DAPO's dynamic sampling).
+"""Resampling of queries without a gradient, whose answers all have the same reward (as in DAPO's dynamic sampling).
 
-A new play of the whole iteration takes the place of those queries, as far as its own have answers that differ; so for
-`play.max_resamples` times, or until none is left. Queries of the Challenger that are invalid stay: it is to learn from
-them. So it does not learn from those that every answer solved or missed, which changes its reward: an ablation, off
-unless asked for.
+The iteration is sampled again, and those queries are replaced by new ones whose answers have different rewards; this
+repeats until none is left, at most `play.max_resamples` times. Invalid queries are kept, because the Challenger learns
+from their penalty. It no longer learns from queries that all answers solve or all answers miss, which changes its
+objective: an ablation, off by default.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from lsp_jax.core.stage import stage
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.reward.base import RewardOutput, RewardSpec, combine, solver_rewards
 
-RESAMPLE = 16  # folded into the iteration's key, one more each time: roles have their own places below
+RESAMPLE = 16  # RESAMPLE + attempt is folded into the iteration's key; the roles use smaller numbers
 
 
-@stage(static=("specs", "use_quality"))
+@stage(static="use_quality")
 def groups(
     episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], use_quality: bool
 ) -> jax.Array:
-    """bool [2, N]: valid queries whose answers that count all have one reward, and those whose have several."""
-    reward, counts = solver_rewards(combine(specs, outputs, episode, use_quality), use_quality)
-    highest = jnp.max(jnp.where(counts, reward, -jnp.inf), axis=1)
-    lowest = jnp.min(jnp.where(counts, reward, jnp.inf), axis=1)
-    return jnp.stack([jnp.any(counts, axis=1) & (highest <= lowest), highest > lowest])
+    """Masks bool [2, N]: queries whose valid answers all have the same reward, and those with different rewards."""
+    reward_NG, counts_NG = solver_rewards(combine(specs, outputs, episode, use_quality), use_quality)
+    highest_N = jnp.max(jnp.where(counts_NG, reward_NG, -jnp.inf), axis=1)
+    lowest_N = jnp.min(jnp.where(counts_NG, reward_NG, jnp.inf), axis=1)
+    return jnp.stack([jnp.any(counts_NG, axis=1) & (highest_N <= lowest_N), highest_N > lowest_N])
 
 
-def sources(flat: np.ndarray, fresh_differ: np.ndarray) -> np.ndarray:
-    """int32 [N]: for each query the one of a fresh play that takes its place, -1 where it stays; in order."""
-    found = np.full(len(flat), -1, np.int32)
-    usable = np.flatnonzero(fresh_differ)
-    places = np.flatnonzero(flat)[: len(usable)]
-    found[places] = usable[: len(places)]
-    return found
+def sources(flat_N: np.ndarray, fresh_differ_N: np.ndarray) -> np.ndarray:
+    """Index of the new query that replaces each query, int32 [N]; -1 where it is kept. Both are taken in order."""
+    source_N = np.full(len(flat_N), -1, np.int32)
+    usable = np.flatnonzero(fresh_differ_N)
+    places = np.flatnonzero(flat_N)[: len(usable)]
+    source_N[places] = usable[: len(places)]
+    return source_N
 
 
 @stage()
-def replaced(old: tuple[Episode, tuple[RewardOutput, ...]], fresh: Any, source: jax.Array) -> Any:
-    """`old` with the queries for which `source` [N] is not -1 taken from `fresh`, with all that belongs to them."""
+def replaced(old: tuple[Episode, tuple[RewardOutput, ...]], fresh: Any, source_N: jax.Array) -> Any:
+    """`old` with the queries for which `source_N` is not -1, and all their arrays, taken from `fresh`."""
 
     def take(left: jax.Array, right: jax.Array) -> jax.Array:
-        chosen = (source >= 0).reshape(-1, *[1] * (left.ndim - 1))
-        return jnp.where(chosen, right[jnp.maximum(source, 0)], left)
+        chosen = (source_N >= 0).reshape(-1, *[1] * (left.ndim - 1))
+        return jnp.where(chosen, right[jnp.maximum(source_N, 0)], left)
 
     return jax.tree.map(take, old, fresh)

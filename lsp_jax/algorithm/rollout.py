@@ -1,6 +1,6 @@
-"""Rollouts of both roles: short completions by one program, long ones chunk by chunk.
+"""Rollouts of both roles: short completions in one program, long ones in chunks.
 
-The same functions compose under `jax.jit`, where decoding is always one program.
+The functions also compose under `jax.jit`, where decoding is always one program.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lsp_jax.text.prompts import Ragged
 def challenge(
     params: llama.Params, token_classes: jax.Array, key: jax.Array, game: GameSpec, on: Backend = EAGER
 ) -> Queries:
-    """N queries; `token_classes` uint8 [V] tells text, blank and control tokens apart."""
+    """Samples N queries; `token_classes` uint8 [V] tells text, blank and control tokens apart."""
     prompts, keys = on.call(challenger_rows, key, game=game)
     sampled = complete(params, prompts, keys, game.challenger, on)
     return on.call(read_queries, sampled, token_classes, game=game)
 
 
 def solve(params: llama.Params, queries: Queries, key: jax.Array, game: GameSpec, on: Backend = EAGER) -> Episode:
-    """The episode: G answers to each query."""
+    """Samples G answers to each query, which complete the episode."""
     prompts, keys = on.call(solver_rows, queries, key, game=game)
     answers = complete(params, prompts, keys, game.solver, on)
     return Episode(queries, prompts, on.call(grouped, answers, game=game))
@@ -46,7 +46,7 @@ rollout: Stage[..., Completions] = stage(static="spec")(decode.rollout)
 
 
 def precompile(params: llama.Params, queries: Queries, key: jax.Array, game: GameSpec) -> None:
-    """Compiles what both roles' decoding can need, whatever lengths they play; `queries` are of the run's shapes."""
+    """Compiles the decoding programs of both roles for all lengths; `queries` have the run's shapes."""
     if queries.sampled is not None and game.challenger.chunked:
         chunked_decode.precompile(params, *challenger_rows(key, game), game.challenger)
     if game.solver.chunked:
@@ -61,7 +61,7 @@ def challenger_rows(key: jax.Array, game: GameSpec) -> tuple[Ragged, jax.Array]:
 
 @stage(static="game")
 def read_queries(sampled: Completions, token_classes: jax.Array, game: GameSpec) -> Queries:
-    """The queries that the Challenger's completions are."""
+    """Parses the Challenger's completions into queries."""
     return selfplay.read_queries(sampled, token_classes, game.prompts)
 
 
@@ -73,5 +73,5 @@ def solver_rows(queries: Queries, key: jax.Array, game: GameSpec) -> tuple[Ragge
 
 @stage(static="game")
 def grouped(flat: Completions, game: GameSpec) -> Completions:
-    """[N * G, ...] -> [N, G, ...]."""
+    """Reshapes completions [N * G, ...] to [N, G, ...]."""
     return selfplay.grouped(flat, game.num_generations)

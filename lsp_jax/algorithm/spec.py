@@ -1,4 +1,4 @@
-"""The static specification of a run, and the numbers that its programs are called with."""
+"""The static specification of a run, and the traced scalars passed to its programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lsp_jax.text.prompts import PlayPrompts
 
 @dataclass(frozen=True)
 class GameSpec:
-    """All that decides the programs of a run; hashable. Each stage takes the part that it depends on."""
+    """All settings that determine the programs of a run; hashable. Each stage takes the part that it depends on."""
 
     prompts: PlayPrompts
     challenger: DecodeSpec
@@ -31,7 +31,7 @@ class GameSpec:
     num_generations: int
     """G."""
     memory_size: int
-    """Queries of the Challenger that are remembered, if it learns."""
+    """Queries of the Challenger kept for novelty, if it is trained."""
 
     @classmethod
     def of(
@@ -42,7 +42,7 @@ class GameSpec:
         stop_ids: tuple[int, ...],
         compute_dtype: str,
     ) -> GameSpec:
-        """The specification of the run `config`, whose `compute_dtype` is decided: float32 or bfloat16."""
+        """The specification of the run `config`; `compute_dtype` is float32 or bfloat16."""
         play, optimizer = config.play, config.optimizer
         return cls(
             prompts=prompts,
@@ -69,17 +69,17 @@ class GameSpec:
 
     @property
     def model(self) -> LlamaConfig:
-        """Of both roles."""
+        """Model configuration of both roles."""
         return self.learner.model
 
     @property
     def trains_challenger(self) -> bool:
-        """Whether the Challenger's queries are learned from."""
+        """Whether the Challenger is trained."""
         return self.learner.loss.trains_challenger
 
     @property
     def init_train_state(self) -> Callable[[Params], TrainState]:
-        """From the loaded parameters to the state that a run starts with; to be jitted."""
+        """Function from the loaded parameters to the initial train state; to be jitted."""
         size = (self.memory_size, self.model.hidden_size) if self.trains_challenger else None
         start = partial(init_state, spec=self.learner.optimizer, memory=size)
         lora = self.learner.lora

@@ -1,16 +1,16 @@
 """One iteration of LSP as stages, and `iteration`, their order.
 
-The trainer runs the stages and times them, tests trace them into one program, `lsp-jax plan` compiles them for another
-machine: all walk `iteration` here, each with a `Backend` and a `Source` of its own.
+The trainer runs and times the stages, tests trace them into one program, `lsp-jax plan` compiles them for other
+hardware: all call `iteration`, each with its own `Backend` and `Source`.
 
-1. `rollout_params`: the parameters in the layout and dtype of decoding.
+1. `rollout_params`: the parameters in the layout and dtype for decoding.
 2. `rollout.challenge`, `rollout.solve`: queries, and G answers to each -> Episode.
-3. the source's rewards.
-4. `rows_without_rewards`, `reference_logprobs`: the rows, and the frozen reference's log-probabilities of them;
-   `novelty_metrics`: how near the queries are to earlier ones.
-5. `learn_batch`: rewards and masks -> advantages -> the same rows to learn from, with the metrics of play and reward.
-6. `learn`: as many times as there are inner epochs, `update`: the joint gradient and one optimiser step; the state is
-   donated.
+3. `Source.score`: rewards.
+4. `rows_without_rewards`, `reference_logprobs`: the rows, and their log-probabilities under the frozen reference;
+   `novelty_metrics`: similarity of the queries to earlier ones.
+5. `learn_batch`: rewards and masks -> advantages -> the same rows with advantages, and the metrics of rollouts and
+   rewards.
+6. `learn`: one `update` per inner epoch: the joint gradient and one optimiser step; the state is donated.
 
 LSP, Algorithm 1.
 """
@@ -44,18 +44,18 @@ class Source(Protocol):
 
     @property
     def specs(self) -> tuple[RewardSpec, ...]:
-        """How the rewards are mixed."""
+        """How the rewards are combined."""
         ...
 
     def queries(self, on: Backend, params: llama.Params, key: jax.Array) -> Queries:
-        """The Challenger's queries, or a data set's."""
+        """Queries of the Challenger or of a data set."""
         ...
 
     def score(
         self, on: Backend, params: llama.Params, key: jax.Array, episode: Episode
     ) -> tuple[Episode, Callable[[], tuple[RewardOutput, ...]]]:
-        """Begins to score the episode, or one that takes its place; the function returns the outputs, in the order of
-        `specs`, and is called while the devices run the reference."""
+        """Starts scoring; returns the episode, which resampling may have changed, and a function that returns the
+        outputs in the order of `specs`. It is called while the devices run the reference."""
         ...
 
 
@@ -77,10 +77,10 @@ def iteration(
     inputs: tuple[jax.Array, Hyperparameters, jax.Array | float],
     game: GameSpec,
 ) -> IterationResult:
-    """One iteration; `state` is consumed. `reference` are the frozen parameters in the compute dtype, `inputs` the
-    seed's key, the hyperparameters, and a factor of the Challenger's loss: 0 while it is paused."""
+    """Runs one iteration; `state` is donated. `reference` are the frozen parameters in the compute dtype; `inputs` are
+    the seed's key, the hyperparameters, and a factor of the Challenger's loss, 0 while it is paused."""
     seed_key, hyper, challenger_weight = inputs
-    on.sync("iteration")  # a process that is late is named here, not waited for in a collective
+    on.sync("iteration")  # names a late process here; a collective would only wait for it
     key = on.call(iteration_key, seed_key, state.iteration, state.attempt)
     with on.phase("weight_sync"):
         params = on.ready(rollout_params(state.params, game, reference, on.call))
@@ -100,11 +100,11 @@ def iteration(
         references = on.ready(references)
     with on.phase("reward"):
         memory, near, novelty = novelty_metrics(on.call, state.memory, episode, references, hyper)
-        arguments = episode, outputs, hyper, challenger_weight, near
-        learnable = on.ready(on.call(learn_batch, *arguments, specs=source.specs, game=game))
+        arguments = episode, outputs, source.specs, hyper, challenger_weight, near
+        learnable = on.ready(on.call(learn_batch, *arguments, game=game))
     on.sync("update")
     with on.phase("update"):
-        # its log-probabilities are all that most updates need of the reference
+        # most updates need only the reference's log-probabilities, not its parameters
         references = references._replace(params=loaded if game.learner.needs_base else None)
         del loaded
         state = state._replace(memory=memory)
@@ -114,32 +114,32 @@ def iteration(
 
 @stage()
 def iteration_key(seed_key: jax.Array, iteration: jax.Array, attempt: jax.Array) -> jax.Array:
-    """The iteration's own key, from counters in the checkpoint: a resumed run draws what it would have drawn."""
+    """The PRNG key of an iteration, derived from counters in the checkpoint, so that a resumed run is identical."""
     return jax.random.fold_in(jax.random.fold_in(seed_key, iteration), attempt)
 
 
 @stage(static="dtype")
 def cast_for_decoding(params: llama.Params, dtype: str) -> llama.Params:
-    """The parameters in `dtype`, laid out for decoding."""
+    """The parameters in `dtype` and in the decode layout."""
     return shard_params(llama.cast(params, dtype), "decode")
 
 
 @stage(static="dtype")
 def cast_adapters(adapters: llama.Params, dtype: str) -> llama.Params:
-    """Adapters in `dtype`."""
+    """The adapters in `dtype`."""
     return shard_params(llama.cast(adapters, dtype))
 
 
 @stage(static="lora")
 def adapters_for_products(adapters: llama.Params, lora: LoraConfig) -> llama.Params:
-    """Adapters with their scale. (Within `cast_adapters` XLA might scale them before it rounds them.)"""
+    """The adapters multiplied by their scale; not in `cast_adapters`, where XLA might scale before it rounds."""
     return shard_params(scale_adapters(adapters, lora))
 
 
 def rollout_params(params: llama.Params, game: GameSpec, base: llama.Params, call: Call = execute) -> llama.Params:
-    """The parameters that play: the trained ones cast and laid out for decoding by one jitted function, or those
-    themselves when on a single device they have the dtype. Adapters play beside the arrays of `base`, the frozen
-    reference, which is not read otherwise."""
+    """The parameters for rollouts: the trained ones, cast and resharded for decoding; the same arrays on a single
+    device if they already have the dtype. Adapters are merged into the tree of `base`, the frozen reference, which is
+    read only then."""
     dtype, lora = game.learner.compute_dtype, game.learner.lora
     if lora.rank:
         adapters = call(cast_adapters, params, dtype=dtype)
@@ -150,16 +150,17 @@ def rollout_params(params: llama.Params, game: GameSpec, base: llama.Params, cal
 
 @stage()
 def update_novelty(
-    memory: Memory, embeddings: jax.Array, lengths: jax.Array, threshold: jax.Array | float
+    memory: Memory, embeddings_ND: jax.Array, lengths_N: jax.Array, threshold: jax.Array | float
 ) -> tuple[Memory, jax.Array, Metrics]:
-    """The memory with this iteration's queries, each one's similarity [N] to the nearest earlier one, and metrics.
+    """Adds this iteration's queries to the memory; returns it, the highest similarity [N] of each query to an earlier
+    one, and metrics.
 
-    `embeddings` [N, D] are of the rows as `rows_without_rewards` sorts them by the `lengths` [N] of the queries; two
-    queries are near-duplicates from the similarity `threshold`.
+    `embeddings_ND` are in the row order of `rows_without_rewards`, which sorts queries by `lengths_N`; queries with a
+    similarity of at least `threshold` are near-duplicates.
     """
-    order = length_order(lengths, 1, jnp.ones(len(lengths), bool))
-    embeddings = jnp.zeros_like(embeddings).at[order].set(embeddings)
-    to_memory, among = similarities(memory, embeddings)
+    order_N = length_order(lengths_N, 1, jnp.ones(len(lengths_N), bool))
+    embeddings_ND = jnp.zeros_like(embeddings_ND).at[order_N].set(embeddings_ND)
+    to_memory, among = similarities(memory, embeddings_ND)
     nearest_similarity_N = nearest(to_memory, among)
     metrics = {
         "queries/nearest_similarity": jnp.mean(nearest_similarity_N),
@@ -167,13 +168,13 @@ def update_novelty(
         "queries/cluster_entropy": cluster_entropy(among, threshold),
     }
     metrics = {name: value.astype(jnp.float32) for name, value in metrics.items()}
-    return shard_params(remember(memory, embeddings)), nearest_similarity_N, metrics
+    return shard_params(remember(memory, embeddings_ND)), nearest_similarity_N, metrics
 
 
 def novelty_metrics(
     call: Call, memory: Memory | None, episode: Episode, references: References, hyper: Hyperparameters
 ) -> tuple[Memory | None, jax.Array | None, Metrics]:
-    """`update_novelty` of this iteration's queries; nothing where the Challenger does not learn."""
+    """Applies `update_novelty` to this iteration's queries; no metrics if the Challenger is not trained."""
     embeddings, sampled = references.challenger and references.challenger.embeddings, episode.queries.sampled
     if memory is None or embeddings is None or sampled is None:
         return memory, None, {}
@@ -182,13 +183,15 @@ def novelty_metrics(
 
 @stage()
 def next_iteration(counter: jax.Array) -> jax.Array:
-    """The counter of iterations, one higher."""
+    """Increments the iteration counter."""
     return counter + 1
 
 
 @stage()
 def inner_metrics(each: list[Metrics]) -> Metrics:
-    """Of several updates on the same play: their mean; sampler against learner before anything moved; counts so far."""
+    """Combines the metrics of several updates on the same rollouts: means, except that the mismatch between sampler and
+    learner is that of the first update, `skipped_updates` that of the last, and the non-finite component the first
+    one found."""
     merged = {name: jnp.mean(jnp.stack([metrics[name] for metrics in each])) for name in each[0]}
     first = {name: value for name, value in each[0].items() if name.endswith("token_mult_prob_error")}
     failed = jnp.stack([metrics["not_finite/component"] for metrics in each])
@@ -204,12 +207,12 @@ def learn(
     game: GameSpec,
     hyper: Hyperparameters,
 ) -> tuple[TrainState, Metrics]:
-    """All inner epochs of one iteration; `state` is consumed.
+    """Runs all inner epochs of one iteration; `state` is donated.
 
-    Log-probabilities of both roles are fixed before the first update, and every update is the same program.
+    Old log-probabilities of both roles are fixed before the first update; all updates run the same program.
     """
     each: list[Metrics] = []
-    attempt = call(as_metric, state.attempt)  # before it is donated
+    attempt = call(as_metric, state.attempt)  # read before the state is donated
     if game.learner.loss.num_iterations > 1:
         batch = call(with_old_logprobs, state.params, references.params, batch, spec=game.learner)
     for _ in range(game.learner.loss.num_iterations):
@@ -222,5 +225,5 @@ def learn(
 
 @stage()
 def as_metric(counter: jax.Array) -> jax.Array:
-    """float32."""
+    """The counter as a float32 metric."""
     return counter.astype(jnp.float32)

@@ -1,1 +1,1 @@
-"""Monitors of a run: alarms of self-play, non-finite numbers, signals, preemption, no progress."""
+"""Monitors of a run: self-play alarms, non-finite metrics, signals, preemption notices, missing progress."""

@@ -134,63 +134,63 @@ def lexical_metrics(lines: Sequence[Mapping[str, Any]], instruction: str) -> dic
 
 
 Row = tuple[float | None, ...]
-"""One iteration's values in the order of `RULES`; None where one was not finite, or not there."""
+"""Metrics of one iteration in the order of `RULES`; None for one that is missing or not finite."""
 
 
 @dataclass(frozen=True)
 class HealthState:
-    """State that the next iteration's decision depends on; a checkpoint keeps it."""
+    """State of the alarms, saved in checkpoints."""
 
     first: tuple[Row, ...] = ()
-    """Values of the first window, the oldest first; at most `health.window` rows."""
+    """Metrics of the first window, oldest first; at most `health.window` rows."""
     recent: tuple[Row, ...] = ()
-    """Values of the last window, the oldest first; at most `health.window` rows."""
+    """Metrics of the last window, oldest first; at most `health.window` rows."""
     on: frozenset[str] = frozenset()
-    """Alarms that have begun and are not over, by their fields of `HealthConfig`."""
+    """Active alarms, by their fields of `HealthConfig`."""
     rollbacks: int = 0
-    """Times that the run has gone back."""
+    """Number of rollbacks so far."""
     declined: float = 0.0
-    """1 where the last probe was answered worse than by the reference, else 0."""
+    """1 if the last probe was worse than the reference's, else 0."""
 
     @property
     def good(self) -> bool:
-        """Whether the policy is one to go back to: no alarm is on, and the last probe was answered well."""
+        """Whether a checkpoint is a rollback target: no alarm is active, and the last probe has not declined."""
         return not self.on and not self.declined
 
     def to_record(self) -> dict[str, Any]:
-        """JSON's types, as they lie in a checkpoint."""
+        """Converts the state to JSON types, for a checkpoint."""
         rows = {"first": list(map(list, self.first)), "recent": list(map(list, self.recent))}
         return {**rows, "on": sorted(self.on), "rollbacks": self.rollbacks, "declined": self.declined}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """The state in a checkpoint's record; an earlier version's may lack any of it."""
+        """Reads the state from a checkpoint's record; records of earlier versions may lack fields."""
         first, recent = (tuple(map(tuple, record.get(name, ()))) for name in ("first", "recent"))
         lasting = {name: record[name] for name in ("rollbacks", "declined") if name in record}
         return cls(first, recent, frozenset(record.get("on", ())), **lasting)
 
 
 class Health:
-    """Looks at each iteration's metrics and says what follows. All processes call it together."""
+    """Evaluates the rules after each iteration and returns events. All processes call it together."""
 
     def __init__(self, config: HealthConfig, state: HealthState = HealthState()):
-        """`state` is that of the checkpoint which the run goes on from."""
+        """`state` is that of the checkpoint to resume from."""
         self._config = config
         self.state: HealthState = state
-        """As of the last iteration; set it to go on from another one."""
+        """State after the last iteration; set on rollback."""
 
     @property
     def paused(self) -> bool:
-        """Whether the Challenger learns nothing now."""
+        """Whether the Challenger is paused."""
         return any(getattr(self._config, name) == "pause" for name in self.state.on)
 
     def after_step(self, record: StepRecord) -> list[Event]:
-        """`update` as a hook."""
+        """Calls `update`, as a hook."""
         return self.update(record.iteration, record.metrics)
 
     def update(self, number: int, metrics: Mapping[str, float]) -> list[Event]:
-        """At the metrics of iteration `number`, of which only process 0 need have them all; alarms that begin or are
-        over."""
+        """Adds the metrics of iteration `number`, which only process 0 needs to have in full; returns alarms that start
+        or end."""
         found = [float(metrics.get(rule.metric, math.nan)) for rule in RULES]
         mine = [value if math.isfinite(value) else None for value in found]
         values, declined = processes.gather("health", [mine, metrics.get("probe/declined", 0.0)])[0]
@@ -202,11 +202,11 @@ class Health:
         if len(recent) < window:
             return []
         on = self.state.on
-        firing = {rule.name: self._said(place, rule) for place, rule in enumerate(RULES) if self._fires(place, rule)}
-        firing = {name: said for name, said in firing.items() if getattr(self._config, name) != "off"}
-        # one that ends a run or sends it back does so for as long as it is on, also after a resume
-        told = {name for name in on if getattr(self._config, name) not in ("rollback", "stop")}
-        new = sorted(firing.keys() - told)
+        firing = {rule.name: self._message(place, rule) for place, rule in enumerate(RULES) if self._fires(place, rule)}
+        firing = {name: message for name, message in firing.items() if getattr(self._config, name) != "off"}
+        # rollback and stop repeat while the alarm is active, also after a resume
+        reported = {name for name in on if getattr(self._config, name) not in ("rollback", "stop")}
+        new = sorted(firing.keys() - reported)
         begun = [Event(number, name, getattr(self._config, name), firing[name]) for name in new]
         unknown = {rule.name for place, rule in enumerate(RULES) if self._unknown(place)}
         over = sorted(on - firing.keys() - unknown)
@@ -214,12 +214,12 @@ class Health:
         return begun + [Event(number, name, "over", f"the alarm {name} is over") for name in over]
 
     def _unknown(self, place: int) -> bool:
-        """Whether a metric was not finite, or not there, in a part of the window: neither an alarm nor its end."""
-        there = [row[place] is not None for row in self.state.recent]
-        return any(there) and not all(there)
+        """Whether the metric is missing in part of the window, so that the alarm can neither start nor end."""
+        known = [row[place] is not None for row in self.state.recent]
+        return any(known) and not all(known)
 
     def _means(self, place: int) -> tuple[float, float | None] | None:
-        """Over the last window, None where not finite in all of it; and over the first, None where it had none."""
+        """Means over the last and the first window (None without values); None if the last window is incomplete."""
         recent, first = (
             [value for row in rows if (value := row[place]) is not None]
             for rows in (self.state.recent, self.state.first)
@@ -232,18 +232,18 @@ class Health:
         means = self._means(place)
         return means is not None and rule.fires(*means)
 
-    def _said(self, place: int, rule: Rule) -> str:
+    def _message(self, place: int, rule: Rule) -> str:
         recent, first = self._means(place) or (math.nan, None)
         began = "" if first is None else f" (first {first:.3g})"
         return f"{rule.meaning}: {rule.metric} {recent:.3g} over {self._config.window} iterations{began}"
 
 
 def format_event(event: Event) -> str:
-    """One line for the terminal."""
-    more = {
-        "pause": "; the Challenger learns nothing until it is over",
-        "rollback": "; going back to the last good checkpoint",
-        "stop": "; the run ends",
+    """Formats an event as one line for the terminal."""
+    consequences = {
+        "pause": "; the Challenger is paused until the alarm ends",
+        "rollback": "; rolling back to the last good checkpoint",
+        "stop": "; the run stops",
     }
     setting = "" if event.action == "over" else f" (health.{event.alarm} {event.action})"
-    return f"iteration {event.iteration}: {event.said}{setting}{more.get(event.action, '')}"
+    return f"iteration {event.iteration}: {event.said}{setting}{consequences.get(event.action, '')}"

@@ -1,7 +1,7 @@
-"""The record of an iteration, and the one interface of all that reads it.
+"""The record of an iteration, and `Hook`, the interface of everything that receives it.
 
-Files and trackers, monitors, the probe, checkpoints, console, report and a user's callbacks are hooks. The host loop
-calls them in a fixed order (`training/hooks.py`); their events are said, written, and may end the run or send it back.
+Files and trackers, monitors, the probe, checkpoints, console, report and user callbacks are hooks. The host loop calls
+them in a fixed order (`training/hooks.py`); their events are printed and written, and may stop the run or roll it back.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from lsp_jax.learn.optimizer import TrainState
 
 
 class Event(NamedTuple):
-    """An alarm that begins or is over."""
+    """Start or end of an alarm."""
 
     iteration: int
     """1 for the first."""
     alarm: str
-    """Its field of `HealthConfig`."""
+    """Name of the alarm: a field of `HealthConfig`."""
     action: str
-    """The alarm's action, or `over`. `stop` saves and ends the run, `rollback` sends it back to a good checkpoint."""
+    """The alarm's action, or `over`. `stop` saves and ends the run, `rollback` restores a good checkpoint."""
     said: str
-    """One line for the terminal."""
+    """Message of one line."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One iteration, as hooks see it after its update."""
+    """One iteration after its update, as hooks receive it."""
 
     iteration: int
     """1 for the first."""
     cursor: int
-    """Prompts of the data set taken so far, this iteration's included; it grows in self-play too."""
+    """Prompts of the data set consumed so far, including this iteration's; also counted in self-play."""
     metrics: dict[str, float]
-    """By name (`reporting/metrics.py`), on the host. A hook before the writer may add to it, as the probe does."""
+    """Metrics on the host by name (`reporting/metrics.py`). Hooks before the writer may add some, as the probe does."""
     transcripts: list[dict[str, Any]]
-    """One record a query, as in `transcripts.jsonl`; with several processes only process 0 has them."""
+    """One record per query, as in `transcripts.jsonl`; with several processes only on process 0."""
     state: TrainState
-    """The state after the update; donated to the next one, so copy what you keep."""
+    """Train state after the update. The next update donates it: copy what you keep."""
     batch: LearnBatch
-    """The rows of the update, on device."""
+    """The rows of the update on device."""
 
 
 @runtime_checkable
 class Hook(Protocol):
-    """Anything that is called after each iteration."""
+    """An object that is called after each iteration."""
 
     def after_step(self, record: StepRecord) -> Sequence[Event]:
-        """Looks at the iteration; alarms that begin or are over, most often none. With several processes all call it,
-        and all must return the same."""
+        """Processes the iteration; returns alarms that start or end, usually none. With several processes all call it
+        and must return the same events."""
         ...

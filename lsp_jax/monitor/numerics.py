@@ -1,4 +1,4 @@
-"""Numbers of an iteration that should not be: said at once, and the end of a run when they do not go away."""
+"""Alarms for metrics that are not finite or out of bounds; too many skipped updates end the run."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from lsp_jax.model.sharding import path_name
 from lsp_jax.monitor.hooks import Event, StepRecord
 
 MOST_PROB_ERROR = 1.05
-"""`sampling/token_mult_prob_error` above which sampler and learner do not agree."""
+"""Highest `sampling/token_mult_prob_error` without a warning that sampler and learner disagree."""
 
 
 class NumbersError(RunError):
-    """Updates have not been finite for too long: names the first component that was not."""
+    """Too many consecutive updates were not finite; names the first non-finite component."""
 
 
 class Alarms:
-    """Looks at each iteration's metrics."""
+    """Checks the metrics of each iteration."""
 
     def __init__(self, max_skipped: int, skipped: int = 0):
-        """`max_skipped` iterations in a row may be skipped; `skipped` were so far."""
+        """`max_skipped` consecutive skipped iterations end the run; `skipped` is their number so far."""
         self._max_skipped = max_skipped
         self.skipped: int = skipped
-        """Iterations in a row, the last one included, that changed nothing."""
+        """Consecutive skipped iterations, up to and including the last one."""
 
     def after_step(self, record: StepRecord) -> Sequence[Event]:
-        """`check` as a hook: what it finds is a warning or the end of the run, never an event."""
+        """Calls `check`, as a hook without events: it warns or ends the run."""
         self.check(record.iteration, record.metrics, record.state.params, record.batch)
         return ()
 
     def check(self, number: int, metrics: Mapping[str, float], params: Params, batch: LearnBatch) -> None:
-        """At the metrics of iteration `number`. Raises NumbersError."""
+        """Warns about the metrics of iteration `number`; raises NumbersError after `max_skipped` skipped iterations."""
         component, gradient = int(metrics["not_finite/component"]), math.isfinite(metrics["grad_norm"])
         skipped = component > 0 or not gradient
         self.skipped = self.skipped + 1 if skipped else 0
@@ -47,14 +47,14 @@ class Alarms:
             parameter = parameter_not_finite(params)
             part = component_names(batch)[component - 1] if component else "gradient"
             name = f"parameter {parameter}" if parameter else part
-            said = f"iteration {number} changed nothing: the first that was not finite: {name}"
+            message = f"iteration {number}: update skipped, first non-finite component: {name}"
             if self.skipped >= self._max_skipped:
-                raise NumbersError(f"{said}; so for {self.skipped} iterations in a row (max_skipped)")
-            console.warn(said)
+                raise NumbersError(f"{message}; {self.skipped} consecutive iterations were skipped (max_skipped)")
+            console.warn(message)
         error = metrics["sampling/token_mult_prob_error"]
         if not error <= MOST_PROB_ERROR:
-            said = f"sampling/token_mult_prob_error {error:.3f} is above {MOST_PROB_ERROR}"
-            console.warn(f"iteration {number}: sampler and learner disagree: {said}")
+            found = f"sampling/token_mult_prob_error {error:.3f} is above {MOST_PROB_ERROR}"
+            console.warn(f"iteration {number}: sampler and learner disagree: {found}")
 
 
 @jax.jit
@@ -63,7 +63,8 @@ def _all_finite(params: Params) -> list[jax.Array]:
 
 
 def parameter_not_finite(params: Params) -> str | None:
-    """The first parameter that is not finite; a program of its own, for when a step was not. All processes together."""
+    """Returns the first parameter that is not finite; a separate program, run only after a skipped update by all
+    processes together."""
     finite = runtime.to_host(_all_finite(params))
     paths = [path for path, _ in jax.tree.leaves_with_path(params)]
-    return next((path_name(path) for path, sound in zip(paths, finite, strict=True) if not sound), None)
+    return next((path_name(path) for path, is_finite in zip(paths, finite, strict=True) if not is_finite), None)

@@ -1,7 +1,7 @@
-"""A cloud machine says at an address of its own that it will be taken away; a run that asks there saves in time.
+"""Polling of a cloud machine's metadata server for preemption notices, so that a run saves in time.
 
-Google's answers TRUE; Amazon's has nothing there (404) until it names the moment, and wants a token first. Where a
-machine sends SIGTERM (Slurm, Kubernetes, TPU slices under an orchestrator) nothing need be asked.
+Google's server answers TRUE; Amazon's requires a token and answers 404 until there is a notice. Machines that send
+SIGTERM (Slurm, Kubernetes, TPU slices under an orchestrator) need no polling.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from types import TracebackType
 _AMAZON = "http://169.254.169.254/latest"
 GOOGLE = "http://metadata.google.internal/computeMetadata/v1/instance/preempted"
 SECONDS = 5.0
-"""Between two questions; Amazon gives two minutes, Google thirty seconds."""
+"""Polling interval; Amazon gives two minutes' notice, Google thirty seconds'."""
 TIMEOUT = 3.0
 
-# these are addresses of the machine itself: a proxy for the outside world has nothing to say there
+# metadata servers are reached directly, never through a proxy
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 class Preemption:
-    """While it is entered a thread asks `source` (gce, aws, or an address); at a notice it calls `noticed` once."""
+    """Context in which a thread polls `source` (gce, aws, or an address) and calls `noticed` once at a notice."""
 
     def __init__(self, source: str, noticed: Callable[[str], None], seconds: float = SECONDS):
-        """`noticed` is given a name for what happened; an empty `source` asks nobody."""
+        """`noticed` gets a description of the notice; an empty `source` disables polling."""
         self._source, self._noticed, self._seconds = source, noticed, seconds
         self._over = threading.Event()
 
@@ -56,16 +56,16 @@ def _says_so(address: str, headers: dict[str, str] | None = None) -> bool:
 
 
 def _amazon() -> bool:
-    """Instances that ask for no token give one too."""
+    """Whether Amazon has scheduled an interruption. Instances that require no token issue one too."""
     seconds = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
     token = _answer(urllib.request.Request(f"{_AMAZON}/api/token", method="PUT", headers=seconds))
     headers = {"X-aws-ec2-metadata-token": token} if token else {}
-    # in whole: {"action": "terminate", "time": "2017-09-18T08:22:00Z"}
+    # complete reply: {"action": "terminate", "time": "2017-09-18T08:22:00Z"}
     return "action" in _answer(urllib.request.Request(f"{_AMAZON}/meta-data/spot/instance-action", headers=headers))
 
 
 def _answer(request: urllib.request.Request) -> str:
-    """The answer from there; empty where nobody answers (yet)."""
+    """Returns the body of the reply; empty without one."""
     try:
         with _open(request, timeout=TIMEOUT) as reply:
             return reply.read(4096).decode("utf-8", "replace")

@@ -1,7 +1,7 @@
-"""A run that makes no progress ends, with every thread's stack on standard error, and does not wait for ever.
+"""Watchdog that ends a run without progress, with the stacks of all threads on standard error.
 
-A thread of Python's looks at the time of the last beat. Should even that not run (a call that holds the interpreter),
-`faulthandler`'s own thread, which needs no interpreter, ends the process a little later.
+A Python thread checks the time of the last beat. If a call holds the interpreter so that it cannot run, the thread of
+`faulthandler`, which needs no interpreter, ends the process a little later.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import TextIO
 from lsp_jax.core.errors import STALLED_STATUS
 
 LATER = 30.0
-"""Seconds by which `faulthandler` comes after our own thread."""
+"""Seconds after the Python thread at which `faulthandler` ends the process."""
 
 
 class Watchdog:
-    """Ends the process when no `beat` comes for `seconds`; 0 never does."""
+    """Context that ends the process if no `beat` comes for `seconds`; 0 disables it."""
 
     def __init__(self, seconds: float, stream: TextIO | None = None):
         self._seconds, self._stream = seconds, stream
         self._phase, self._last = "start", time.monotonic()
         self._over = threading.Event()
         self.more: Callable[[], None] = lambda: None
-        """Called after the stacks of this process have been written: for those of its children."""
+        """Called after the stacks of this process are written, to write those of its children."""
 
     def __enter__(self) -> Watchdog:
         if self._seconds:
-            # a stream of the process's own: what stands in for sys.stderr (notebooks, tests) may have no descriptor
+            # the original stream: replacements of sys.stderr (notebooks, tests) may have no file descriptor
             self._stream = self._stream or sys.__stderr__ or sys.stderr
             self.beat("start")
             threading.Thread(target=self._watch, name="lsp-jax-watchdog", daemon=True).start()
@@ -45,7 +45,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self, phase: str) -> None:
-        """`phase` begins: until now there was progress."""
+        """Records progress: `phase` begins."""
         self._phase, self._last = phase, time.monotonic()
         if self._seconds and self._stream is not None and not self._over.is_set():
             faulthandler.dump_traceback_later(self._seconds + LATER, exit=True, file=self._stream)  # replaces the last

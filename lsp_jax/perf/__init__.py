@@ -1,1 +1,1 @@
-"""Memory and speed of a run on a machine that is not at hand. Read `plan`, `planned_run`, `aot`, `cost`."""
+"""Memory and speed of a run, predicted without the target hardware. Read `plan`, `planned_run`, `aot`, `cost`."""

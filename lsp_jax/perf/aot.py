@@ -1,9 +1,9 @@
-"""Every program of a run compiled ahead of time for devices that are not at hand, from shapes alone.
+"""Ahead-of-time compilation of all programs of a run, from shapes alone and without the target devices.
 
-`Planner` carries out stages by compiling them: given to `stages.iteration` as its backend, it meets the programs that a
-run executes, in their order. Arrays are shapes with shardings, and one counts as resident for as long as the iteration
-holds it. Of each program the compiler says what memory it needs; what else is resident at that moment is added, and its
-work is counted (`perf/cost.py`).
+`Planner` compiles stages instead of running them: as the backend of `stages.iteration` it gets the programs that a run
+executes, in the same order. Arrays are shapes with shardings; an array counts as resident while the iteration holds a
+reference to it. The memory of a program is the compiler's analysis plus all other arrays resident at that moment; its
+work is counted from its HLO (`perf/cost.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lsp_jax.play.chunked_decode import decode_chunk, drop_finished, none_finish
 
 Say = Callable[[str], None]
 
-# Without a device nothing is tuned by trial, and tiles that are then guessed for Triton's products can be impossible.
+# Without a device there is no autotuning, and the default tiles of Triton's matrix products can be invalid.
 _OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
 LABELS = {
     "cast_for_decoding": "weight_sync",
@@ -36,48 +36,48 @@ LABELS = {
     "with_old_logprobs": "old log-probabilities",
     "update": "update",
 }
-"""Names of stages in the plan, where they are not their phase and their own name."""
+"""Names of stages in the plan that are not made of their phase and function name."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One compiled program; bytes are those of one chip."""
+    """One compiled program; bytes are per chip."""
 
     name: str
     arguments: int
     outputs: int
     aliased: int
-    """Outputs that take the place of arguments."""
+    """Outputs that reuse the memory of donated arguments."""
     temporaries: int
     held: int
-    """Bytes resident meanwhile that it does not read, at most."""
+    """Maximum bytes of other arrays resident while it runs."""
     work: Work
     times: int
-    """How often an iteration runs it; 0: once a run, or only for some lengths."""
+    """Executions per iteration; 0: once per run, or only for some lengths."""
     compile_seconds: float
     failure: str = ""
-    """The compiler's words where it refused; memory and work are unknown then."""
+    """The compiler's error message; memory and work are unknown then. Empty if it compiled."""
 
     @property
     def peak(self) -> int:
-        """Bytes at its worst moment."""
+        """Peak bytes while it runs."""
         return self.held + self.arguments + self.temporaries + self.outputs - self.aliased
 
 
 class _Resident(jax.ShapeDtypeStruct):
-    """The shape and sharding of an array on the devices; resident while it is referenced."""
+    """Shape and sharding of an array on the devices; resident while it is referenced."""
 
     __slots__ = ("__weakref__",)
 
     @property
     def device_bytes(self) -> int:
-        """On one device."""
+        """Bytes on one device."""
         return math.prod(self.sharding.shard_shape(self.shape)) * self.dtype.itemsize
 
 
 class Planner:
-    """Compiles programs one after the other and keeps count of what is resident. Use it within `use_mesh(mesh)`: for
-    tracing, nothing can be run there."""
+    """Compiles programs one after another and tracks which arrays are resident. To be used within `use_mesh(mesh)`,
+    where programs can be traced but not run."""
 
     def __init__(self, topology: Topology, mesh: Mesh, say: Say) -> None:
         self._topology, self._mesh, self._say = topology, mesh, say
@@ -89,12 +89,12 @@ class Planner:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Every program that was compiled, in the order in which it was met first."""
+        """All compiled programs, in the order of their first call."""
         return tuple(self._found.values())
 
     @contextmanager
     def phase(self, name: str, times: int = 1) -> Iterator[None]:
-        """Names the programs compiled within, each of which an iteration runs `times` as often as it is met."""
+        """Names the programs called within; each call stands for `times` executions per iteration."""
         before = self._phase, self._times
         self._phase, self._times = name, times
         try:
@@ -103,22 +103,22 @@ class Planner:
             self._phase, self._times = before
 
     def put(self, tree: Any, layout: Layout | None = None) -> Any:
-        """Shapes made resident: parameters by the table's `layout`, anything else complete on every device."""
+        """Makes shapes resident: parameters sharded by `layout`, anything else replicated."""
         if layout is not None:
             return self._placed(tree, shardings(tree, self._mesh, layout))
         everywhere = NamedSharding(self._mesh, PartitionSpec())
         return self._placed(tree, jax.tree.map(lambda _: everywhere, tree))
 
     def offload(self, tree: Any) -> Any:
-        """Counts `tree` as resident only where a program reads it."""
+        """Counts `tree` as resident only while a program reads it."""
         self._offloaded |= {id(leaf) for leaf in jax.tree.leaves(tree)}
         return tree
 
     def call(self, stage: Any, *arrays: Any, **static: Any) -> Any:
-        """Compiles a stage for `arrays`; returns its result's shapes with their places (`core/stage.py`'s `Call`)."""
+        """Compiles a stage for `arrays`; returns shapes and shardings of its result (a `core.stage.Call`)."""
         name, leaves = self._label(stage, arrays), jax.tree.leaves(arrays)
         held = self._held(leaves)
-        # one placement has several spellings, which compilers return as they like: the shards' shapes tell them apart
+        # compilers return equal placements as different shardings: compare the shapes of their shards
         signature = tuple((leaf.shape, leaf.dtype, leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
         key = name, jax.tree.structure(arrays), signature, tuple(sorted(static.items(), key=lambda item: item[0]))
         if key in self._results:
@@ -129,7 +129,7 @@ class Planner:
             name = name if name not in self._found else f"{name} ({len(self._found)})"
             turns = static["spec"].chunk if stage is decode_chunk else 0
             phase, placed = self._compile(name, lowered, held, turns)
-            # what a program is given and does not read is no argument of the compiled one, and resident all the same
+            # unused arguments are dropped from the compiled program, but stay resident
             given = sum(leaf.device_bytes for leaf in {id(leaf): leaf for leaf in leaves}.values())
             self._found[name] = replace(phase, held=held + (0 if phase.failure else max(given - phase.arguments, 0)))
             donated = [info.donated for info in jax.tree.leaves(lowered.args_info)]
@@ -144,8 +144,8 @@ class Planner:
         return result
 
     def _drop_rows(self, prefix: Any, rows: Any, longest: int) -> None:
-        """The program that drops the first rows, at the longest cache: no later one holds more. Lengths decide whether
-        a run meets it."""
+        """Compiles the first program that drops finished rows, at the longest cache: no later one needs more memory.
+        Whether a run executes it depends on the lengths."""
         counts = row_counts(rows.token.shape[0])
         if rows.cache.columns == longest and len(counts) > 1:
             with self.phase(self._phase, times=0):
@@ -159,7 +159,7 @@ class Planner:
         return f"{name} at {arrays[3].cache.columns} columns" if stage is decode_chunk else name
 
     def _held(self, read: list[Any]) -> int:
-        """Bytes resident of what is not `read`."""
+        """Resident bytes of arrays that are not `read`."""
         without = {id(leaf) for leaf in read} | self._offloaded
         return sum(size for place, (_, size) in self._resident.items() if place not in without)
 
@@ -189,10 +189,10 @@ class Planner:
         arguments, outputs, aliased, temporaries = (getattr(memory, f"{kind}_size_in_bytes") for kind in kinds)
         work = count(hlo.parse(compiled.as_text()), len(self._topology.devices), turns)
         phase = Phase(name, arguments, outputs, aliased, temporaries, held, work, self._times, spent)
-        self._say(f"{name}: compiled in {spent:.1f} s, {phase.peak / GIB:.2f} GiB a chip")
+        self._say(f"{name}: compiled in {spent:.1f} s, {phase.peak / GIB:.2f} GiB per chip")
         return phase, compiled.output_shardings
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of `tree` on one device."""
+    """Returns the bytes of `tree` on one device."""
     return sum(leaf.device_bytes for leaf in jax.tree.leaves(tree))

@@ -1,9 +1,9 @@
-"""Machines that are not at hand: devices to compile for, by name, and what their makers publish of the chips.
+"""Target hardware by name: devices to compile for, and the published figures of their chips.
 
 1. TPU slices as `v5e:4x4` (chips along each axis), through libtpu.
 2. NVIDIA GPUs of one host as `h100:8`, through JAX's CUDA plugin and a description of the device (`topologies/`).
 
-Both compile on a machine with neither. Nothing here starts a backend other than the one that JAX has.
+Neither needs the hardware. Nothing here initialises another JAX backend than the current one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _PLUGIN = {"tpu": ("libtpu", "plan"), "cuda": ("jax_cuda13_plugin", "plan-gpu")}
 
 EXAMPLES = "v5e:4x4, v6e:4x4, v5p:2x2x2, h100:8, h200:8"
 _COMPILE_ONLY = {
-    "TPU_SKIP_MDS_QUERY": "1",  # do not ask Google's metadata server which machine this is,
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # and do not complain that it was not said; what is compiled for is named
+    "TPU_SKIP_MDS_QUERY": "1",  # no query to Google's metadata server,
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # and no warning about it; the target is named explicitly
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so others may compile at the same time
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is opened, so several processes may compile
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-"""Environment variables that libtpu reads when it is loaded."""
+"""Environment variables that libtpu reads when loaded."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ class Chip:
     platform: str
     """tpu or cuda."""
     flops: float
-    """bfloat16 operations a second with dense matrices."""
+    """Dense bfloat16 operations per second."""
     memory: int
-    """Bytes of HBM that a program can have."""
+    """Bytes of HBM available to a program."""
     bandwidth: float
-    """Bytes a second between HBM and the chip."""
+    """HBM bandwidth in bytes per second."""
     network: float
-    """Bytes a second into the chip from others of its slice or host: half of a figure published for both directions."""
+    """Bytes per second received from other chips of the slice or host: half of a figure that counts both directions."""
     compiler: str
-    """The chip in the compiler's words: a TPU's name, or the file that describes a GPU."""
+    """The compiler's name of the chip: a TPU's name, or the file that describes a GPU."""
 
 
-# TPU: cloud.google.com/tpu/docs/v5e, /v6e, /v5p (system architecture). Memory is published in GB and is GiB; 0.25 GiB
-# of it are not a program's, as the compiler's own limit (15.75 GiB on v5e) shows.
-# GPU: nvidia.com/en-us/data-center/h100 and /h200 (SXM; tensor-core figures halved, theirs are with sparsity).
+# TPU: cloud.google.com/tpu/docs/v5e, /v6e, /v5p (system architecture). Memory is published as GB but is GiB; 0.25 GiB
+# are reserved, as the compiler's limit (15.75 GiB on v5e) shows.
+# GPU: nvidia.com/en-us/data-center/h100 and /h200 (SXM; tensor-core figures are halved, as published with sparsity).
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
@@ -78,19 +78,19 @@ class Topology:
     name: str
     chip: Chip
     devices: Sequence[Any]
-    """As `jax.devices()` gives them where the machine is."""
+    """As `jax.devices()` returns them on that machine."""
 
     @property
     def compiler(self) -> str:
-        """The package that compiles for it."""
+        """Package with its compiler."""
         return _PLUGIN[self.chip.platform][0].replace("_", "-")
 
 
 def open_topology(name: str) -> Topology:
-    """The machine `name`: `v5e:4x4`, `v5p:2x2x2`, `h100:1`, `h100:8`, ...
+    """Opens the topology `name`: `v5e:4x4`, `v5p:2x2x2`, `h100:1`, `h100:8`, ...
 
-    Raises InputError for a name that is none of these, a shape that the maker does not sell, and a compiler that is not
-    installed, saying which extra brings it.
+    Raises InputError for an unknown name, a shape that does not exist, and a compiler that is not installed, naming the
+    extra that installs it.
     """
     kind, _, shape = name.partition(":")
     chip = CHIPS.get(kind)

@@ -1,11 +1,10 @@
 """Cost of a compiled program on one chip: operations, bytes to and from memory, bytes over the network.
 
-Counted instruction by instruction from the shapes in the program's text, each as often as the loops around it run.
-(The compiler's own `cost_analysis` counts a loop's body once, and GPUs have none.)
+Each instruction is counted from the shapes in the program's text, times the trip counts of the loops around it. (The
+compiler's own `cost_analysis` counts a loop's body once, and is not available for GPUs.)
 
-- Operations are those of matrix products: 2 for each multiply-add. What is recomputed counts, elementwise work does
-  not.
-- Bytes moved are what each fused kernel reads and writes in the chip's main memory; a slice counts as its own size.
+- Operations are those of matrix products, 2 per multiply-add, including recomputation; elementwise work is not counted.
+- Bytes moved are what each fused kernel reads from and writes to the chip's main memory; a slice counts its own size.
 - Bytes over the network are what one chip receives when the collective runs as a ring.
 """
 
@@ -28,7 +27,7 @@ COLLECTIVES: dict[str, Callable[[float, float, int], float]] = {
     "collective-permute": lambda given, made, n: made,
     "collective-broadcast": lambda given, made, n: made,
 }
-"""Bytes that one of `n` chips receives, from the bytes that it gives and that it ends with."""
+"""Bytes received by one of `n` chips, from the bytes of its operands (`given`) and results (`made`)."""
 
 _FREE = frozenset(
     [
@@ -52,22 +51,22 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclass
 class Work:
-    """Of one program on one chip."""
+    """Operations and bytes of one program on one chip."""
 
     flops: float = 0
     bytes: float = 0
     collectives: dict[str, float] = field(default_factory=dict)
     """Bytes received by kind."""
     unknown_loops: int = 0
-    """Loops whose number of turns could not be read: their bodies counted once."""
+    """Loops with an unknown trip count, whose bodies are counted once."""
 
     @property
     def network(self) -> float:
-        """Bytes received in all."""
+        """Total bytes received."""
         return sum(self.collectives.values())
 
     def add(self, other: Work, times: float = 1) -> None:
-        """Adds `other`, done `times` over."""
+        """Adds `other`, `times` times."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         for kind, amount in other.collectives.items():
@@ -76,8 +75,8 @@ class Work:
 
 
 def count(program: Program, chips: int, turns: int = 0) -> Work:
-    """The work of one run of `program`, partitioned over `chips`, loops at their longest; a loop of its entry whose end
-    it reads from the device counts `turns` times."""
+    """Returns the work of one execution of `program`, partitioned over `chips`, with loops at their maximum; a loop of
+    the entry computation without a constant bound counts `turns` times."""
     if turns:
         program = program.bounded(turns)
     done: dict[str, Work] = {}
@@ -101,7 +100,8 @@ def _work(
     work_of: Callable[[str], Work],
     seen: set[str],
 ) -> Work:
-    """`seen` are the channels of the collectives counted in this computation: TPUs spread one over many kernels."""
+    """Returns the work of one instruction. `seen` are the channels of collectives already counted in this computation:
+    TPUs spread a collective over many kernels."""
     opcode, work = instruction.opcode, Work()
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return work
@@ -139,19 +139,19 @@ def _collective(instruction: Instruction) -> bool:
 
 
 def _ends_collective(instruction: Instruction) -> bool:
-    """The last kernel of those that one collective is spread over."""
+    """Whether this is the last of the kernels that a collective is spread over."""
     return 'custom_call_target="AsyncCollectiveDone"' in instruction.attributes
 
 
 def _fused_kind(inside: Computation, part: Instruction) -> str:
-    """An all-reduce of which each chip keeps its slice is a reduce-scatter."""
+    """Kind of a fused collective: an all-reduce of which each chip keeps only its slice is a reduce-scatter."""
     if part.opcode == "all-reduce" and any(user.opcode == "dynamic-slice" for user in inside.users[part.name]):
         return "reduce-scatter"
     return part.opcode.removesuffix("-start")
 
 
 def _fused_flops(program: Program, inside: Computation) -> float:
-    """Of a fused kernel and those fused into it."""
+    """Operations of a fused kernel, including nested ones."""
     total = 0.0
     for part in inside.instructions.values():
         total += flops(inside, part)
@@ -171,11 +171,11 @@ def _branches(instruction: Instruction) -> list[str]:
 
 
 def _moved(computation: Computation, instruction: Instruction) -> float:
-    """Bytes that one kernel reads and writes in main memory."""
+    """Bytes that one kernel reads from and writes to main memory."""
     given = list(inputs(computation, instruction))
     made = instruction.arrays
     opcode = instruction.opcode
-    if opcode.endswith("-start"):  # what it was given stands among its results, with flags
+    if opcode.endswith("-start"):  # its results also contain its operands, and flags
         opcode = opcode.removesuffix("-start")
         source = len(instruction.operands)
         made = made[:source] if opcode == "copy" else made[source : 2 * source]
@@ -188,7 +188,7 @@ def _moved(computation: Computation, instruction: Instruction) -> float:
 
 
 def _fusion_bytes(computation: Computation, instruction: Instruction, inside: Computation) -> float:
-    """As `_moved`; what the fused kernel only slices, or updates in place, counts as the slice."""
+    """As `_moved` for a fused kernel; arrays that it only slices or updates in place count as the slice."""
     given = list(inputs(computation, instruction))
     moved = 0.0
     for number, parameter in inside.parameters():
@@ -205,7 +205,7 @@ def _fusion_bytes(computation: Computation, instruction: Instruction, inside: Co
 
 
 def _read(inside: Computation, source: Instruction) -> float:
-    """Bytes of a fused kernel's parameter that it reads."""
+    """Bytes that a fused kernel reads of one parameter."""
     total = 0.0
     for user in inside.users[source.name]:
         if user.opcode == "bitcast":
@@ -215,7 +215,7 @@ def _read(inside: Computation, source: Instruction) -> float:
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
             continue  # updated in place
         elif _collective(user) or _ends_collective(user) or (user.opcode == "tuple" and user.root):
-            continue  # counted with the collective; handed through
+            continue  # counted with the collective, or passed through
         else:
             return sum(array.bytes for array in source.arrays)
     return total
@@ -238,7 +238,7 @@ def _add_collective(work: Work, kind: str, computation: Computation, instruction
     given = sum(array.bytes for arrays in inputs(computation, instruction) for array in arrays)
     made = sum(array.bytes for array in instruction.arrays)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # (what is given, what is made, ...): the result alone
+        # its results are (operands, results, ...)
         half = len(instruction.operands)
         made = sum(array.bytes for array in instruction.arrays[half : 2 * half])
     members = group_size(instruction.attributes, chips)
@@ -247,7 +247,7 @@ def _add_collective(work: Work, kind: str, computation: Computation, instruction
 
 
 def group_size(attributes: str, chips: int) -> int:
-    """Chips in each group of a collective, from any of the ways in which its groups are written."""
+    """Number of chips in each group of a collective; parses every notation of replica groups."""
     if "source_target_pairs=" in attributes:
         return chips
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)

@@ -1,7 +1,6 @@
-"""The text of a compiled program (HLO) as data: computations, instructions, shapes, and how often each loop runs.
+"""Parser of the text of a compiled program (HLO): computations, instructions, shapes, and trip counts of loops.
 
-Only what `perf/cost.py` counts is read. The text is that of one chip's program after partitioning, so every shape in
-it is one chip's share.
+Only what `perf/cost.py` needs is parsed. The program is that of one chip after partitioning: all shapes are per chip.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ class Array:
     dtype: str
     shape: tuple[int, ...]
     space: int
-    """0 is the chip's main memory; TPUs name others (1: the memory beside the cores, 5: the host's)."""
+    """Memory space: 0 is the chip's main memory; on TPUs 1 is on-chip memory and 5 the host's."""
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> float:
-        """Bytes wherever it lies, padding not counted."""
+        """Bytes in any memory space, without padding."""
         known = BYTES.get(self.dtype)
         return self.size * (known if known is not None else int(re.findall(r"\d+", self.dtype)[0]) / 8)
 
@@ -52,7 +51,7 @@ class Instruction:
     name: str
     opcode: str
     arrays: tuple[Array, ...]
-    """Its results; several for a tuple."""
+    """Results; several for a tuple."""
     operands: tuple[str, ...]
     arguments: str
     """The text between the parentheses, for constants and parameters."""
@@ -60,7 +59,7 @@ class Instruction:
     root: bool
 
     def called(self, attribute: str) -> str | None:
-        """The computation named by `attribute`: calls, body, condition, to_apply."""
+        """Returns the computation named by `attribute`: calls, body, condition, to_apply."""
         match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
         return match and match[1]
 
@@ -76,7 +75,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who reads each instruction's result."""
+        """Instructions that read the result of each instruction."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
@@ -84,7 +83,7 @@ class Computation:
         return users
 
     def parameters(self) -> Iterator[tuple[int, Instruction]]:
-        """Number and instruction of each parameter."""
+        """Yields the number and instruction of each parameter."""
         for instruction in self.instructions.values():
             if instruction.opcode == "parameter":
                 yield int(instruction.arguments), instruction
@@ -97,14 +96,14 @@ class Program:
     computations: dict[str, Computation]
     entry: Computation
     turns: int = 0
-    """Of each loop of the entry without a bound that the compiler noted; 0: none is known."""
+    """Trip count of entry loops for which the compiler recorded none; 0: unknown."""
 
     def bounded(self, turns: int) -> Program:
-        """With the turns of the entry's loops whose end is no constant."""
+        """Returns the program with `turns` as the trip count of entry loops without a constant bound."""
         return replace(self, turns=turns)
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a `while` runs: what the compiler noted, or the bound in its condition; None: unknown."""
+        """Returns the trip count of a `while` loop: the recorded one, or the bound in its condition; None: unknown."""
         noted = re.search(r'"known_trip_count": ?\{"n": ?"(\d+)"', loop.attributes)
         if noted:
             return int(noted[1])
@@ -126,7 +125,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """The program that `compiled.as_text()` gave."""
+    """Parses the text returned by `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry = current = None
     for line in text.splitlines():
@@ -135,7 +134,7 @@ def parse(text: str) -> Program:
             if header and not line.startswith("HloModule"):
                 current = computations[header[2]] = Computation(header[2])
                 entry = current if header[1] else entry
-            elif line.rstrip() == "}":  # a line may also begin so within the attributes of the one before
+            elif line.rstrip() == "}":  # attributes may continue on lines that begin with a brace
                 current = None
         elif current is not None:
             instruction = _instruction(line)
@@ -160,13 +159,13 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def inputs(computation: Computation, instruction: Instruction) -> Iterator[tuple[Array, ...]]:
-    """The results that `instruction` reads, in the order of its operands."""
+    """Yields the results that `instruction` reads, in the order of its operands."""
     for operand in instruction.operands:
         yield computation.instructions[operand].arrays
 
 
 def arrays(text: str) -> tuple[Array, ...]:
-    """`(f32[2,3]{1,0:S(1)}, s32[])` -> its arrays; a dynamic dimension (`<=8`) counts at its bound."""
+    """Parses arrays such as `(f32[2,3]{1,0:S(1)}, s32[])`; a dynamic dimension (`<=8`) counts as its bound."""
     found = []
     for dtype, shape, layout in _ARRAY.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
@@ -176,7 +175,7 @@ def arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str) -> int:
-    """Index of the parenthesis that closes the one at 0."""
+    """Index of the parenthesis that closes the one at index 0."""
     depth = 0
     for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")

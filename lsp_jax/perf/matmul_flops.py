@@ -1,6 +1,6 @@
-"""Operations of matrix products in a compiled program: 2 for each multiply-add.
+"""Operations of matrix products in a compiled program, 2 per multiply-add.
 
-Compilers spell a product as a dot, as a convolution, or as a call of a library or of a fused attention kernel.
+Compilers express a product as a dot, a convolution, a library call, or a fused attention kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lsp_jax.perf.hlo import Array, Computation, Instruction, inputs
 
 
 def flops(computation: Computation, instruction: Instruction) -> float:
-    """Operations of one instruction: matrix products in whatever form the compiler gave them, else 0."""
+    """Returns the operations of one instruction: those of a matrix product in any form, else 0."""
     if instruction.opcode == "dot":
         return _dot(*_pair(computation, instruction), instruction)
     if instruction.opcode == "convolution":
@@ -40,9 +40,10 @@ def _dot(left: Array, right: Array, instruction: Instruction) -> float:
 
 
 def _convolution(left: Array, right: Array, instruction: Instruction) -> float:
-    """TPUs spell every matrix product as a convolution, batch dimensions as windows that mostly meet padding.
+    """Operations of a convolution: TPUs express every matrix product as one, with batch dimensions as windows that
+    mostly cover padding.
 
-    Only window positions that meet a real element count, as they are all that the hardware multiplies.
+    Only window positions on real elements are counted, as the hardware multiplies only those.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None
@@ -75,13 +76,13 @@ def _per_axis(text: str | None, axis: int, default: str) -> str:
 
 
 def _taps(inside: int, size: int, out: int, stride: int, low: int, spread: int, reach: int) -> int:
-    """Pairs of output position and window position along one axis that meet an element of the input."""
+    """Number of pairs of output and window position along one axis that read an element of the input."""
     position = np.arange(out)[:, None] * stride + np.arange(size)[None] * reach - low
     return int(np.sum((position >= 0) & (position <= (inside - 1) * spread) & (position % spread == 0)))
 
 
 def _custom(computation: Computation, instruction: Instruction) -> float:
-    """Library calls: cuBLAS products and fused attention. Others move bytes and multiply nothing."""
+    """Operations of a library call: cuBLAS products and fused attention; 0 for any other."""
     attributes = instruction.attributes
     target = re.search(r'custom_call_target="([^"]*)"', attributes)
     splash = re.search(r"splash_\w+_(fwd|dkv|dq)", instruction.name)
@@ -90,7 +91,7 @@ def _custom(computation: Computation, instruction: Instruction) -> float:
         contracted = _quoted("lhs_contracting_dimensions", attributes)
         return 2 * instruction.arrays[0].size * math.prod(left.shape[axis] for axis in contracted)
     if target is not None and target[1].startswith("__cudnn$fmha"):
-        scores = math.prod(_quoted("dimensions", attributes))  # of [B, H, S, S], of which a causal mask leaves half
+        scores = math.prod(_quoted("dimensions", attributes))  # [B, H, S, S]; a causal mask leaves half
         half = 1 if '"mask_type": "CAUSAL"' in attributes else 2
         products = 5 if "Backward" in target[1] else 2
         return products * half * scores * _pair(computation, instruction)[0].shape[-1]
@@ -101,10 +102,10 @@ def _custom(computation: Computation, instruction: Instruction) -> float:
 
 
 _SPLASH = {"fwd": 2, "dkv": 4, "dq": 3}
-"""Products of splash attention's kernels; each backward one computes scores and weights' gradients for itself."""
+"""Matrix products in each splash attention kernel; both backward kernels recompute scores and their gradients."""
 
 
 def _quoted(name: str, attributes: str) -> list[int]:
-    """A list of numbers in a configuration that is written as JSON."""
+    """Parses a list of numbers in an attribute written as JSON."""
     match = re.search(rf'"{name}": ?\[([^\]]*)\]', attributes)
     return [int(number.strip('" ')) for number in match[1].split(",") if number.strip()] if match else []

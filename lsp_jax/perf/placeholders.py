@@ -1,7 +1,7 @@
-"""A run's fixed texts as ids of the right number, for when no tokenizer is at hand.
+"""Placeholder token ids for the fixed texts of a run, without a tokenizer.
 
-A program's memory and speed depend on how long its prompts are, not on what they say. Four characters count as one
-token, as in English with a vocabulary of 128 thousand, and a chat template's turns take what Llama 3's take.
+Memory and speed of a program depend on the lengths of prompts, not on their contents. Four characters count as one
+token, as in English with a vocabulary of 128 thousand; turns of the chat template are as long as Llama 3's.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _OPENING, _TURN = 30, 5  # Llama 3.2's system message with its dates and the use
 
 
 def ids(text: str, more: int = 0) -> tuple[int, ...]:
-    """As many ids as `text` takes, and `more`."""
+    """Returns as many ids as `text` has tokens, plus `more`."""
     return (1,) * (-(-len(text) // 4) + more)
 
 
 def game(config: TrainConfig, model: LlamaConfig) -> GameSpec:
-    """The static part of every stage, as `training/setup.py` makes it where the tokenizer is."""
+    """Returns the static specification that `training/setup.py` would make with the tokenizer."""
     prefix = ids(config.prompts.query_prefix)
     prompts = PlayPrompts(
         challenger_ids=ids(config.prompts.challenger, _OPENING + _TURN) + prefix,
@@ -50,7 +50,7 @@ def game(config: TrainConfig, model: LlamaConfig) -> GameSpec:
 
 
 def judge(config: TrainConfig, model: LlamaConfig) -> Judge:
-    """The quality reward's judge."""
+    """Returns the judge of the quality reward."""
     text = config.reward.quality_mode == "text"
     rubric = ids(rubric_text(load_criteria(config.reward.rubric)), _OPENING)
     pieces = (rubric, ids("", _TURN), ids(TEXT_VERDICT if text else VERDICT, 2 * _TURN))
@@ -61,15 +61,15 @@ def judge(config: TrainConfig, model: LlamaConfig) -> Judge:
 
 
 def rubric(judge: Judge) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Tokens and lengths that are prefilled once a run."""
+    """Shapes of the rubric's tokens and lengths, which are prefilled once per run."""
     width = len(judge.template.rubric_ids)
     return jax.ShapeDtypeStruct((1, width), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
 def preference_template() -> PreferenceTemplate:
-    """The reward model's conversation."""
+    """Returns the conversation template of the reward model."""
     return PreferenceTemplate(ids("", _OPENING), ids("", _TURN), ids("", 1), trims=False)
 
 
 NO_TAGS = TagTables((), np.zeros(0, np.int32))
-"""Tables of what judge and reward model must not read: chat templates of Llama 3 spell no tag in ordinary text."""
+"""Tables of blanked template tags: empty, because Llama 3's chat template spells no tag in ordinary text."""

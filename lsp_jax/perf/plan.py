@@ -1,9 +1,8 @@
-"""Will a run fit a machine that is not at hand, and what bounds its speed: every stage compiled ahead of time for it.
+"""`lsp-jax plan`: whether a run fits given hardware and what bounds its speed, from ahead-of-time compilation.
 
-No weights, no tokenizer and no device are needed (`perf/aot.py`, `perf/chips.py`). A stage's time is the longest of
-three: its operations, its bytes to and from memory and its bytes over the network, each at the figure that the chip's
-maker publishes. No run is faster; most are slower. Lengths are the longest that the configuration allows: every query
-and every answer is taken to use all of its tokens.
+No weights, tokenizer or device are needed (`perf/aot.py`, `perf/chips.py`). The time of a stage is the largest of its
+operations, bytes to and from memory, and bytes over the network, each at the chip's published peak rate. It is a lower
+bound; most runs are slower. All queries and answers are assumed to have the maximum length of the configuration.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from lsp_jax.play.prompt_data import widest
 
 @dataclass(frozen=True)
 class Plan:
-    """The result of `lsp-jax plan`. Bytes are those of one chip unless they say otherwise."""
+    """The result of `lsp-jax plan`. Bytes are per chip unless stated otherwise."""
 
     model: str
     reward_model: str
@@ -43,32 +42,32 @@ class Plan:
     mesh: dict[str, int]
     """Devices along each axis."""
     sizes: dict[str, int]
-    """Of an iteration, with the tokens that it generates."""
+    """Sizes of an iteration, and the number of tokens that it generates."""
     resident: dict[str, int]
-    """Bytes resident all the time."""
+    """Bytes that are always resident, by name."""
     phases: tuple[Phase, ...]
     checkpoint: int
-    """Bytes of one checkpoint, whole."""
+    """Bytes of one checkpoint, over all chips."""
     verdict: str
     versions: dict[str, str]
 
     @property
     def peak(self) -> int:
-        """Of the worst stage."""
+        """Peak bytes of the worst stage."""
         return max(phase.peak for phase in self.phases)
 
     @property
     def fits(self) -> bool:
-        """Whether every stage compiles and has room."""
+        """Whether all stages compile and fit into memory."""
         return self.peak <= self.chip.memory and not any(phase.failure for phase in self.phases)
 
     @property
     def seconds(self) -> float:
-        """Of one iteration."""
+        """Lower bound of the seconds of one iteration."""
         return sum(bound(phase, self.chip)[1] * phase.times for phase in self.phases)
 
     def to_json(self) -> str:
-        """Every field, and the bound and time of each stage."""
+        """Returns all fields, with the bound and time of each stage, as JSON."""
         data = dataclasses.asdict(self)
         for entry, phase in zip(data["phases"], self.phases, strict=True):
             limit, seconds = bound(phase, self.chip)
@@ -79,10 +78,10 @@ class Plan:
 
 
 def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) -> Plan:
-    """Compiles every stage of the run `config` for `topology`; `say` is told of each as it is done.
+    """Compiles every stage of the run `config` for `topology`; calls `say` after each.
 
-    Of `config.model` and of the reward model only the shape is read: names or directories as in `shape_of`. Raises
-    InputError for what cannot be used.
+    Only the shapes of `config.model` and of the reward model are read: names or directories as in `shape_of`. Raises
+    InputError for settings that cannot be used.
     """
     config.check()
     model = shape_of(config.model)
@@ -113,7 +112,7 @@ def plan(config: TrainConfig, topology: Topology, say: Say = lambda line: None) 
 
 
 def _mesh(config: TrainConfig, model: LlamaConfig, topology: Topology) -> Mesh:
-    """The run's mesh. Of a single device too: nothing else tells the tracer which platform it is for."""
+    """The run's mesh; also one for a single device, because only a mesh tells the tracer the target platform."""
     made = make_mesh(config.mesh, model, topology.devices)
     if made is not None:
         return made
@@ -128,7 +127,7 @@ def _reward_model(config: TrainConfig) -> LlamaConfig | None:
 
 
 def bound(phase: Phase, chip: Chip) -> tuple[str, float]:
-    """The bound at the chip's published figures, compute, memory or network, and its seconds."""
+    """Returns which of compute, memory and network bounds the phase at the chip's published rates, and its seconds."""
     work = phase.work
     times = {
         "compute": work.flops / chip.flops,
@@ -140,24 +139,24 @@ def bound(phase: Phase, chip: Chip) -> tuple[str, float]:
 
 
 def _verdict(phases: Sequence[Phase], resident: dict[str, int], chip: Chip) -> str:
-    """Whether it fits, and what to change where it does not."""
+    """Whether the run fits, and what to change if it does not."""
     worst = max(phases, key=lambda phase: (bool(phase.failure), phase.peak))
     if worst.failure:
         return f"does not fit: the compiler refuses {worst.name}: {worst.failure}. {_advice(worst, resident)}"
-    share = f"{worst.peak / GIB:.2f} of {chip.memory / GIB:.2f} GiB a chip, at most, in {worst.name}"
+    share = f"{worst.peak / GIB:.2f} of {chip.memory / GIB:.2f} GiB per chip, at most, in {worst.name}"
     if worst.peak <= chip.memory:
         return f"fits: {share}"
     return f"does not fit: {share}. {_advice(worst, resident)}"
 
 
 def _advice(worst: Phase, resident: dict[str, int]) -> str:
-    """Advice on what to change, by what takes most of the worst stage's memory."""
+    """Advice on what to change, depending on what takes most memory in the worst stage."""
     always = sum(resident.values())
     own = worst.temporaries + worst.outputs - worst.aliased
     if not worst.failure and always >= own:
         return (
-            "Most of it lies there all the time: spread it over more chips, "
-            "or take --park-frozen, --optimizer.moment-dtype bfloat16 or a smaller reward model"
+            "Most of it is always resident: use more chips, "
+            "--park-frozen, --optimizer.moment-dtype bfloat16 or a smaller reward model"
         )
     if worst.name in ("update", "reference", "old log-probabilities"):
         return "Lower --optimizer.micro-batch-size or --optimizer.logprob-chunk"
@@ -166,19 +165,19 @@ def _advice(worst: Phase, resident: dict[str, int]) -> str:
     if worst.name == "quality reward":
         return "Lower --reward.judge-rows"
     if worst.name.split(":")[0] in ("weight_sync", "challenge", "solve"):
-        return "The copy that plays is whole on each fsdp group: raise --mesh.tensor, or lower --play.num-queries"
-    return "Spread it over more chips"
+        return "Each fsdp group holds all rollout parameters: raise --mesh.tensor, or lower --play.num-queries"
+    return "Use more chips"
 
 
 def table(plan: Plan) -> str:
-    """The plan as Markdown."""
+    """Returns the plan as Markdown."""
     chip, mesh = plan.chip, ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in plan.sizes.items())
     lines = [
         f"{plan.model} on {plan.topology} ({mesh}); reward model {plan.reward_model or 'none'}",
         f"{sizes}",
         f"chip: {chip.flops / 1e12:g} TFLOP/s bfloat16, {chip.memory / GIB:.2f} GiB at {chip.bandwidth / 1e9:g} GB/s, "
-        f"{chip.network / 1e9:g} GB/s into it",
+        f"network {chip.network / 1e9:g} GB/s",
         "",
         "| stage | arguments | temporaries | outputs | held | peak GiB | TFLOP | GB moved | GB network | bound | s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|",
@@ -199,8 +198,8 @@ def table(plan: Plan) -> str:
     rate = plan.sizes["generated_tokens"] / plan.seconds if plan.seconds else 0.0
     lines += [
         "",
-        f"always there, GiB a chip: {resident}",
-        f"an iteration: {plan.seconds:.3g} s at the least, {rate:.4g} tokens/s at the most; "
+        f"always resident, GiB per chip: {resident}",
+        f"iteration: at least {plan.seconds:.3g} s, at most {rate:.4g} tokens/s; "
         f"checkpoint {plan.checkpoint / GIB:.2f} GiB; {len(plan.phases)} programs, compiled in "
         f"{sum(phase.compile_seconds for phase in plan.phases):.0f} s",
         plan.verdict,
@@ -209,19 +208,19 @@ def table(plan: Plan) -> str:
 
 
 def _counts(phase: Phase, plan: Plan) -> bool:
-    """Whether a program takes a thousandth of an iteration or of a chip's memory."""
+    """Whether a program takes at least 1/1000 of an iteration's time or of a chip's memory."""
     own = phase.temporaries + phase.outputs - phase.aliased
     return bound(phase, plan.chip)[1] * phase.times >= plan.seconds / 1000 or own >= plan.chip.memory / 1000
 
 
 def check_output(path: str | Path) -> None:
-    """InputError where `write` could not write there, before long work."""
+    """Raises InputError if `write` could not write to `path`; called before long work."""
     path = user_path("output", path)
     if path.is_dir() or not path.parent.is_dir():
         raise InputError("output", str(path), "must be a file in a directory that exists")
 
 
 def write(plan: Plan, path: str | Path) -> None:
-    """Writes the plan as JSON; InputError where the place for it is missing."""
+    """Writes the plan as JSON; raises InputError if the directory is missing."""
     check_output(path)
     Path(path).expanduser().write_text(plan.to_json(), encoding="utf-8")

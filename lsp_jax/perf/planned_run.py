@@ -1,4 +1,4 @@
-"""A run's programs, compiled by a `Planner`: its start, and one iteration as `stages.iteration` walks it."""
+"""The programs of a run, compiled by a `Planner`: its start, and one call of `stages.iteration`."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from lsp_jax.reward.text_judge import judge_spec, write_judgements
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """All programs of a run, and the arrays that are resident during all of it."""
+    """All programs of a run, and the arrays that are always resident."""
 
     phases: tuple[Phase, ...]
     resident: dict[str, int]
-    """Bytes a chip by name; the state is master parameters and both moments."""
+    """Bytes per chip by name; the state consists of master parameters and both moments."""
     checkpoint: int
     """Bytes of the train state."""
 
@@ -49,20 +49,20 @@ def compile_run(
     mesh: Mesh,
     say: Say,
 ) -> PlannedRun:
-    """All programs of the run `config`, from its start to the first update; `mesh` is one of the topology's devices,
-    also where there is only one. Queries that would be sampled anew (`play.max_resamples`) are not."""
+    """Compiles all programs of the run `config`, from its start to the first update, without resampling of queries
+    (`play.max_resamples`). `mesh` consists of the topology's devices, even if there is only one."""
     planner = Planner(topology, mesh, say)
     with use_mesh(mesh):
         source = PlannedSource(planner, config, game, reward_model)
         with planner.phase("start", times=0):
-            # held by nothing else here: the iteration donates it
+            # a list, so that this is the only reference: the iteration donates the state
             state = [planner.call(_start(game), source.loaded())]
         checkpoint = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         resident = {"state": device_bytes(state)} | source.resident
         key, hyper, weight = jax.eval_shape(
             lambda: (jax.random.key(0), jax.tree.map(jnp.float32, hyperparameters(config)), jnp.float32(1))
         )
-        rows = game.num_queries * game.num_generations  # all go on: every completion is taken to be of the longest
+        rows = game.num_queries * game.num_generations  # no row finishes early: all completions have the maximum length
         backend = Backend(call=planner.call, phase=planner.phase, read=lambda _: rows)
         inputs = planner.put((key, hyper, weight))
         stages.iteration(backend, source, state.pop(), source.reference, inputs, game)
@@ -77,15 +77,15 @@ def _start(game: GameSpec) -> Stage[..., Any]:
 
 
 class PlannedSource:
-    """An iteration's queries and rewards as shapes; what they need is resident while this is held. Rewards on the host
-    take no device memory."""
+    """The queries and rewards of an iteration as shapes; holds the arrays that they need. Host rewards take no device
+    memory."""
 
     def __init__(self, planner: Planner, config: TrainConfig, game: GameSpec, reward_model: LlamaConfig | None) -> None:
         self._planner, self._config, self._game, self._reward_model = planner, config, game, reward_model
-        self.specs: tuple[RewardSpec, ...] = _specs(config)
+        self.specs: tuple[RewardSpec, ...] = planner.put(_specs(config))
         frozen = {"reference": planner.put(_as(llama.params_shape(game.model), game.learner.compute_dtype), "train")}
         self.reference: Any = frozen["reference"]
-        """The frozen reference's parameters."""
+        """Parameters of the frozen reference."""
         if reward_model is not None:
             frozen["reward model"] = planner.put(_as(llama.params_shape(reward_model), "bfloat16"), "train")
         self._scorer = frozen.get("reward model")
@@ -93,13 +93,13 @@ class PlannedSource:
         if config.park_frozen:
             planner.offload(frozen)
         self.resident: dict[str, int] = {} if config.park_frozen else {k: device_bytes(v) for k, v in frozen.items()}
-        """Bytes a chip of what it holds all the time, by name."""
+        """Bytes per chip of the arrays that this holds, by name."""
         self._rubric = self._prefilled_rubric() if config.reward.quality_weight else None
         if self._rubric is not None:
             self.resident["rubric"] = device_bytes(self._rubric)
 
     def loaded(self) -> Any:
-        """The parameters as they are loaded."""
+        """Returns the parameters as loaded."""
         config, learner = self._config, self._game.learner
         dtype = learner.compute_dtype if learner.lora.rank else config.param_dtype
         return self._planner.put(_as(llama.params_shape(learner.model), dtype), "train")
@@ -114,7 +114,7 @@ class PlannedSource:
             return self._planner.call(stage()(rubric), self.reference, *self._planner.put(tokens))
 
     def queries(self, on: Backend, params: llama.Params, key: jax.Array) -> Queries:
-        """Sampled, or as wide as the longest prompt of the data set."""
+        """Sampled queries, or queries as wide as the longest prompt of the data set."""
         if self._config.data.source:
             return self._planner.put(shapes_of_data_queries(self._game, widest(self._config.data)))
         return rollout.challenge(params, self._token_classes, key, self._game, on)
@@ -122,7 +122,7 @@ class PlannedSource:
     def score(
         self, on: Backend, params: llama.Params, key: jax.Array, episode: Episode
     ) -> tuple[Episode, Callable[[], tuple[RewardOutput, ...]]]:
-        """As `Source.score`; the outputs of all components have the same shapes."""
+        """As `Source.score`; all components have outputs of the same shapes."""
         reward, judged = self._config.reward, {"token_classes": self._token_classes, "tags": placeholders.NO_TAGS}
         judged["tags"] = self._planner.put(judged["tags"])
         if self._reward_model is not None:
@@ -151,7 +151,7 @@ class PlannedSource:
 
 
 def shapes_of_data_queries(game: GameSpec, width: int) -> Queries:
-    """Shapes of an iteration's queries from data, [N, width]."""
+    """Returns the shapes of queries from a data set, [N, width]."""
     number = game.num_queries
     text = _array(jnp.int32, number, width), _array(jnp.int32, number)
     return Queries(None, text, _array(jnp.bool_, number))
@@ -166,9 +166,10 @@ def _as(tree: Any, dtype: str) -> Any:
 
 
 def _specs(config: TrainConfig) -> tuple[RewardSpec, ...]:
-    """One spec for each configured component: how they are mixed changes nothing that is counted."""
+    """Shapes of one spec per configured component; standardisation costs next to nothing and is left out."""
     reward = config.reward
     names = [name for name in ("arithmetic", "maths", "code", "quality") if getattr(reward, f"{name}_weight")]
     names += ["preference"] if reward.preference_model and reward.preference_weight else []
     names += ["callable"] if reward.callable else []
-    return tuple(RewardSpec(name, "quality" if name == "quality" else "task", 1.0) for name in names)
+    specs = tuple(RewardSpec(name, "quality" if name == "quality" else "task", 1.0) for name in names)
+    return jax.tree.map(lambda _: _array(jnp.float32), specs)

@@ -1,8 +1,8 @@
-"""How near each phase of an iteration comes to what the devices can do: its share of the limit, logged beside its time.
+"""Roofline of each phase of an iteration: the minimum time on the devices, as a fraction of the measured time.
 
-The limit counts what cannot be left out: products with weights, two operations a weight and token, and in decoding the
-weights read once a column. A phase's least time is the longer of operations and bytes at the devices' best rates. Real
-lengths count, not padding; each prompt counts once. Attention's own products, rewards and the optimiser are left out.
+Only unavoidable work counts: products with weights, 2 operations per weight and token, and in decoding one read of the
+weights per column. The minimum time of a phase is the larger of operations and bytes at the devices' peak rates. Each
+prompt counts once, without padding; attention scores, rewards and the optimiser are not counted.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from lsp_jax.model.config import LlamaConfig
 from lsp_jax.perf.chips import CHIPS
 
 _KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e", "v5p": "v5p", "H100": "h100", "H200": "h200"}
-"""Substrings of a device's kind, and the chip that it is."""
+"""Substrings of `device_kind`, and the name of the chip."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The best that one device does."""
+    """Peak rates of one device."""
 
     flops: float
-    """Operations a second."""
+    """Operations per second."""
     bandwidth: float
-    """Bytes a second from memory."""
+    """Memory bandwidth in bytes per second."""
 
 
 @lru_cache
 def rates(kind: str) -> Rates:
-    """Of devices of this kind: as published for the chips that `lsp-jax plan` knows, else measured on the first one."""
+    """Returns the rates of devices of this kind: published for chips known to `lsp-jax plan`, else measured once."""
     for part, name in _KINDS.items():
         if part in kind:
             return Rates(CHIPS[name].flops, CHIPS[name].bandwidth)
@@ -57,14 +57,14 @@ def _seconds(run: jax.stages.Wrapped, x: jax.Array) -> float:
 
 
 def weights(config: LlamaConfig) -> int:
-    """Weights that a token is multiplied with, the head's included."""
+    """Returns the number of weights that a token is multiplied with, including the head's."""
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     layer = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
     return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
 
 
 def least_seconds(game: GameSpec, metrics: Mapping[str, float], best: Rates, devices: int) -> dict[str, float]:
-    """By phase, what the lengths in `metrics` take at least on so many devices."""
+    """Returns the minimum seconds of each phase for the lengths in `metrics` on that many devices."""
     count = weights(game.model)
     rows = {"solver": game.num_queries * game.num_generations, "challenger": game.num_queries}
     prompts = {
@@ -86,6 +86,6 @@ def least_seconds(game: GameSpec, metrics: Mapping[str, float], best: Rates, dev
 
 
 def shares(game: GameSpec, metrics: Mapping[str, float], devices: Sequence[Any]) -> dict[str, float]:
-    """`limit/<phase>`: the least time over the time taken, 1 at the limit."""
+    """Returns `limit/<phase>`: the minimum time divided by the measured time, 1 at the limit."""
     least = least_seconds(game, metrics, rates(devices[0].device_kind), len(devices))
     return {f"limit/{phase}": seconds / metrics[f"time/{phase}"] for phase, seconds in least.items()}

@@ -11,8 +11,10 @@ Standardisation, clipping and weighting are separate: see `RewardSpec` and `comb
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -21,6 +23,7 @@ import numpy as np
 
 from lsp_jax.core import processes, runtime
 from lsp_jax.core.errors import InputError
+from lsp_jax.learn.spec import Scalar
 from lsp_jax.model.sharding import replicate, row_shards
 from lsp_jax.play.selfplay import Episode
 from lsp_jax.text.tokenizer import Tokenizer
@@ -85,15 +88,21 @@ class HostReward:
 Reward = DeviceReward | EpisodeReward | HostReward
 
 
-class RewardSpec(NamedTuple):
-    """How one component enters the weighted sum of its kind; hashable."""
+UNBOUNDED = (-math.inf, math.inf)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("weight", "clip"), meta_fields=("name", "kind", "standardize"))
+@dataclass(frozen=True)
+class RewardSpec:
+    """How one component enters the weighted sum of its kind. A pytree: weight and bounds are traced scalars."""
 
     name: str
     kind: Kind
-    weight: float
+    weight: Scalar
+    """Factor in the sum of its kind."""
     standardize: bool = False
     """Subtract the mean and divide by the standard deviation over the iteration's valid answers, before clipping."""
-    clip: tuple[float, float] | None = None
+    clip: tuple[Scalar, Scalar] = UNBOUNDED
     """Lowest and highest value, applied before the weight."""
 
 
@@ -156,29 +165,28 @@ def combine(
     totals = {"task": jnp.zeros(shape, jnp.float32), "quality": jnp.zeros(shape, jnp.float32)}
     # a non-finite score counts as failed
     scored = [jnp.isfinite(output.values) & output.valid_answer for output in outputs]
-    valid_query, valid_answer = episode.queries.valid, jnp.ones(shape, bool)
-    for spec, output, finite in zip(specs, outputs, scored, strict=True):
+    valid_N, valid_NG = episode.queries.valid, jnp.ones(shape, bool)
+    for spec, output, scored_NG in zip(specs, outputs, scored, strict=True):
         if use_quality or spec.kind == "task":
-            valid_answer, valid_query = valid_answer & finite, valid_query & output.valid_query
-    for spec, output, finite in zip(specs, outputs, scored, strict=True):
-        values = jnp.where(finite, output.values, 0.0)
+            valid_NG, valid_N = valid_NG & scored_NG, valid_N & output.valid_query
+    for spec, output, scored_NG in zip(specs, outputs, scored, strict=True):
+        values_NG = jnp.where(scored_NG, output.values, 0.0)
         if spec.standardize:
-            mean, deviation = mean_std(values, finite & valid_query[:, None])
+            mean, deviation = mean_std(values_NG, scored_NG & valid_N[:, None])
             # equal values become 0: what remains after subtracting the mean is rounding error
             spread = deviation > 1e-6 * jnp.maximum(jnp.abs(mean), 1.0)
-            values = jnp.where(spread, (values - mean) / jnp.where(spread, deviation, 1.0), 0.0)
-        if spec.clip is not None:
-            values = jnp.clip(values, *spec.clip)
-        totals[spec.kind] = totals[spec.kind] + spec.weight * jnp.where(finite, values, 0.0)
+            values_NG = jnp.where(spread, (values_NG - mean) / jnp.where(spread, deviation, 1.0), 0.0)
+        values_NG = jnp.where(scored_NG, jnp.clip(values_NG, *spec.clip), 0.0)
+        totals[spec.kind] = totals[spec.kind] + spec.weight * values_NG
     components = {spec.name: output.values for spec, output in zip(specs, outputs, strict=True)}
-    failed = {spec.name: ~finite for spec, finite in zip(specs, scored, strict=True)}
-    return Scores(totals["task"], totals["quality"], valid_query, valid_answer, components, failed)
+    failed = {spec.name: ~scored_NG for spec, scored_NG in zip(specs, scored, strict=True)}
+    return Scores(totals["task"], totals["quality"], valid_N, valid_NG, components, failed)
 
 
 def solver_rewards(scores: Scores, use_quality: bool) -> tuple[jax.Array, jax.Array]:
     """Returns the Solver's reward of each answer, float32 [N, G], and a mask of those that count, bool [N, G]."""
-    reward = scores.task + scores.quality if use_quality else scores.task
-    return reward, scores.valid_answer & scores.valid_query[:, None]
+    reward_NG = scores.task + scores.quality if use_quality else scores.task
+    return reward_NG, scores.valid_answer & scores.valid_query[:, None]
 
 
 def mean_std(values: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:

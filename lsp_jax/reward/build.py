@@ -19,7 +19,7 @@ from lsp_jax.model.llama import Params
 from lsp_jax.play.prompt_data import PromptData
 from lsp_jax.policy import Policy
 from lsp_jax.reward import code, maths
-from lsp_jax.reward.base import HostReward, Reward, RewardSpec, check_rewards
+from lsp_jax.reward.base import UNBOUNDED, HostReward, Reward, RewardSpec, check_rewards
 from lsp_jax.reward.config import RewardConfig
 from lsp_jax.reward.execution.pool import Workers
 from lsp_jax.reward.execution.sandbox import check_sandbox
@@ -132,4 +132,6 @@ def _mixed(config: RewardConfig, specs: Sequence[RewardSpec]) -> tuple[RewardSpe
         if unknown:
             raise InputError(field, unknown[0], f"is not a component of this run; those are {', '.join(names)}")
     standardize = config.standardize
-    return tuple(spec._replace(standardize=spec.name in standardize, clip=bounds.get(spec.name)) for spec in specs)
+    return tuple(
+        replace(spec, standardize=spec.name in standardize, clip=bounds.get(spec.name, UNBOUNDED)) for spec in specs
+    )

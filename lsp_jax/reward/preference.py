@@ -1,16 +1,15 @@
 """The preference reward: a Bradley-Terry reward model's score of a conversation (query, answer).
 
-The reward model is a Llama with a score head (`LlamaForSequenceClassification` with one label). It reads the query as
-the user's message and the answer as the assistant's in its own chat template, and its score stands at the last token of
-that conversation, whatever the template puts after the answer included. Which token is the last is known from lengths,
-never from token values.
+The reward model is a Llama with a score head (`LlamaForSequenceClassification` with one label). In its own chat
+template, the query is the user's message and the answer the assistant's; the score is read at the last token of the
+conversation, including what the template adds after the answer. Lengths determine the last token, never token values.
 
-1. Where its tokenizer is the policy's (the vocabularies are compared, not their names), query and answer are spliced in
-   as the ids that the policy wrote, and all stays on device.
-2. Where it is another, the texts are decoded and encoded again on the host, and scored by the same program.
+1. If its tokenizer equals the policy's (vocabularies are compared, not names), query and answer are spliced in as the
+   policy's token ids, and all arrays stay on device.
+2. Otherwise the texts are decoded and encoded again on the host, and scored by the same program.
 
-Control ids in query and answer, and what spells a tag of the reward model's chat template (`[/INST]`), are replaced by
-blanks: nothing that a model wrote can close a turn. LSP, Section 4 (the task reward R).
+Control ids in query and answer, and text that spells a tag of the reward model's chat template (`[/INST]`), are
+replaced by blanks, so that no model output can close a turn. LSP, Section 4 (the task reward R).
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from lsp_jax.text.template_tags import TagTables, blank_tags, tag_tables
 from lsp_jax.text.tokenizer import Tokenizer
 
 STRETCHES = (1, 2, 4, 8)
-"""Widths for texts in another tokenizer's ids, in multiples of the policy's: as many programs at most."""
+"""Array widths for another tokenizer's ids, as multiples of the policy's; bounds the number of programs."""
 
 _PROBES = (
     "What is 12 + 345? It's 357.",
@@ -52,28 +51,28 @@ _PROBES = (
 
 
 class PreferenceTemplate(NamedTuple):
-    """The reward model's chat template around a query and an answer; hashable."""
+    """Token ids of the reward model's chat template around a query and an answer; hashable."""
 
     prefix_ids: tuple[int, ...]
     middle_ids: tuple[int, ...]
     tail_ids: tuple[int, ...]
     trims: bool
-    """Whether the template strips white space from both ends of a message."""
+    """Whether the template strips white space at both ends of a message."""
 
     @property
     def fixed_length(self) -> int:
-        """Tokens of the conversation beside query and answer."""
+        """Number of tokens beside query and answer."""
         return len(self.prefix_ids + self.middle_ids + self.tail_ids)
 
 
-# --- the model and what can be known before its weights are read ---------------------------------------------------
+# --- the model, and checks before its weights are read -------------------------------------------------------------
 
 
 def open_reward_model(path_or_hub_id: str | Path, revision: str | None = None) -> tuple[Path, Policy]:
-    """The reward model's configuration and tokenizer (`params` is empty), and the directory that holds its weights.
+    """Opens the reward model; returns the directory of its weights, and its configuration and tokenizer (no `params`).
 
-    Raises InputError for what is not a Llama classifier with one label, a tokenizer larger than the vocabulary, a chat
-    template that is missing or changes its messages, and for weights that are missing or do not fit.
+    Raises InputError if it is not a Llama classifier with one label, its tokenizer is larger than the vocabulary, its
+    chat template is missing or changes messages, or weights are missing or have other shapes.
     """
     directory, model = open_pretrained(path_or_hub_id, revision, head="score")
     preference_template(model.tokenizer)
@@ -84,7 +83,7 @@ def open_reward_model(path_or_hub_id: str | Path, revision: str | None = None) -
 def load_reward_model(
     path_or_hub_id: str | Path, dtype: str = "auto", revision: str | None = None, mesh: Mesh | None = None
 ) -> Policy:
-    """`open_reward_model` with the parameters; `dtype` auto is bfloat16 on accelerators and float32 on the CPU."""
+    """Loads the reward model with its parameters; `dtype` auto is bfloat16 on accelerators and float32 on CPUs."""
     directory, model = open_reward_model(path_or_hub_id, revision)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -92,15 +91,15 @@ def load_reward_model(
 
 
 def preference_template(tokenizer: Tokenizer) -> PreferenceTemplate:
-    """The fixed ids of [user: query, assistant: answer], without a generation prompt. Raises InputError."""
+    """Returns the fixed ids of [user: query, assistant: answer], without a generation prompt. Raises InputError."""
     messages = [{"role": "user", "content": SLOT}, {"role": "assistant", "content": SLOT}]
     prefix, middle, tail = template_pieces(tokenizer, messages, add_generation_prompt=False)
     if not middle:
-        raise InputError("chat_template", None, "must put something between a question and its answer")
+        raise InputError("chat_template", None, "must separate the user's message from the assistant's")
     filled = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "It is 7."}]
     query, answer = (tokenizer.encode(message["content"]) for message in filled)
     if [*prefix, *query, *middle, *answer, *tail] != tokenizer.chat_ids(filled, add_generation_prompt=False):
-        raise InputError("chat_template", str(tokenizer.directory), "a message inside it has other ids than one alone")
+        raise InputError("chat_template", str(tokenizer.directory), "must not change the token ids of its messages")
     bare, spaced = (
         tokenizer.chat_ids([{"role": "user", "content": text}], add_generation_prompt=False) for text in ("a", "\n a ")
     )
@@ -108,10 +107,10 @@ def preference_template(tokenizer: Tokenizer) -> PreferenceTemplate:
 
 
 def check_context(model: Policy, query_length: int, answer_length: int, field: str = "reward.preference_model") -> int:
-    """Tokens of the longest conversation: the template's and the longest query and answer, in tokens.
+    """Returns the number of tokens of the longest conversation: template, longest query and longest answer.
 
-    With another tokenizer than the policy's, lengths are those of texts that take as many tokens in both. Raises
-    InputError, naming `field`, where they exceed the reward model's context. Needs no weights.
+    With another tokenizer than the policy's, texts are taken to have equally many tokens in both. Raises InputError,
+    naming `field`, if the conversation exceeds the reward model's context. Needs no weights.
     """
     length = preference_template(model.tokenizer).fixed_length + query_length + answer_length
     context = model.config.max_position_embeddings
@@ -122,7 +121,7 @@ def check_context(model: Policy, query_length: int, answer_length: int, field: s
 
 
 def same_tokenizer(left: Tokenizer, right: Tokenizer) -> bool:
-    """Whether ids mean the same in both: vocabulary, control ids, and how a few texts of many kinds are cut."""
+    """Whether both tokenizers agree in vocabulary, control ids, and the ids of some diverse texts."""
     if left.special_ids != right.special_ids or left.vocabulary != right.vocabulary:
         return False
     return all(
@@ -142,10 +141,10 @@ def preference_reward(
     rows: int = 16,
     name: str = "preference",
 ) -> DeviceReward | EpisodeReward:
-    """The component of the reward model `model`: compiled where its tokenizer equals the policy's `tokenizer`.
+    """Returns the component of the reward model `model`, compiled if its tokenizer equals the policy's `tokenizer`.
 
     `token_classes` uint8 [V] is `Tokenizer.token_classes()` over the policy's vocabulary. About `rows` conversations
-    are scored at one time (whole groups: at least G). Scores are float32 in every dtype of the parameters.
+    are scored at a time (complete groups, at least one). Scores are float32 for parameters of any dtype.
     """
     template = preference_template(model.tokenizer)
     blank = tokenizer.encode(" ")[0]
@@ -165,48 +164,49 @@ def preference_reward(
 def preference_scores(
     params: Any, episode: Episode, *, config: LlamaConfig, template: PreferenceTemplate, blank: int, rows: int
 ) -> RewardOutput:
-    """Scores `values` [N, G] of an episode in the reward model's own ids; nothing is masked. Pure.
+    """Scores an episode whose token ids are also the reward model's; masks nothing. Pure.
 
-    Texts enter as written: white space that the policy left at an end stays, also where the template would trim it.
+    White space at the ends of a text is kept, even if the template would strip it.
     """
     query, answer = _blanked_texts(episode, params["token_classes"], params["tags"], blank)
-    values = score_conversations(params["model"], query, answer, config, template, rows)
-    return RewardOutput(values, jnp.ones_like(values, bool), jnp.ones(values.shape[0], bool))
+    values_NG = score_conversations(params["model"], query, answer, config, template, rows)
+    return RewardOutput(values_NG, jnp.ones_like(values_NG, bool), jnp.ones(values_NG.shape[0], bool))
 
 
 @partial(jax.jit, static_argnames=("config", "template", "rows"))
 def score_conversations(
     params: llama.Params, queries: Ragged, answers: Ragged, config: LlamaConfig, template: PreferenceTemplate, rows: int
 ) -> jax.Array:
-    """float32 [N, G]: queries [N, W] with lengths [N], answers [N, G, T] with lengths [N, G].
+    """Scores conversations, float32 [N, G]; each query is prefilled once for its G answers.
 
-    Each query is prefilled once for its G answers.
+    `queries` are tokens [N, W] with lengths [N], `answers` tokens [N, G, T] with lengths [N, G].
     """
     number, group = answers[1].shape
     chunk = groups_per_chunk(number, group, rows)
 
-    def some(part: tuple[Ragged, Ragged]) -> jax.Array:
-        query, (answer, answer_lengths) = shard_rows(part)
+    def score_chunk(part: tuple[Ragged, Ragged]) -> jax.Array:
+        query, (answer_NGT, answer_lengths_NG) = shard_rows(part)
         opening = (ids_row(template.prefix_ids), query, ids_row(template.middle_ids[:-1]))
         _, cache = llama.extend(params, config, *pack(opening))
-        # the middle's last token goes with the answer: there is one to read where both answer and tail are empty
-        flat = (answer.reshape(chunk * group, -1), answer_lengths.reshape(-1))
-        tokens, lengths = pack((ids_row(template.middle_ids[-1:]), flat, ids_row(template.tail_ids)))
-        hidden, _ = llama.extend(params, config, tokens, lengths, (cache,))
-        return llama.score(params, llama.last_hidden(hidden, lengths))
+        # the middle's last token is prefilled with the answer, so that there is one even if answer and tail are empty
+        flat = (answer_NGT.reshape(chunk * group, -1), answer_lengths_NG.reshape(-1))
+        tokens_BT, lengths_B = pack((ids_row(template.middle_ids[-1:]), flat, ids_row(template.tail_ids)))
+        hidden_BTD, _ = llama.extend(params, config, tokens_BT, lengths_B, (cache,))
+        return llama.score(params, llama.last_hidden(hidden_BTD, lengths_B))
 
     parts = jax.tree.map(lambda x: x.reshape(number // chunk, chunk, *x.shape[1:]), (queries, answers))
-    return jax.lax.map(some, parts).reshape(number, group)
+    return jax.lax.map(score_chunk, parts).reshape(number, group)
 
 
 @partial(jax.jit, static_argnames="blank")
 def _blanked_texts(episode: Episode, token_classes: jax.Array, tags: TagTables, blank: int) -> tuple[Ragged, Ragged]:
-    tokens, lengths = episode.answers.tokens, episode.answer_lengths
-    flat = (tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1))
+    """Query and answer tokens with control tokens and template tags replaced by `blank`, and their lengths."""
+    tokens_NGT, lengths_NG = episode.answers.tokens, episode.answer_lengths
+    flat = (tokens_NGT.reshape(-1, tokens_NGT.shape[-1]), lengths_NG.reshape(-1))
     query, answer = (
         blank_tags(blank_special(text, token_classes, blank), tags, blank) for text in (episode.queries.text, flat)
     )
-    return query, (answer[0].reshape(tokens.shape), lengths)
+    return query, (answer[0].reshape(tokens_NGT.shape), lengths_NG)
 
 
 # --- another tokenizer ---------------------------------------------------------------------------------------------
@@ -222,10 +222,10 @@ def _foreign_scores(
     blank: int,
     rows: int,
 ) -> RewardOutput:
-    """As `preference_scores`, through text: decoded by the policy's tokenizer, encoded by the reward model's.
+    """As `preference_scores`, with texts decoded by the policy's tokenizer and encoded by the reward model's.
 
-    What spells a control token is ordinary text there. An answer that is too long for the widest program or for the
-    model's context is masked, and so are all answers of such a query.
+    Spelled control tokens are encoded as ordinary text. An answer that is too long for the widest program or the
+    model's context is masked; if the query is too long, so are all its answers.
     """
     query, (answer, _) = _blanked_texts(episode, **written, blank=blank)
     plain = episode._replace(
@@ -247,15 +247,14 @@ def _foreign_scores(
     valid = query_fits[:, None] & answer_fits.reshape(number, group)
     parts = replicate((query_rows, answer_rows, valid, np.ones(number, bool)))
     arguments = (model.params, *parts[:2], model.config, template, rows)
-    # texts decide the widths, and each width is another program
+    # the widths depend on the texts, and each pair of widths is another program
     name = f"score_conversations {query_width} {answer_width}"
     processes.check_program(name, score_conversations, *arguments)
-    values = score_conversations(*arguments)
-    return RewardOutput(values, *parts[2:])
+    return RewardOutput(score_conversations(*arguments), *parts[2:])
 
 
 def _widths(base: tuple[int, int], lists: tuple[list[list[int]], list[list[int]]], room: int) -> tuple[int, int]:
-    """The narrowest declared widths of query and answer that hold all rows, or the widest that the context has."""
+    """Returns the narrowest of the allowed widths of query and answer that fit all rows, else the widest."""
     allowed = [factor for factor in STRETCHES if factor * sum(base) <= room] or [1]
     longest = [max(map(len, rows)) for rows in lists]
     fitting = [f for f in allowed if all(need <= f * width for need, width in zip(longest, base, strict=True))]
@@ -264,10 +263,10 @@ def _widths(base: tuple[int, int], lists: tuple[list[list[int]], list[list[int]]
 
 
 def _padded(lists: Sequence[Sequence[int]], width: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Rows of ids as tokens int32 [B, width] with lengths [B], and which of them fit; the others are emptied."""
-    fits = np.array([len(ids) <= width for ids in lists])
-    tokens, lengths = np.zeros((len(lists), width), np.int32), np.zeros(len(lists), np.int32)
+    """Pads lists of ids to tokens int32 [B, width] and lengths [B], with a mask of those that fit; others are empty."""
+    fits_B = np.array([len(ids) <= width for ids in lists])
+    tokens_BT, lengths_B = np.zeros((len(lists), width), np.int32), np.zeros(len(lists), np.int32)
     for row, ids in enumerate(lists):
-        if fits[row]:
-            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-    return (tokens, lengths), fits
+        if fits_B[row]:
+            tokens_BT[row, : len(ids)], lengths_B[row] = ids, len(ids)
+    return (tokens_BT, lengths_B), fits_B

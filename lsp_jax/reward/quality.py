@@ -1,11 +1,11 @@
 """The quality self-reward R_Q in 0..7: the frozen reference judges answers by seven yes/no criteria.
 
 `text` mode is the paper's: the judge writes a calculation and a tagged score (`reward/text_judge.py`). It needs a model
-that keeps to a form, and what it does not write well is masked.
+that follows the required format; malformed verdicts are masked.
 
-`logits` mode reads the same verdicts without decoding, and cannot fail to parse: after rubric, query and answer
-(`reward/judge.py`), seven branches of a few tokens ("3.") read p = yes / (yes + no) from the logits; the score is the
-sum of the p. LSP, Section 3 (quality self-reward).
+`logits` mode reads the same verdicts without decoding, so no verdict can be malformed: rubric, query and answer are
+prefilled (`reward/judge.py`), seven branches of a few tokens each ("3.") follow, and p = yes / (yes + no) is read from
+the logits of each; the score is the sum of the seven p. LSP, Section 3 (quality self-reward).
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from lsp_jax.text.judge_prompts import (
 def quality_reward(
     reference: llama.Params, policy: Policy, token_classes: jax.Array, config: RewardConfig, name: str = "quality"
 ) -> DeviceReward | EpisodeReward:
-    """The component, with the rubric prefilled under the frozen `reference` parameters of the model `policy`.
+    """Returns the component, with the rubric prefilled under the frozen `reference` parameters of the model `policy`.
 
-    `token_classes` uint8 [V] is `Tokenizer.token_classes()` over the model's vocabulary. Of `config` are read
-    `quality_weight`, `quality_mode`, `quality_max_length`, `rubric`, and `judge_rows`: about so many answers are judged
-    at a time (complete groups: at least G).
+    `token_classes` uint8 [V] is `Tokenizer.token_classes()` over the model's vocabulary. It reads `quality_weight`,
+    `quality_mode`, `quality_max_length`, `rubric` and `judge_rows` from `config`; about `judge_rows` answers are judged
+    at a time (complete groups, at least one).
 
-    Raises InputError for an unknown mode, a bad rubric file, a length below 1, and a judge's prompt that leaves no
+    Raises InputError for an unknown mode, an invalid rubric file, a length below 1, and a judge's prompt that leaves no
     room for query and answer in the model's context.
     """
     mode, max_length, tokenizer = config.quality_mode, config.quality_max_length, policy.tokenizer
@@ -68,16 +68,16 @@ def quality_reward(
 
 
 def logits_scores(params: Any, episode: Episode, *, judge: Judge) -> RewardOutput:
-    """R_Q in [0, 7] for every answer, `values` [N, G]; nothing is masked. Pure."""
-    values = judge_episode(params, episode, judge, partial(_read, params["reference"], judge))
-    return RewardOutput(values, jnp.ones_like(values, bool), jnp.ones(values.shape[0], bool))
+    """Returns R_Q in [0, 7] of every answer; masks nothing. Pure."""
+    values_NG = judge_episode(params, episode, judge, partial(_read, params["reference"], judge))
+    return RewardOutput(values_NG, jnp.ones_like(values_NG, bool), jnp.ones(values_NG.shape[0], bool))
 
 
-def _read(reference: llama.Params, judge: Judge, prefixes: Sequence[KVCache], last: jax.Array) -> jax.Array:
-    """The seven branches' yes / (yes + no), added up: [B]."""
+def _read(reference: llama.Params, judge: Judge, prefixes: Sequence[KVCache], last_BD: jax.Array) -> jax.Array:
+    """Returns the sum of yes / (yes + no) over the seven branches, [B]."""
     template = judge.template
     assert isinstance(template, LogitsTemplate)
-    rows = last.shape[0]
+    rows = last_BD.shape[0]
     width = max(map(len, template.branch_ids))
     padded = [(*ids, *[0] * (width - len(ids))) for ids in template.branch_ids]
     branches = jnp.tile(jnp.asarray(padded, jnp.int32), (rows, 1))
@@ -87,12 +87,12 @@ def _read(reference: llama.Params, judge: Judge, prefixes: Sequence[KVCache], la
     return jnp.sum(jax.nn.sigmoid(log_odds).reshape(rows, CRITERIA), axis=-1)
 
 
-def _yes_no(params: llama.Params, config: LlamaConfig, template: LogitsTemplate, hidden: jax.Array) -> jax.Array:
-    """log(yes / no) [B]: only the declared tokens' rows of the head are read."""
+def _yes_no(params: llama.Params, config: LlamaConfig, template: LogitsTemplate, hidden_BD: jax.Array) -> jax.Array:
+    """Returns log(yes / no) [B]; reads only the head's rows of the yes and no tokens."""
     weight = llama.head_weight(params, config)
     sides = [
         jax.nn.logsumexp(
-            jnp.einsum("bd,vd->bv", hidden, weight[jnp.asarray(ids)], preferred_element_type=jnp.float32), axis=-1
+            jnp.einsum("bd,vd->bv", hidden_BD, weight[jnp.asarray(ids)], preferred_element_type=jnp.float32), axis=-1
         )
         for ids in (template.yes_ids, template.no_ids)
     ]

@@ -50,9 +50,9 @@ def text_scores(params: Any, tokenizer: Tokenizer, judge: Judge, spec: DecodeSpe
     """Returns R_Q of every answer on the device, unparsable ones masked; reads from the device once."""
     turns = judge_turns(write_judgements(params, episode, judge=judge, spec=spec), tokenizer)
     scores = [[None if turn is None else parse_score(turn) for turn in group] for group in turns]
-    values = np.array([[score or 0 for score in group] for group in scores], np.float32)
-    valid = np.array([[score is not None for score in group] for group in scores], bool)
-    return RewardOutput(*replicate((values, valid, np.ones(len(scores), bool))))
+    values_NG = np.array([[score or 0 for score in group] for group in scores], np.float32)
+    valid_NG = np.array([[score is not None for score in group] for group in scores], bool)
+    return RewardOutput(*replicate((values_NG, valid_NG, np.ones(len(scores), bool))))
 
 
 def judge_spec(judge: Judge, max_length: int, stop_ids: tuple[int, ...]) -> DecodeSpec:
@@ -74,8 +74,8 @@ def write_judgements(params: Any, episode: Episode, *, judge: Judge, spec: Decod
 
 def judge_turns(turns: Completions, tokenizer: Tokenizer) -> list[list[str | None]]:
     """Returns [N][G] texts without stop tokens but with other control tokens; None for a truncated turn."""
-    tokens, lengths, stopped = runtime.to_host((turns.tokens, turns.lengths - turns.stopped, turns.stopped))
+    tokens_NGT, lengths_NG, stopped_NG = runtime.to_host((turns.tokens, turns.lengths - turns.stopped, turns.stopped))
     return [
         [tokenizer.decode(ids[:length].tolist()) if ended else None for ids, length, ended in zip(*group, strict=True)]
-        for group in zip(tokens, lengths, stopped, strict=True)
+        for group in zip(tokens_NGT, lengths_NG, stopped_NG, strict=True)
     ]

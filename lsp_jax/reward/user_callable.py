@@ -30,10 +30,10 @@ def arithmetic_reward(weight: float = 1.0, name: str = "arithmetic", workers: Wo
     pool = workers or Workers(1)
 
     def score(queries: list[str], answers: list[list[str]], rows: DataRows = ()) -> RewardOutput:
-        values = _in_worker(pool, _ARITHMETIC, name, queries, answers, ())
-        valid_query = np.all(np.isfinite(values), axis=1)
-        values[~valid_query] = 0
-        return RewardOutput(values, np.ones(values.shape, bool), valid_query)
+        values_NG = _in_worker(pool, _ARITHMETIC, name, queries, answers, ())
+        valid_N = np.all(np.isfinite(values_NG), axis=1)
+        values_NG[~valid_N] = 0
+        return RewardOutput(values_NG, np.ones(values_NG.shape, bool), valid_N)
 
     return HostReward(name, "task", weight, score)
 
@@ -70,8 +70,8 @@ def callable_reward(
             return timed(lambda: call_reward(direct, name, queries, answers, rows))
 
     def score(queries: list[str], answers: list[list[str]], rows: DataRows = ()) -> RewardOutput:
-        values = call(queries, answers, rows)
-        return RewardOutput(values, np.isfinite(values), np.ones(len(queries), bool))
+        values_NG = call(queries, answers, rows)
+        return RewardOutput(values_NG, np.isfinite(values_NG), np.ones(len(queries), bool))
 
     return HostReward(name, kind, weight, score)
 

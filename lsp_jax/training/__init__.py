@@ -1,4 +1,5 @@
-"""The main job.
+"""The training run.
 
-Read `loop`, `step`, then `setup` and `checkpointing`. (Not `train`: `lsp_jax.train` is the function.)
+Read `loop`, `step`, then `setup` and `checkpointing`. (The folder is not called `train`, as `lsp_jax.train` is the
+function.)
 """

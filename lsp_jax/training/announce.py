@@ -1,4 +1,4 @@
-"""Messages to the person who started a run: what will happen, and where the results lie."""
+"""Console messages at the start and end of a run: its settings and its output files."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from lsp_jax.training.run import Run
 
 WRITTEN = {
     "config.json": "every setting of the run",
-    MANIFEST: "versions at its start, and where the weights came from",
-    METRICS_FILE: "one line an iteration",
-    TRANSCRIPTS_FILE: "one line a query: its answers, R, R_Q, advantages, validity",
-    ALARMS_FILE: "one line an alarm that began or was over",
-    REPORT: "curves, queries and answers, alarms, times: open it in a browser",
-    CHECKSUMS_FILE: "one line a checkpoint: the checksum of each array",
-    f"{CHECKPOINTS}/": "to resume from (--resume auto)",
+    MANIFEST: "versions at the start, and the source of the weights",
+    METRICS_FILE: "one line per iteration",
+    TRANSCRIPTS_FILE: "one line per query: its answers, R, R_Q, advantages, validity",
+    ALARMS_FILE: "one line per start or end of an alarm",
+    REPORT: "curves, queries and answers, alarms, times; open it in a browser",
+    CHECKSUMS_FILE: "one line per checkpoint: the checksum of each array",
+    f"{CHECKPOINTS}/": "checkpoints to resume from (--resume auto)",
     f"{BASE}/": "configuration and tokenizer of the base model",
     f"{EXPORT}/": "the trained policy as a Hugging Face directory",
 }
 
 
 def announce(run: Run, done: int) -> None:
-    """Prints what will run, and from where, before the first long wait; `done` iterations lie behind."""
+    """Prints what will run, before the first long wait; `done` iterations are already complete."""
     config, play = run.config, run.config.play
     has_quality = any(reward.kind == "quality" for reward in run.rewards)
     method = "LSP" if config.loss.use_quality and has_quality else "LSP-Zero"
@@ -57,16 +57,16 @@ def announce(run: Run, done: int) -> None:
         sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
         print(f"mesh: {sizes} ({run.mesh.size} devices, {jax.process_count()} processes)")
     if not config.optimizer.micro_batch_size:
-        print(f"update: {run.game.learner.micro_batch_size} rows a device at one time")
+        print(f"update: micro-batches of {run.game.learner.micro_batch_size} rows per device")
     if run.game.learner.lora.rank:
         print(_adapters(run))
     print(policy_in_the_loss(run.game))
     if run.data is not None:
         print(f"data: {len(run.data.rows)} prompts of {printable(config.data.source)}, {run.data.left_out} left out")
     if done >= config.max_steps:
-        print(f"all {done} iterations are done: only the export is written again; for more, raise --max-steps")
+        print(f"all {done} iterations are done: only the export is written again; raise --max-steps to continue")
     elif done:
-        print(f"going on after iteration {done}")
+        print(f"resuming after iteration {done}")
     elif config.resume == "auto":
         print("no checkpoint yet: starting from the model")
     if done < config.max_steps:
@@ -76,16 +76,18 @@ def announce(run: Run, done: int) -> None:
 
 
 def _adapters(run: Run) -> str:
-    """How much is trained, of how much. The base is what the reference holds."""
+    """Describes the adapters, with the numbers of trained and of base parameters (the reference's)."""
     lora = run.game.learner.lora
     trees = adapters_shape(run.reference, lora), run.reference
     trained, base = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in trees)
     where = ", ".join(lora.targets)
-    return f"adapters of rank {lora.rank} on {where}: {trained / 1e6:.2f} of {base / 1e6:.0f} million parameters train"
+    return (
+        f"adapters of rank {lora.rank} on {where}: {trained / 1e6:.2f} of {base / 1e6:.0f} million parameters trained"
+    )
 
 
 def findings(found: Sequence[Finding]) -> None:
-    """Prints the findings of `examine` that are not well. Raises InputError at the first error."""
+    """Prints the warnings among the findings of `examine`. Raises InputError at the first error."""
     for finding in found:
         if finding.level == "error":
             raise InputError(finding.check, finding.message, finding.remedy)
@@ -94,14 +96,14 @@ def findings(found: Sequence[Finding]) -> None:
 
 
 def finish(run: Run) -> None:
-    """Prints the files that were written, by name."""
+    """Prints the names of the written files, with their contents."""
     print(f"wrote {run.directory}/")
     for name, meaning in WRITTEN.items():
         print(f"  {name:20} {meaning}")
 
 
 def policy_in_the_loss(game: GameSpec) -> str:
-    """One line: from which distribution each role samples, and which one the loss takes for its policy."""
+    """Describes in one line from which distribution each role samples, and which one is the policy in the loss."""
     roles = [("Solver", game.solver.sampling)]
     if game.trains_challenger:
         roles.append(("Challenger", game.challenger.sampling))

@@ -1,4 +1,4 @@
-"""Checks of a run before its first long compilation, for problems that cause no error: findings with remedies.
+"""Checks of a run before its first long compilation for problems that raise no error: findings with remedies.
 
 Invalid configurations are rejected earlier, by `setup`. Training runs these checks too and stops at an error;
 `lsp-jax doctor` runs only them, and also scores a pair of example answers.

@@ -1,6 +1,6 @@
-"""The host's side of an iteration: its record is made, and the hooks are called with it, in one order.
+"""The record of an iteration on the host, and the calls of the hooks with it.
 
-`monitor/hooks.py` has the interface; the order stands in `training/loop.py`.
+`monitor/hooks.py` defines the interface; `training/loop.py` defines the order of the hooks.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lsp_jax.training.run import Run
 from lsp_jax.training.step import StepContext, StepResult, host_metrics, numbers_and_lines
 
 DECISIVE = frozenset({"stop", "rollback"})
-"""Actions after which the iteration is not gone on with."""
+"""Actions after which no later hook is called."""
 
 
-# --- a user's own -------------------------------------------------------------------------------------------------
+# --- user callbacks -----------------------------------------------------------------------------------------------
 
 
 class IterationEvent(NamedTuple):
@@ -35,30 +35,30 @@ class IterationEvent(NamedTuple):
     iteration: int
     """1 for the first."""
     metrics: dict[str, float]
-    """By name, as written to `metrics.jsonl`."""
+    """Metrics by name, as written to `metrics.jsonl`."""
     transcripts: list[dict[str, Any]]
-    """One record a query, as written to `transcripts.jsonl`; with several processes only process 0 has them."""
+    """One record per query, as written to `transcripts.jsonl`; with several processes only on process 0."""
     state: TrainState
-    """The state after the update; donated to the next one, so copy what you keep."""
+    """Train state after the update. The next update donates it: copy what you keep."""
 
 
 Callback = Callable[[IterationEvent], None]
 
 
 class CallbackHook(NamedTuple):
-    """A function that is called after each iteration, as a hook."""
+    """A hook that calls a user's function after each iteration."""
 
     callback: Callback
     """The user's function."""
 
     def after_step(self, record: StepRecord) -> Sequence[Event]:
-        """Calls the function; it has no events."""
+        """Calls the function; returns no events."""
         self.callback(IterationEvent(record.iteration, record.metrics, record.transcripts, record.state))
         return ()
 
 
 def as_hook(given: Callback | Hook) -> Hook:
-    """A user's hook itself, or the hook that calls a user's function."""
+    """Returns `given` if it is a hook, else a hook that calls it."""
     return given if isinstance(given, Hook) else CallbackHook(given)
 
 
@@ -70,35 +70,34 @@ class Surroundings:
     """Collaborators of the host loop, beside the run itself."""
 
     hooks: tuple[Hook, ...]
-    """In the order in which they are called."""
+    """Hooks in the order of their calls."""
     saving: Saving
     """One of the hooks."""
     health: Health
-    """One of the hooks; says whether the Challenger is paused."""
+    """One of the hooks; knows whether the Challenger is paused."""
     stopping: Stopping
-    """Asked between phases whether the run is to end."""
+    """Checked between phases for a request to end the run."""
     watchdog: Watchdog
-    """Told of each phase that begins."""
+    """Gets a beat at the start of each phase."""
     writer: MetricsWriter | None
-    """Of process 0; alarms are written there."""
+    """Writer of alarms, on process 0."""
     console: Console | None
-    """Of process 0; shows the phase."""
+    """Display of the current phase, on process 0."""
 
     def begins(self, phase: str) -> None:
-        """Tells who wants to know that a phase begins."""
+        """Announces the start of a phase to watchdog and console."""
         self.watchdog.beat(phase)
         if self.console is not None:
             self.console.phase(phase)
 
     def after_step(self, record: StepRecord) -> Sequence[Event]:
-        """Calls the hooks in their order, and says and writes their events.
+        """Calls the hooks in order, and prints and writes their events.
 
-        Returns the events of the first hook that ends the run or sends it back: no later one is called. Empty where
-        all were.
+        Stops at the first hook whose events stop the run or roll it back, and returns these; else returns no events.
         """
         for hook in self.hooks:
             self.watchdog.beat("writing")
-            events = hook.after_step(record) or ()  # a user's may return nothing
+            events = hook.after_step(record) or ()  # a user's hook may return None
             for event in events:
                 console.warn(format_event(event))
             if events and self.writer is not None:
@@ -109,14 +108,14 @@ class Surroundings:
 
 
 def step_record(run: Run, ctx: StepContext, result: StepResult, reads: int, failed: int) -> StepRecord:
-    """The iteration with its metrics and transcripts on the host; reads the device.
+    """Reads metrics and transcripts of an iteration from the device and returns its record.
 
-    `reads` from the device were made while it was played, and `failed` saves could not be written so far.
+    `reads` is the number of device reads during the iteration, `failed` that of failed saves so far.
     """
     with ctx.timer("log"):
         metrics, lines = numbers_and_lines(run, ctx.iteration, result)
     words = lexical_metrics(lines, run.config.prompts.challenger) if lines else {}  # only process 0 has lines
-    metrics |= processes.gather("wording", words)[0]
+    metrics |= processes.gather("lexical metrics", words)[0]
     metrics |= host_metrics(run, ctx.iteration, metrics, ctx.timer, time.perf_counter() - ctx.timer.start)
     metrics["host_reads"] = reads
     metrics["challenger/paused"] = float(ctx.challenger_weight == 0)

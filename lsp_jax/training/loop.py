@@ -1,6 +1,6 @@
-"""The host loop: play -> reward -> reference -> update -> hooks (write, watch, save, show).
+"""The host loop: rollout -> reward -> reference -> update -> hooks (write, monitor, save, show).
 
-`training/step.py` calls the stages of one iteration, `training/hooks.py` what follows it; this file loops.
+`training/step.py` runs the stages of an iteration, `training/hooks.py` the hooks after it; this file is the loop.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ def train(
     callbacks: Sequence[Callback | Hook] = (),
     policy: Policy | None = None,
 ) -> TrainState:
-    """Runs Language Self-Play as `config` says and returns the final state; everything written is in `output_dir`.
+    """Runs Language Self-Play with `config` and returns the final state; all files are written to `output_dir`.
 
-    `rewards` are components beside the configured ones, `policy` replaces loading `config.model`. `callbacks` are
-    functions of an `IterationEvent`, or hooks, whose events are alarms of the run; each is called once an iteration
-    is saved. Raises InputError before any long work when something cannot be used.
+    `rewards` are further components beside the configured ones, `policy` replaces loading `config.model`. `callbacks`
+    are functions of an `IterationEvent`, or hooks, whose events are alarms of the run; they are called after the save
+    of each iteration. Raises InputError for invalid settings, before any long work.
 
-    With several processes (`config.processes`) each calls this with the same arguments; process 0 writes, callbacks are
-    called in all. Raises ProcessError naming a process that is late; when one dies the others end with status 3.
+    With several processes (`config.processes`) all call this with the same arguments; process 0 writes, and callbacks
+    are called in all. Raises ProcessError naming a late process; when a process dies, the others exit with status 3.
 
-    SIGTERM and SIGINT end the run between two phases: Stopped is raised once it is saved. Raises RunError when it
-    cannot go on; without progress for `progress_timeout` seconds the process ends with status 4 and all stacks.
+    SIGTERM and SIGINT end the run between two phases: it is saved and Stopped is raised. Raises RunError if the run
+    cannot continue; without progress for `progress_timeout` seconds the process exits with status 4 and all stacks.
     """
     processes.start(config.processes)
     runtime.keep_programs(config.compilation_cache)
@@ -75,17 +75,17 @@ def train(
                 announce.findings(examine(run, params))
                 provenance = identity(config, run.policy, params, run.reward_model)
                 state, host = start_state(run, params, checkpoints, provenance)
-                del params  # they would be one more copy on an accelerator
+                del params  # another copy of the weights on an accelerator
                 if processes.is_writer():
                     init_run_dir(run.directory, config, run.policy, provenance)
                     writer = MetricsWriter(run.directory, config.report_to)
-                    # a run that died before its first checkpoint begins again: its lines go
+                    # a run that died before its first checkpoint starts again, without its earlier lines
                     writer.truncate_to(host.offsets if host.iteration else dict.fromkeys(writer.existing(), 0))
                     announce.announce(run, host.iteration)
                     console, report = Console(config.max_steps, host.iteration), LiveReport(run.directory)
                 alarms, health = Alarms(config.max_skipped, host.skipped), Health(config.health, host.health)
                 saving = Saving(config, checkpoints, writer, alarms, health, host)
-                # their order: the probe adds metrics, and what may end the run or send it back comes before the save
+                # in this order: the probe adds metrics, and hooks that may stop or roll back the run precede the save
                 watching = Probe(run, health, watchdog.beat), MetricCheck(config), writer, alarms, health
                 showing = console, report, *map(as_hook, callbacks)
                 hooks = tuple(hook for hook in (*watching, saving, *showing) if hook is not None)
@@ -106,7 +106,7 @@ def train(
 
 @contextmanager
 def _guarded(config: TrainConfig) -> Iterator[tuple[Stopping, Watchdog]]:
-    """Around a run: signals, preemption, no progress, and an end that all processes come to together."""
+    """Context of a run: signals, preemption notices, the watchdog, and a common end of all processes."""
     with processes.together():
         try:
             config.check()
@@ -117,15 +117,15 @@ def _guarded(config: TrainConfig) -> Iterator[tuple[Stopping, Watchdog]]:
             ):
                 yield stopping, watchdog
         except (Stopped, Collapsed):
-            processes.barrier("the end of the run")  # nobody leaves while another one still closes its files
+            processes.barrier("the end of the run")  # no process exits while another still closes its files
             raise
         processes.barrier("the end of the run")
 
 
 def _iterations(run: Run, state: TrainState, host: HostState, around: Surroundings) -> TrainState:
-    """All iterations that are left; saves and raises Stopped when the run is asked to end."""
+    """Runs the remaining iterations; saves and raises Stopped on a request to end the run."""
     saving, number, cursor, record = around.saving, host.iteration, host.cursor, None
-    profiled = host.iteration + 2  # the first one compiles
+    profiled = host.iteration + 2  # not the first, which compiles
     while number < run.config.max_steps:
         number, reads = number + 1, runtime.reads()
         weight, timer = float(not around.health.paused), Phases(around.begins)
@@ -136,8 +136,8 @@ def _iterations(run: Run, state: TrainState, host: HostState, around: Surroundin
             with jax.profiler.trace(str(run.directory / PROFILE)) if traced else nullcontext():
                 result = train_step(run, state, ctx)
                 record = step_record(run, ctx, result, runtime.reads() - reads, saving.failed)
-        except Stopped as asked:  # before the update: the state is the last iteration's
-            raise Stopped(f"{asked}; {saving.save_before_exit(record)}; --resume auto goes on") from asked
+        except Stopped as asked:  # before the update, so the state is that of the previous iteration
+            raise Stopped(f"{asked}; {saving.save_before_exit(record)}; --resume auto continues") from asked
         state, cursor = record.state, record.cursor
         if events := around.after_step(record):
             target = saving.rollback_target(events, record)

@@ -1,8 +1,8 @@
-"""The policy's reward on prompts that it does not learn from, beside the reference's.
+"""Evaluation on held-out prompts: the policy's reward compared with the reference's.
 
-The Solver answers every prompt of `health.probe` as it does in play, with the same noise each time, and the run's own
-rewards score the answers. The gain is the mean over prompts of the policy's reward minus the reference's; it has
-declined when that is more than two of its standard errors below 0.
+The Solver answers every prompt of `health.probe` as in training, with the same random numbers each time, and the run's
+rewards score the answers. The gain is the mean over prompts of the policy's reward minus the reference's; the policy
+has declined if the gain is more than two standard errors below 0.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,28 +26,28 @@ from lsp_jax.monitor.health import Health
 from lsp_jax.monitor.hooks import Event, StepRecord
 from lsp_jax.play.prompt_data import data_queries
 from lsp_jax.play.selfplay import Episode
-from lsp_jax.reward.base import RewardOutput, RewardSpec, combine, solver_rewards
+from lsp_jax.reward.base import UNBOUNDED, RewardOutput, RewardSpec, combine, solver_rewards
 from lsp_jax.reward.scoring import score
 from lsp_jax.training.run import Run
 
-PROBE = np.uint32(2**32 - 1)  # folded into the seed's key: noise of no iteration
+PROBE = np.uint32(2**32 - 1)  # folded into the seed's key; larger than any iteration
 
 
 class Probe:
-    """The probe of one run; all processes look together."""
+    """The probe of one run; all processes call it together."""
 
     def __init__(self, run: Run, health: Health, begins: Callable[[str], None]):
-        """Between two looks the last one's verdict stands, which `health` has. `begins` is told that it goes on."""
+        """`health` keeps the last verdict between evaluations; `begins` is called with "probe" before each batch."""
         self._run, self._health, self._begins = run, health, begins
         self._reference: np.ndarray | None = None
 
     def after_step(self, record: StepRecord) -> Sequence[Event]:
-        """Adds its metrics to the iteration's."""
+        """Adds the probe's metrics to those of the iteration."""
         record.metrics.update(self.evaluate(record.iteration, record.state))
         return ()
 
     def evaluate(self, number: int, state: TrainState) -> dict[str, float]:
-        """Metrics of the probe after iteration `number`; empty without a probe."""
+        """Returns the metrics of the probe after iteration `number`; empty without a probe."""
         config = self._run.config.health
         if self._run.probe is None:
             return {}
@@ -57,7 +58,7 @@ class Probe:
             self._reference = self._values(load_to_device(self._run.reference))
         values = self._values(stages.rollout_params(state.params, self._run.game, self._run.reference))
         gain = values - self._reference
-        both = gain[np.isfinite(gain)]  # a prompt of which no answer could be scored says nothing
+        both = gain[np.isfinite(gain)]  # without prompts that have no scored answer
         if not len(both):
             console.warn(f"iteration {number}: no answer to the probe's prompts could be scored (health.probe)")
             return {"probe/declined": self._health.state.declined, "time/probe": time.perf_counter() - start}
@@ -72,7 +73,7 @@ class Probe:
         }
 
     def _values(self, params: Params) -> np.ndarray:
-        """Each prompt's mean reward, float64; NaN where no answer could be scored."""
+        """Mean reward of each prompt, float64; NaN if no answer could be scored."""
         run, data = self._run, self._run.probe
         assert data is not None
         game, size = run.game, run.game.num_queries
@@ -89,15 +90,15 @@ class Probe:
 
 
 def raw(spec: RewardSpec) -> RewardSpec:
-    """Scores as they are: standardised over an iteration they could not be compared with those of another, and the
-    bounds of such scores are none of these."""
-    return spec._replace(standardize=False, clip=None) if spec.standardize else spec
+    """Returns `spec` without standardisation, which would make scores of different iterations incomparable, and without
+    the clip bounds of standardised scores."""
+    return replace(spec, standardize=False, clip=UNBOUNDED) if spec.standardize else spec
 
 
-@stage(static=("specs", "use_quality"))
+@stage(static="use_quality")
 def query_values(
     episode: Episode, outputs: tuple[RewardOutput, ...], specs: tuple[RewardSpec, ...], use_quality: bool
 ) -> jax.Array:
-    """float32 [N]: each query's mean Solver reward over the answers that count; NaN where none does."""
-    reward, counts = solver_rewards(combine(specs, outputs, episode, use_quality), use_quality)
-    return jnp.sum(jnp.where(counts, reward, 0.0), axis=1) / jnp.sum(counts, axis=1)
+    """Mean Solver reward of each query over its valid answers, float32 [N]; NaN if it has none."""
+    reward_NG, counts_NG = solver_rewards(combine(specs, outputs, episode, use_quality), use_quality)
+    return jnp.sum(jnp.where(counts_NG, reward_NG, 0.0), axis=1) / jnp.sum(counts_NG, axis=1)

@@ -1,4 +1,4 @@
-"""An iteration of a run once more: from the newest whole checkpoint before it, with the keys it was played with."""
+"""Replay of an iteration of a run, from the newest intact checkpoint before it and with the same PRNG keys."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ from lsp_jax.training.step import StepContext, StepResult, numbers_and_lines, tr
 
 
 class Replayed(NamedTuple):
-    """One iteration played again."""
+    """The results of a replayed iteration."""
 
     lines: list[dict[str, Any]]
-    """A record a query, as in `transcripts.jsonl`."""
+    """One record per query, as in `transcripts.jsonl`."""
     metrics: dict[str, float]
-    """Of play, reward and update; nothing that depends on clocks."""
+    """Metrics of rollouts, rewards and update; none that depend on time."""
     start: int
-    """Iteration of the checkpoint that it was played from; 0: the model."""
+    """Iteration of the checkpoint that the replay started from; 0: the model."""
     same: bool | None
-    """Whether the run's own lines of that iteration are these; None where it has none."""
+    """Whether `lines` equal the run's own lines of that iteration; None if it has none."""
 
 
 def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: Policy | None = None) -> Replayed:
-    """Iteration `step` (from 1) of the run in that folder, where nothing is written.
+    """Replays iteration `step` (from 1) of the run in folder `run`; writes nothing.
 
-    `rewards` and `policy` as they were given to `train`. Iterations between the checkpoint and `step` are run too.
-    Raises InputError when there is no such run, or it is of another model.
+    `rewards` and `policy` are those given to `train`. Iterations between the checkpoint and `step` are run too.
+    Raises InputError if there is no such run, or it started from another model.
     """
     if step < 1:
         raise InputError("step", step, "must be an iteration, from 1")
     folder = user_path("run", run)
     config = TrainConfig.load(folder / "config.json")
-    # here and alone, whatever the machine was that the run is played on
+    # in this folder and one process, on whatever hardware the run was made
     config = replace(config, output_dir=str(folder), resume="auto", mesh=MeshConfig(), processes=ProcessConfig())
-    config = replace(config, health=replace(config.health, probe=""))  # not a part of an iteration
+    config = replace(config, health=replace(config.health, probe=""))  # the probe is not part of an iteration
     keep_programs(config.compilation_cache)
     prepared, params = setup(config, rewards, policy)
     checkpoints = Checkpoints(folder / CHECKPOINTS)
@@ -77,7 +77,7 @@ def replay(run: str | Path, step: int, rewards: Sequence[Reward] = (), policy: P
 
 
 def _decided(folder: Path) -> dict[int, tuple[int, bool]]:
-    """The alarms' decisions before each iteration of the run: its attempt, and whether the Challenger was paused."""
+    """Decisions of the alarms before each iteration: its attempt, and whether the Challenger was paused."""
     decisions = {}
     for line in read_jsonl(folder / METRICS_FILE, skip="invalid"):
         with suppress(KeyError, TypeError):  # metrics of an earlier version
@@ -86,7 +86,7 @@ def _decided(folder: Path) -> dict[int, tuple[int, bool]]:
 
 
 def _again(run: Run, state: TrainState, ctx: StepContext, decided: tuple[int, bool] | None) -> StepResult:
-    """The iteration after `state`, as it was decided to be played."""
+    """Runs the iteration after `state`, with the decisions made in the run."""
     if decided is not None:
         attempt, paused = decided
         state = state._replace(attempt=replicate(np.int32(attempt)))
@@ -95,5 +95,5 @@ def _again(run: Run, state: TrainState, ctx: StepContext, decided: tuple[int, bo
 
 
 def _written(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The run's own lines of that iteration."""
+    """Transcript lines of that iteration written by the run."""
     return [line for line in read_jsonl(folder / TRANSCRIPTS_FILE, skip="torn") if line["iteration"] == step]

@@ -1,4 +1,4 @@
-"""Where a run goes on from: its newest whole checkpoint, or the model."""
+"""The state that a run starts from: its newest intact checkpoint, or the model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from lsp_jax.training.run import Run
 def start_state(
     run: Run, params: Params, checkpoints: Checkpoints, provenance: dict[str, Any], before: int | None = None
 ) -> tuple[TrainState, HostState]:
-    """The newest whole checkpoint's state and host part, or a fresh state of `params` and of iteration 0; the host's
-    part has the `provenance` of this start.
+    """Returns train state and host state of the newest intact checkpoint, or initial ones from `params`.
 
-    A checkpoint that is not whole is named and set aside; to look `before` an iteration moves nothing. Raises
-    InputError where none of those that there were is whole (a run never starts from scratch without saying so), or the
-    model is not the one the run started from.
+    The host state gets the `provenance` of this start. A damaged checkpoint is reported and set aside, except when only
+    checkpoints `before` an iteration are considered. Raises InputError if there were checkpoints but none is intact (a
+    run never silently starts from scratch), or if the run started from another model.
     """
     make = run.game.init_train_state
     steps = checkpoints.steps() if run.config.resume != "never" else []
@@ -54,16 +53,16 @@ def start_state(
 
 
 def _check_none(directory: Path, checkpoints: Checkpoints) -> None:
-    """Raises InputError when there is no checkpoint to take though there was one: a save writes down which one was on
-    disk when it began. (The very first, gone before a second save began, is not known of.)"""
+    """Raises InputError if there was a checkpoint and none is left: each save records the previous checkpoint. (A first
+    checkpoint that is lost before the second save goes unnoticed.)"""
     remedy = "put one back, or start in a new output_dir"
     if checkpoints.damaged.is_dir():
-        raise InputError("checkpoint", str(checkpoints.damaged), f"none of the run's checkpoints is whole: {remedy}")
+        raise InputError("checkpoint", str(checkpoints.damaged), f"none of the run's checkpoints is intact: {remedy}")
     kept = 0
     for line in read_jsonl(directory / CHECKSUMS_FILE, skip="invalid"):
         kept = line.get("before", kept)
     if kept:
-        remedy = f"checkpoint {kept} was there, and none is now: {remedy}"
+        remedy = f"checkpoint {kept} existed, and none is left: {remedy}"
         raise InputError("checkpoint", str(checkpoints.directory), remedy)
 
 

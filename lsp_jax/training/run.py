@@ -24,24 +24,24 @@ class Run:
 
     config: TrainConfig
     policy: Policy
-    """Model configuration and tokenizer; `params` is empty, what training starts from is its caller's."""
+    """Model configuration and tokenizer; `params` is empty, as the caller holds the initial parameters."""
     reference: Params
-    """The frozen reference in the compute dtype, the loaded arrays themselves when that is theirs. May be parked."""
+    """The frozen reference in the compute dtype; the loaded arrays if they have that dtype. May be in host memory."""
     game: GameSpec
-    """All that decides the programs."""
+    """All settings that determine the programs."""
     hyper: Hyperparameters
     """The traced scalars, on the devices."""
     data: PromptData | None
     """Queries of a data set; None in self-play."""
     probe: PromptData | None
-    """Prompts that are answered and never learned from (`health.probe`)."""
+    """Held-out prompts (`health.probe`)."""
     rewards: tuple[Reward, ...]
     specs: tuple[RewardSpec, ...]
-    """How they are mixed, in their order."""
+    """Their combination, in the same order; weights and bounds on the devices."""
     reward_model: Policy | None
     """The preference reward's model; `params` is empty."""
     workers: Workers
-    """Where host components score; closed at the run's end."""
+    """Processes of host components; closed at the end of the run."""
     mesh: Mesh | None
     """The mesh that everything is sharded over; None on a single device."""
     token_classes: jax.Array

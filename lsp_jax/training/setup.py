@@ -1,4 +1,4 @@
-"""From a configuration to everything a run needs, with every check that can be made before long work starts."""
+"""From a configuration to a `Run`, with all checks that can be made before long work."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from lsp_jax.training.run import Run
 
 
 def setup(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | None = None) -> tuple[Run, Params]:
-    """Checks everything and loads the model unless `policy` is given; writes nothing.
+    """Checks all settings and loads the model unless `policy` is given; writes nothing.
 
-    Returns the run and the parameters to start from, which only the caller holds: let them go once there is a state.
-    `rewards` are further components beside the configured ones. Raises InputError.
+    Returns the run and the initial parameters, to which only the caller holds a reference: delete it once there is a
+    train state. `rewards` are further components beside the configured ones. Raises InputError.
     """
     if policy is not None:
         config = replace(config, model=config.model or policy.source)
@@ -50,8 +50,8 @@ def setup(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | 
     directory = user_path("output_dir", config.output_dir)
     config = resolve_run_constants(config, directory)
     check_output(config, directory)
-    # midnight, or another run's save, may lie between two processes; and from here on the folder may be written to
-    date, step = processes.gather("what is decided once", [config.date, config.init_step])[0]
+    # decided once: between two processes the date may change or another run may save
+    date, step = processes.gather("date and init_step", [config.date, config.init_step])[0]
     config = replace(config, date=date, init_step=step)
     workers = Workers(config.reward.workers, config.reward.timeout)
     try:
@@ -64,7 +64,7 @@ def setup(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | 
         probe = load_probe(config, opened)
         for rows in (data, probe):
             check_data(config.reward, rows)
-        game = make_game(config, opened, data, probe)  # what does not fit is said before gigabytes are read
+        game = make_game(config, opened, data, probe)  # checks lengths before gigabytes are read
         if opened_rewards.reward_model is not None:
             query = longest_query(config, game.prompts, data, probe)
             check_context(opened_rewards.reward_model, query, config.play.max_completion_length)
@@ -74,7 +74,7 @@ def setup(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | 
         memory = min(processes.gather("device memory", device_memory() or 0)) or None
         scorer = opened_rewards.reward_model
         game = with_micro_batch_size(game, config, scorer and scorer.config, mesh, memory, data.width if data else 0)
-        # with adapters the base is frozen: master copies of it would move nothing
+        # with adapters the base is frozen and needs no master copy
         dtype = game.learner.compute_dtype if config.lora.rank else config.param_dtype
         params = load(mesh, dtype)
         with use_mesh(mesh):
@@ -83,27 +83,28 @@ def setup(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | 
             components = load_rewards(config.reward, opened_rewards, opened, reference, classes, mesh)
             if config.park_frozen:
                 reference, components = _offloaded(reference, components, stays=config.lora.rank > 0)
-            seed_key, hyper = replicate((jax.random.key(config.seed), hyperparameters(config)))
+            specs = jax.tree.map(np.float32, opened_rewards.specs)
+            seed_key, hyper, specs = replicate((jax.random.key(config.seed), hyperparameters(config), specs))
     except BaseException:
         workers.close()
         raise
-    made = opened, reference, game, hyper, data, probe, components, opened_rewards.specs, scorer, workers, mesh, classes
+    made = opened, reference, game, hyper, data, probe, components, specs, scorer, workers, mesh, classes
     return Run(config, *made, seed_key, directory), params
 
 
 def check_same(config: TrainConfig) -> None:
-    """Raises InputError when several processes have been started with different configurations."""
+    """Raises InputError if processes were started with different configurations."""
     values = {name: value for name, value in flat(config).items() if name != "processes.index"}
     processes.check_same("config", values, "start all processes with the same settings")
 
 
 def _offloaded(reference: Params, components: tuple[Reward, ...], stays: bool) -> tuple[Params, tuple[Reward, ...]]:
-    """Both in host memory; arrays that they share (the judge is the reference) stay shared. The reference `stays` on
-    the devices where adapters play beside it."""
+    """Moves both to host memory; shared arrays (the judge is the reference) stay shared. With adapters the reference
+    `stays` on the devices, because rollouts read it."""
     trees = [component.params if isinstance(component, DeviceReward) else None for component in components]
     leaves, structure = jax.tree.flatten((reference, trees))
     kept = {id(leaf) for leaf in jax.tree.leaves(reference)} if stays else set()
-    # each once, however often it is held
+    # each array once, even if several trees hold it
     parked = {id(leaf): leaf if id(leaf) in kept else offload_to_host(leaf) for leaf in leaves}
     reference, trees = jax.tree.unflatten(structure, [parked[id(leaf)] for leaf in leaves])
     return reference, tuple(
@@ -113,8 +114,8 @@ def _offloaded(reference: Params, components: tuple[Reward, ...], stays: bool) -
 
 
 def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callable[[Mesh | None, str], Params]]:
-    """The policy to start from without its parameters, and what gets them onto a mesh in a dtype: given, another run's,
-    or a model's."""
+    """Opens the initial policy: given, another run's, or a model's. Returns it without parameters, and a function that
+    loads these onto a mesh in a dtype."""
     if policy is not None:
         given = policy
         return given, lambda mesh, dtype: jax.device_put(cast(given.params, dtype), shardings(given.params, mesh))
@@ -126,7 +127,7 @@ def _source(config: TrainConfig, policy: Policy | None) -> tuple[Policy, Callabl
 
 
 def load_probe(config: TrainConfig, policy: Policy) -> PromptData | None:
-    """The prompts of `health.probe`, read as those of `data`; None without. Raises InputError."""
+    """Loads the prompts of `health.probe` in the format of `data`; None if there are none. Raises InputError."""
     if not config.health.probe:
         return None
     if not user_path("health.probe", config.health.probe).is_file():
@@ -137,7 +138,7 @@ def load_probe(config: TrainConfig, policy: Policy) -> PromptData | None:
 def make_game(
     config: TrainConfig, policy: Policy, data: PromptData | None = None, probe: PromptData | None = None
 ) -> GameSpec:
-    """The static part of every stage; checks that prompts and completions fit the model's context."""
+    """Returns the static specification; checks that prompts and completions fit the model's context."""
     compute = config.compute_dtype
     if compute == "auto":
         compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -175,7 +176,7 @@ def token_classes(policy: Policy) -> jax.Array:
 def longest_query(
     config: TrainConfig, prompts: PlayPrompts, data: PromptData | None, probe: PromptData | None = None
 ) -> int:
-    """Tokens of the longest query that can be played."""
+    """Returns the number of tokens of the longest possible query."""
     probed = max(map(len, probe.ids)) if probe is not None else 0
     if data is not None:
         return max(probed, *map(len, data.ids))

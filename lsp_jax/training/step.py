@@ -1,8 +1,7 @@
-"""One iteration's stages in order, timed, with what is scored on the host in between.
+"""One iteration: its stages in order, timed, with host rewards in between.
 
-All numbers are made by the jitted stages of `algorithm/stages.py`. With compiled rewards nothing is read from the
-device but, between chunks of long completions, how many rows still run. While the host
-scores, the device runs the reference.
+All results are computed by the jitted stages of `algorithm/stages.py`. With compiled rewards the only device reads are
+the numbers of unfinished rows between chunks of long completions. While the host scores, the device runs the reference.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from lsp_jax.training.run import Run
 
 
 class Phases:
-    """Seconds of each phase of one iteration; a phase ends when its arrays are there."""
+    """Seconds of each phase of an iteration; a phase ends when its arrays are computed."""
 
     def __init__(self, begins: Callable[[str], None] = lambda _: None) -> None:
-        """`begins` is told the name of each phase that begins."""
+        """`begins` is called with the name of each phase at its start."""
         self.seconds: dict[str, float] = {}
         self.start: float = time.perf_counter()
-        """When the iteration began, on the clock of `time.perf_counter`."""
+        """Start of the iteration, from `time.perf_counter`."""
         self._begins = begins
 
     @contextmanager
@@ -54,25 +53,25 @@ class Phases:
         self.took(name, start)
 
     def took(self, name: str, start: float) -> None:
-        """From `start` until now; what is waited for later may have run beside another phase."""
+        """Adds the time since `start`; the phase may have overlapped with others."""
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """Decisions of the host for one iteration; none is static, so no value of them compiles anything."""
+    """Decisions of the host for one iteration; none is static, so that none causes a recompilation."""
 
     iteration: int
     """1 for the first."""
     data_cursor: int = 0
-    """Prompts of the data set taken so far."""
+    """Prompts of the data set consumed so far."""
     challenger_weight: float = 1.0
     """Factor of the Challenger's loss, traced as a float32 scalar; 0 while the Challenger is paused."""
     sync_point: Callable[[str], None] = processes.barrier
-    """Called with a name by all processes together at some places between phases, the last one before the update,
-    which consumes the state: what it raises leaves the state as it was."""
+    """Called with a name by all processes together between some phases, the last time before the update, which donates
+    the state: an exception raised here leaves the state intact."""
     timer: Phases = field(default_factory=Phases)
-    """Takes the seconds of each phase."""
+    """Records the seconds of each phase."""
 
 
 class StepResult(NamedTuple):
@@ -83,15 +82,15 @@ class StepResult(NamedTuple):
     learnable: ScoredBatch
     metrics: dict[str, jax.Array]
     texts: EpisodeTexts | None
-    """Decoded already, when a host reward needed them and there is one process."""
+    """Decoded texts, if a host reward needed them and there is one process."""
     rollout_param_bytes: int
-    """Bytes, on one device, of the parameters that played."""
+    """Bytes of the rollout parameters on one device."""
     prompts_consumed: int
-    """Prompts of the data set that were taken."""
+    """Prompts of the data set consumed by this iteration."""
 
 
 def train_step(run: Run, state: TrainState, ctx: StepContext) -> StepResult:
-    """One iteration, timed (`stages.iteration`); the update consumes `state`."""
+    """Runs and times one iteration (`stages.iteration`); `state` is donated."""
     backend = Backend(phase=ctx.timer, ready=jax.block_until_ready, sync=ctx.sync_point, load=load_to_device)
     source = RunSource(run, ctx.data_cursor)
     inputs = run.seed_key, run.hyper, replicate(np.float32(ctx.challenger_weight))
@@ -104,24 +103,24 @@ def train_step(run: Run, state: TrainState, ctx: StepContext) -> StepResult:
 
 
 class RunSource:
-    """An iteration's queries, from the Challenger or the run's data set, and its rewards: compiled ones at once, those
-    on this machine's processors while the devices run the reference."""
+    """Queries of an iteration, from the Challenger or the run's data set, and its rewards: compiled ones run at once,
+    host rewards while the devices run the reference."""
 
     def __init__(self, run: Run, cursor: int) -> None:
-        """`cursor`: prompts of the data set taken so far."""
+        """`cursor` is the number of prompts of the data set consumed so far."""
         self._run, self._cursor = run, cursor
         self._rows: list[Mapping[str, Any]] = []
         self.specs: tuple[RewardSpec, ...] = run.specs
         self.consumed: int = 0
-        """Prompts of the data set that were taken."""
+        """Prompts of the data set consumed by this iteration."""
         self.texts: EpisodeTexts | None = None
-        """The episode in words, where a reward read it."""
+        """Decoded texts of the episode, if a reward needed them."""
         self.metrics: dict[str, jax.Array] = {}
         self.rollout_param_bytes: int = 0
-        """Bytes, on one device, of the parameters that played."""
+        """Bytes of the rollout parameters on one device."""
 
     def queries(self, on: Backend, params: llama.Params, key: jax.Array) -> Queries:
-        """N queries; of a data set the next ones, whose rows are kept for the rewards."""
+        """N queries, sampled or the next ones of the data set, whose rows are kept for the rewards."""
         run, number = self._run, self._run.game.num_queries
         self.rollout_param_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
         position = self._cursor + self.consumed
@@ -135,7 +134,7 @@ class RunSource:
     def score(
         self, on: Backend, params: llama.Params, key: jax.Array, episode: Episode
     ) -> tuple[Episode, Callable[[], tuple[RewardOutput, ...]]]:
-        """As `Source.score`; with `play.max_resamples` the episode is complete with its scores when this returns."""
+        """As `Source.score`; with `play.max_resamples` the scores are complete when this returns."""
         run = self._run
         if run.config.play.max_resamples:
             episode, outputs = self._resampled(on, params, key, episode)
@@ -143,7 +142,7 @@ class RunSource:
         with on.phase("reward"):
             scored = scoring.score_compiled(run.rewards, episode)
             self.texts = texts = scoring.texts_to_score(run.rewards, run.policy.tokenizer, episode, self._rows)
-            on.ready(scored)  # an offloaded reward model has gone before the reference comes
+            on.ready(scored)  # an offloaded reward model leaves the devices before the reference is loaded
 
         def finish() -> tuple[RewardOutput, ...]:
             outputs = dict(scored)
@@ -157,16 +156,18 @@ class RunSource:
     def _resampled(
         self, on: Backend, params: llama.Params, key: jax.Array, episode: Episode
     ) -> tuple[Episode, tuple[RewardOutput, ...]]:
-        """The play with queries that teach nothing replaced (`algorithm/resampling.py`) and its scores; the metrics are
-        the fraction of queries that were replaced, and the tokens of all plays."""
+        """Resamples queries without a gradient (`algorithm/resampling.py`); returns the episode and its scores.
+
+        Sets the metrics: the fraction of replaced queries, and the tokens of all rollouts.
+        """
         run = self._run
-        static = {"specs": run.specs, "use_quality": run.game.learner.loss.use_quality}
+        use_quality = run.game.learner.loss.use_quality
         with on.phase("reward"):
             outputs = scoring.score(run.rewards, run.policy.tokenizer, episode, self._rows)
-        changed, tokens = np.zeros(run.game.num_queries, bool), tokens_of(episode)
+        changed_N, tokens = np.zeros(run.game.num_queries, bool), tokens_of(episode)
         for number in range(run.config.play.max_resamples):
-            flat, _ = runtime.to_host(on.call(groups, episode, outputs, **static))
-            if not flat.any():
+            flat_N, _ = runtime.to_host(on.call(groups, episode, outputs, run.specs, use_quality=use_quality))
+            if not flat_N.any():
                 break
             fresh_key = jax.random.fold_in(key, RESAMPLE + number)
             with on.phase("challenge"):
@@ -176,20 +177,20 @@ class RunSource:
             tokens = tokens + tokens_of(more)
             with on.phase("reward"):
                 fresh = scoring.score(run.rewards, run.policy.tokenizer, more, self._rows)
-                _, differ = runtime.to_host(on.call(groups, more, fresh, **static))
-                source = sources(flat, differ)
-                episode, outputs = on.call(replaced, (episode, outputs), (more, fresh), replicate(source))
-            changed |= source >= 0
+                _, differ_N = runtime.to_host(on.call(groups, more, fresh, run.specs, use_quality=use_quality))
+                source_N = sources(flat_N, differ_N)
+                episode, outputs = on.call(replaced, (episode, outputs), (more, fresh), replicate(source_N))
+            changed_N |= source_N >= 0
         self.metrics = {
-            "resampled_fraction": replicate(np.float32(changed.mean())),
+            "resampled_fraction": replicate(np.float32(changed_N.mean())),
             "completions/tokens": tokens,
         }
         return episode, outputs
 
 
 def precompile(run: Run, state: TrainState) -> None:
-    """Compiles all that decoding may need in this run; what else an iteration runs is of one shape, and compiles in
-    the first one."""
+    """Compiles all programs that decoding may need in this run; the other stages have fixed shapes and compile in the
+    first iteration."""
     params = stages.rollout_params(state.params, run.game, run.reference)
     key = stages.iteration_key(run.seed_key, state.iteration, state.attempt)
     if run.data is None:
@@ -200,10 +201,10 @@ def precompile(run: Run, state: TrainState) -> None:
 
 
 def numbers_and_lines(run: Run, number: int, played: StepResult) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The metrics of iteration `number` and its records, with one read from the device (texts may take another).
+    """Returns metrics and transcript records of iteration `number`, with one device read (and one more for texts).
 
-    The answers to the first query have their tokens, too, each with the log-probability it was sampled at. With several
-    processes only process 0 gets records.
+    Answers to the first query include their tokens with the sampler's log-probabilities. With several processes only
+    process 0 gets records.
     """
     shown = None if processes.is_writer() else range(0)
     texts = played.texts or episode_texts(played.episode, run.policy.tokenizer, queries=shown)
@@ -218,12 +219,12 @@ def numbers_and_lines(run: Run, number: int, played: StepResult) -> tuple[dict[s
 
 @jax.jit
 def _first_group(episode: Episode) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The answers to the first query: ids [G, T], lengths [G] without stop tokens, log-probabilities [G, T]."""
+    """Answers to the first query: ids [G, T], lengths [G] without stop tokens, log-probabilities [G, T]."""
     return episode.answers.tokens[0], episode.answer_lengths[0], episode.answers.logprobs[0]
 
 
 def host_metrics(run: Run, number: int, played: dict[str, float], phases: Phases, seconds: float) -> dict[str, float]:
-    """Of iteration `number` that took `seconds`, whose metrics from the device are `played`."""
+    """Host metrics of iteration `number`, which took `seconds` and has the device metrics `played`."""
     metrics = {f"time/{name}": taken for name, taken in phases.seconds.items()}
     metrics["time/iteration"] = seconds
     metrics["tokens_per_second"] = played["completions/tokens"] / (
@@ -236,6 +237,6 @@ def host_metrics(run: Run, number: int, played: dict[str, float], phases: Phases
 
 
 def _learning_rate(config: TrainConfig, number: int, metrics: dict[str, float]) -> float:
-    """The step size of this iteration's last update: warm-up counts updates made, not iterations."""
+    """Learning rate of this iteration's last update; warm-up counts applied updates, not iterations."""
     made = number * config.loss.num_iterations - metrics["skipped_updates"]
     return config.optimizer.learning_rate * min(1.0, made / max(config.optimizer.warmup_steps, 1))
