@@ -138,7 +138,7 @@ def test_tied_head_and_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     edit_weights(
         directory,
         add={
-            "lm_head.weight": np.zeros((VOCABULARY, 32), np.float32),
+            "lm_head.weight": load_file(directory / "model.safetensors")["model.embed_tokens.weight"],
             "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
         },
     )
