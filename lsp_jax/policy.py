@@ -20,7 +20,7 @@ from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import CARD, check_writable, is_ours, sealed, user_path
 from lsp_jax.model.config import ARCHITECTURES, Head, LlamaConfig, token_id
 from lsp_jax.model.llama import Params
-from lsp_jax.model.weight_files import INDEX
+from lsp_jax.model.weight_files import ADAPTER, INDEX
 from lsp_jax.model.weights import check_dtype, load_params, read_config, save_params
 from lsp_jax.text.tokenizer import FILES, Tokenizer
 from lsp_jax.text.tokenizer_files import GENERATION, read_json
@@ -169,7 +169,7 @@ def _locate(name: str, revision: str | None) -> Path:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_EXPORT)))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_EXPORT, ADAPTER]))
     except errors.GatedRepoError:
         remedy = "this model is gated: accept its terms on huggingface.co and set HF_TOKEN to your token"
     except errors.RevisionNotFoundError:

@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lsp_jax.checkpoint import export
+from lsp_jax.checkpoint.run_dir import BASE
 from lsp_jax.core.errors import InputError
 from lsp_jax.model import weight_checks, weights
 from lsp_jax.model.llama import forward
 from lsp_jax.model.rope import RopeScaling
 from lsp_jax.policy import load_pretrained, save_pretrained
+from test_trainer import game_config
 from test_weights import edit_config, edit_weights, refused
 from tiny import VOCABULARY, hf_tiny, tiny_config, tiny_dir, tiny_params, write_tokenizer
 
@@ -297,3 +300,20 @@ def test_infinite_values_are_not_made_by_the_cast(model: Path) -> None:
     """What is infinite in the file is so in the parameters."""
     edit_weights(model, add={NORM: np.full(32, np.inf, np.float32)})
     assert np.isinf(load_pretrained(model, "float16").params["model"]["norm"]["weight"]).all()
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
+def test_a_runs_parameters(model: Path, tmp_path: Path, dtype: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cast for an evaluation in another type."""
+    run = tmp_path / "run"
+    shutil.copytree(model, run / BASE)
+    (run / "config.json").write_text(game_config(model, run).to_json())
+    params = load_pretrained(model).params
+    params["model"]["norm"]["weight"] = params["model"]["norm"]["weight"].at[3].set(-7e4)
+    monkeypatch.setattr(export, "_restored", lambda *_: params)
+    if dtype == "float16":
+        with pytest.raises(InputError, match=rf"{NORM} = 70000\.0.*infinite in float16"):
+            export.load_run_params(run, 1, dtype)
+    else:
+        found = export.load_run_params(run, 1, dtype)["model"]["norm"]["weight"]
+        assert np.isfinite(np.asarray(found, np.float32)).all() and found.dtype == (dtype or "float32")

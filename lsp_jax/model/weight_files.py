@@ -13,9 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from lsp_jax.core.console import printable, warn
 from lsp_jax.core.errors import InputError
-from lsp_jax.model.lora import FILES as ADAPTER_FILES
+from lsp_jax.model.lora import FILES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = FILES[0]
+"""File that makes a directory a PEFT adapter."""
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Names of the supported dtypes in safetensors."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
@@ -66,9 +68,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 def refuse_adapters(directory: Path) -> None:
     """Raises InputError for a directory with a PEFT adapter, which would not be applied to the model beside it."""
-    if (directory / ADAPTER_FILES[0]).is_file():
+    if (directory / ADAPTER).is_file():
         remedy = "is a PEFT adapter, which is not applied; merge it into its model first (merge_and_unload of PEFT)"
-        raise InputError(ADAPTER_FILES[0], str(directory), remedy)
+        raise InputError(ADAPTER, str(directory), remedy)
 
 
 def holds(directory: Path, tensor: str) -> bool:
