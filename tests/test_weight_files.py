@@ -236,15 +236,27 @@ def test_shards_without_an_index(model: Path) -> None:
     refused(model, "model-00001-of-00002.safetensors", INDEX, "missing")
 
 
-def test_one_file_beside_an_index(model: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("with_index", [True, False])
+def test_one_file_beside_shards(model: Path, with_index: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """The one file, as in transformers, with a word."""
     shutil.copy(model / "model.safetensors", model / "kept")
     shard(model, [NORM])
     (model / "kept").rename(model / "model.safetensors")
+    if not with_index:
+        (model / INDEX).unlink()
     edit_weights(model, add={NORM: np.full(32, 7, np.float32)})
     np.testing.assert_array_equal(load_pretrained(model).params["model"]["norm"]["weight"], 7)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and INDEX in said and "model.safetensors is read" in said
+    assert said.count("\n") == 1 and "model.safetensors is read" in said
+    assert "model-00001-of-00002.safetensors and 1 more are not" in said
+
+
+def test_a_file_that_the_index_does_not_list(model: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard(model, [NORM])
+    save_file({NORM: np.zeros(32, np.float32)}, model / "model-00003-of-00003.safetensors")
+    params = load_pretrained(model).params
+    jax.tree.map(np.testing.assert_array_equal, params, load_pretrained(source).params)
+    assert "model-00003-of-00003.safetensors is not" in capsys.readouterr().err
 
 
 # --- range -----------------------------------------------------------------------------------------------------------

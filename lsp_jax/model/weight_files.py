@@ -89,9 +89,9 @@ def open_weights(directory: Path, stack: ExitStack, say: bool = False) -> dict[s
     for a directory without either, a shard that is missing, and shards that do not hold what the index says.
     """
     if (directory / SINGLE).is_file():
-        if say and (directory / INDEX).is_file():
-            warn(f"{printable(str(directory))}: {SINGLE} is read, as in transformers, and not the files of {INDEX}")
         path = directory / SINGLE
+        if say:
+            _say_unread(directory, {SINGLE}, f"{SINGLE} is read, as in transformers")
         handle = stack.enter_context(_open(path))
         return {name: Source(path, name, handle) for name in handle.keys()}  # noqa: SIM118
     if not (directory / INDEX).is_file():
@@ -113,11 +113,21 @@ def open_weights(directory: Path, stack: ExitStack, say: bool = False) -> dict[s
                 raise InputError(name, shard, f"is in this file, but not in {INDEX}; download both again")
             if shard_of[name] != shard:
                 copies.append((name, shard))
+    if say:
+        _say_unread(directory, set(handles), f"the files of {INDEX} are read")
     if copies and say:
         (name, shard), more = copies[0], f" (and {len(copies) - 1} more tensors)" if len(copies) > 1 else ""
         named = f"{printable(name)}{more} is read from {printable(shard_of[name])}, which {INDEX} names"
         warn(f"{named}; its copy in {printable(shard)} is not used")
     return {name: Source(directory / shard, name, handles[shard]) for name, shard in shard_of.items()}
+
+
+def _say_unread(directory: Path, read: set[str], told: str) -> None:
+    """Warns of other files with weights in the directory."""
+    others = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in read)
+    if others:
+        more = f" and {len(others) - 1} more are" if len(others) > 1 else " is"
+        warn(f"{printable(str(directory))}: {told}; {printable(others[0])}{more} not")
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
