@@ -63,8 +63,9 @@ def shard(directory: Path, *shards: list[str]) -> dict[str, Any]:
 # --- a head beside tie_word_embeddings ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("change", ["other", "zero", "one bit", "last row"])
+@pytest.mark.parametrize(
+    ("change", "sharded"), [("other", False), ("other", True), ("zero", False), ("one bit", True), ("last row", False)]
+)
 def test_a_head_of_its_own_is_kept(
     model: Path, tmp_path: Path, change: str, sharded: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,8 +266,7 @@ LARGEST = {"float16": 65519.996, "bfloat16": float(np.nextafter(np.float32(3.396
 
 
 @pytest.mark.parametrize("dtype", LARGEST)
-@pytest.mark.parametrize("path", [UP, NORM, EMBEDDING])
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("path", "sign"), [(UP, 1), (NORM, -1), (EMBEDDING, 1)])
 def test_a_value_that_would_become_infinite(
     model: Path, tmp_path: Path, dtype: str, path: str, sign: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

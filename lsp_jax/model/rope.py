@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,13 +123,11 @@ def _used(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def _number(source: dict[str, Any], field: str, inside: str = "") -> float:
     """Returns a positive, finite number; `inside` is the object that holds it."""
-    value, name = source.get(field), f"{inside}.{field}" if inside else field
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    value: Any = source.get(field)
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        name = f"{inside}.{field}" if inside else field
         raise InputError(name, value, "must be a number > 0 and finite in config.json")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise InputError(name, value, "must be a number > 0 and finite in config.json") from error
+    return float(value)
 
 
 def _original_length(config: dict[str, Any], name: str, rope: dict[str, Any]) -> int:

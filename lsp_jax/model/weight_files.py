@@ -133,10 +133,10 @@ def _say_unread(directory: Path, read: set[str], told: str) -> None:
 def _weight_map(directory: Path) -> dict[str, str]:
     """Returns the file of every tensor, from the index."""
     shard_of = read_json(directory / INDEX, "it lists the shards").get("weight_map")
-    names = shard_of.values() if isinstance(shard_of, dict) else ()
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    named = isinstance(shard_of, dict) and shard_of
+    if not named or not all(isinstance(name, str) and Path(name).name == name for name in named.values()):
         raise InputError(INDEX, str(directory), "'weight_map' must map tensor names to files in the same directory")
-    return shard_of
+    return named
 
 
 def _no_weights(directory: Path) -> InputError:
