@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -9,6 +10,7 @@ import shutil
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import jax
 from huggingface_hub import constants, errors, snapshot_download
@@ -16,10 +18,12 @@ from jax.sharding import Mesh
 
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import CARD, check_writable, is_ours, sealed, user_path
-from lsp_jax.model.config import ARCHITECTURES, Head, LlamaConfig
+from lsp_jax.model.config import ARCHITECTURES, Head, LlamaConfig, token_id
 from lsp_jax.model.llama import Params
-from lsp_jax.model.weights import INDEX, check_dtype, load_params, read_config, save_params
+from lsp_jax.model.weight_files import ADAPTER, INDEX
+from lsp_jax.model.weights import check_dtype, load_params, read_config, save_params
 from lsp_jax.text.tokenizer import FILES, Tokenizer
+from lsp_jax.text.tokenizer_files import GENERATION, read_json
 
 _WEIGHTS = "model*.safetensors"
 _EXPORT = ("config.json", _WEIGHTS, INDEX, *FILES)
@@ -73,17 +77,48 @@ def open_pretrained(path_or_hub_id: str | Path, revision: str | None = None, hea
     if tokenizer.vocab_size > config.vocab_size:
         remedy = f"more than the model's vocab_size {config.vocab_size}; the tokenizer belongs to another model"
         raise InputError("tokenizer.vocab_size", tokenizer.vocab_size, remedy)
+    _check_token_ids(directory, config, tokenizer)
     downloaded = directory != Path(path_or_hub_id).expanduser()
     commit = directory.name if downloaded and _COMMIT.fullmatch(directory.name) else ""
     return directory, Policy(config, {}, tokenizer, str(path_or_hub_id), commit)
+
+
+def _check_token_ids(directory: Path, config: LlamaConfig, tokenizer: Tokenizer) -> None:
+    """Raises InputError for a stop id that the model cannot produce, and for odd ids in generation_config.json."""
+    declared = read_json(directory / GENERATION)
+    for field in ("bos_token_id", "pad_token_id"):
+        token_id(declared, field, f"{GENERATION} in {directory}")
+    for token in tokenizer.stop_ids:
+        if token >= config.vocab_size:
+            name = GENERATION if token in _ids(declared.get("eos_token_id")) else "tokenizer_config.json"
+            remedy = f"this stop id is beyond the model's vocab_size {config.vocab_size}; correct {name} in {directory}"
+            raise InputError("eos_token_id", token, remedy)
+
+
+def _ids(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _write_stop_ids(directory: Path, policy: Policy) -> None:
+    """Completes generation_config.json, from which other programs take the stop ids, with all those of the tokenizer.
+
+    A file that already has them stays as it is.
+    """
+    declared, stop_ids = read_json(directory / GENERATION), list(policy.tokenizer.stop_ids)
+    if set(_ids(declared.get("eos_token_id"))) == set(stop_ids):
+        return
+    others = declared or {"bos_token_id": policy.config.bos_token_id, "pad_token_id": policy.config.pad_token_id}
+    written = {**others, "eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
+    (directory / GENERATION).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = None, card: str = "") -> None:
     """Writes a Hugging Face directory for transformers and vLLM: config, safetensors, tokenizer, and a model card.
 
     `dtype` None keeps that of the parameters. `card` becomes README.md, which a later export replaces unless it was
-    edited. Everything is written and synced to a sibling directory and then renamed, so a failure leaves the previous
-    contents. An earlier export is replaced; a directory that holds anything else raises InputError. With
+    edited. generation_config.json gets every stop id of the tokenizer. Everything is written and synced to a sibling
+    directory first and then renamed, so a failure leaves the previous contents. An earlier export is replaced; a
+    directory that holds anything else raises InputError, as does a value that would become infinite in `dtype`. With
     several processes all must call this: process 0 alone accesses `directory` and writes, the others contribute their
     shards and return without waiting for the files.
     """
@@ -100,6 +135,7 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
     try:
         save_params(policy.params, policy.config, fresh, dtype)
         policy.tokenizer.save(fresh)
+        _write_stop_ids(fresh, policy)
         if card:
             (fresh / CARD).write_text(sealed(card), encoding="utf-8")
         _sync(fresh)
@@ -133,7 +169,7 @@ def _locate(name: str, revision: str | None) -> Path:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_EXPORT)))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_EXPORT, ADAPTER]))
     except errors.GatedRepoError:
         remedy = "this model is gated: accept its terms on huggingface.co and set HF_TOKEN to your token"
     except errors.RevisionNotFoundError:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import safetensors.numpy
-from gguf import GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 
 from lsp_jax.core.errors import InputError
 from lsp_jax.model import gguf
@@ -20,6 +20,7 @@ from lsp_jax.model import gguf
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+TYPES = {str: GGUFValueType.STRING, float: GGUFValueType.FLOAT32, int: GGUFValueType.UINT32}
 TINY_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abc123", "Ġ", "ab"]
 
 
@@ -48,6 +49,8 @@ def tiny_gguf(path: Path, tied: bool = True, **changed: Any) -> dict[str, np.nda
         (writer.add_unk_token_id, 0), (writer.add_pad_token_id, 2), (writer.add_chat_template, "{{ messages }}"),
     ]:  # fmt: skip
         set_value(value)
+    for name, value in changed.get("fields", {}).items():
+        writer.add_key_value(name, value, TYPES[type(value)])
     for name, weight in [*weights.items(), *changed.get("tensors", {}).items()]:
         heads = {"blk.0.attn_q.weight": 4, "blk.0.attn_k.weight": 2}.get(name)
         writer.add_tensor(name, weight if heads is None else permuted(weight, heads))
@@ -277,12 +280,42 @@ def test_fields_at_odds_with_the_rest(tmp_path: Path, old: bytes, new: bytes, ma
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.gguf", "bad.gguf"}
 
 
+ACTING_FIELDS = {
+    "llama.rope.scaling.type": "yarn",
+    "llama.rope.scaling.factor": 4.0,
+    "llama.rope.dimension_count": 4,
+    "llama.attention.value_length": 16,
+    "llama.attention.sliding_window": 4096,
+    "llama.expert_count": 8,
+    "llama.logit_scale": 0.0625,
+    "llama.embedding_scale": 12.0,
+}
+NEUTRAL_FIELDS = {
+    "llama.rope.scaling.type": "none",
+    "llama.rope.scaling.factor": 1.0,
+    "llama.rope.dimension_count": 8,
+    "llama.attention.key_length": 8,
+    "llama.attention.value_length": 8,
+    "llama.attention.sliding_window": 0,
+    "llama.expert_count": 0,
+    "general.alignment": 32,
+}
+
+
+def test_fields_that_change_nothing(tmp_path: Path) -> None:
+    tiny_gguf(tmp_path / "tiny.gguf")
+    tiny_gguf(tmp_path / "more.gguf", fields=NEUTRAL_FIELDS)
+    made = [gguf.convert_gguf(tmp_path / f"{name}.gguf", tmp_path / name) for name in ("tiny", "more")]
+    assert (made[0] / "config.json").read_bytes() == (made[1] / "config.json").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
         ({"architecture": "qwen2"}, "general.architecture"),
         ({"model": "llama"}, "tokenizer.ggml.model"),
         ({"pre": "llama-bpe"}, "tokenizer.ggml.pre"),
+        *(({"fields": {name: value}}, f"{name} = {value!r}") for name, value in ACTING_FIELDS.items()),
         ({"tensors": {"rope_freqs.weight": np.ones(4, np.float32)}}, "rope_freqs.weight"),
     ],
 )

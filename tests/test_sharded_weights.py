@@ -43,12 +43,14 @@ def answer(process: subprocess.Popen[str]) -> Any:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory for every model of `MODELS`, in float32 and in bfloat16."""
+    """A directory for every model of `MODELS`, in float32 and in bfloat16; an untied one that says it is tied."""
     base = tmp_path_factory.mktemp("models")
     for name, fields in MODELS.items():
         tiny_dir(base / name, **fields)
         config = tiny_config(**fields)
         weights.save_params(tiny_params(config), config, base / f"{name}-bfloat16", "bfloat16", max_shard_bytes=30_000)
+    flagged = shutil.copytree(base / "untied", base / "flagged") / "config.json"
+    flagged.write_text(json.dumps({**json.loads(flagged.read_text()), "tie_word_embeddings": True}))
     return base
 
 

@@ -138,7 +138,7 @@ def test_tied_head_and_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     edit_weights(
         directory,
         add={
-            "lm_head.weight": np.zeros((VOCABULARY, 32), np.float32),
+            "lm_head.weight": load_file(directory / "model.safetensors")["model.embed_tokens.weight"],
             "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
         },
     )
@@ -217,7 +217,9 @@ def test_config_of_wrong_types(model: Path) -> None:
     edit_config(model, num_key_value_heads="two")
     refused(model, "num_key_value_heads = 'two'", "positive integer")
     edit_config(model, num_key_value_heads=2, rope_parameters="none")
-    refused(model, "not a usable Llama configuration")
+    refused(model, "rope_parameters = 'none'", "object or null in config.json")
+    edit_config(model, rope_parameters=None, architectures=3)
+    refused(model, "config.json", "not a usable Llama configuration")
 
 
 BAD_FIELDS: dict[str, list[Any]] = {
@@ -473,7 +475,7 @@ def test_hub_download(source: Path, loaded: Policy, monkeypatch: pytest.MonkeyPa
     name, options = calls[0]
     assert (name, options["revision"]) == ("owner/name", "v1")
     wanted = [*(path.name for path in source.iterdir()), "model-00001-of-00009.safetensors"]
-    wanted += ["model.safetensors.index.json", "tokenizer.model", "chat_template.jinja"]
+    wanted += ["model.safetensors.index.json", "tokenizer.model", "chat_template.jinja", "adapter_config.json"]
     unwanted = ["pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "model.py", "x.gguf"]
     accepted = [name for name in wanted + unwanted if any(Path(name).match(p) for p in options["allow_patterns"])]
     assert accepted == wanted

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.model import weights
+from lsp_jax.model import weight_files, weights
 from lsp_jax.model.llama import Params
 from lsp_jax.model.sharding import Layout, MeshConfig, make_mesh, partitions, shard_params, use_mesh
 from lsp_jax.policy import load_pretrained, save_pretrained
@@ -66,7 +66,7 @@ def check_placed(params: Params, whole: Params, mesh: Mesh, layout: Layout) -> N
 def reads() -> Iterator[list[tuple[str, int]]]:
     """Lists (tensor, elements) of every read from the files of weights opened inside."""
     found: list[tuple[str, int]] = []
-    opened = weights._open
+    opened = weight_files._open
 
     class Slice:
         def __init__(self, name: str, stored: Any):
@@ -90,11 +90,11 @@ def reads() -> Iterator[list[tuple[str, int]]]:
         def __exit__(self, *error: Any) -> None:
             self.handle.__exit__(*error)
 
-    weights._open = lambda path: Handle(opened(path))
+    weight_files._open = lambda path: Handle(opened(path))
     try:
         yield found
     finally:
-        weights._open = opened
+        weight_files._open = opened
 
 
 # --- 8 devices in one process ------------------------------------------------------------------------------------
@@ -182,6 +182,14 @@ def refused(base: Path) -> None:
         assert not found and all(word in message for word in words), message
 
 
+def a_head_of_its_own_is_sharded(base: Path) -> None:
+    """Beside a flag that ties it: placed as that of the untied model."""
+    whole = load(base / "untied")
+    for name in MESHES:
+        mesh = mesh_of_sizes(name)
+        check_placed(load(base / "flagged", mesh=mesh), whole, mesh, "train")
+
+
 CHECKS: dict[str, tuple[Any, ...]] = {
     **{
         f"{model} in {dtype}": (loaded_as_whole, model, dtype)
@@ -189,7 +197,7 @@ CHECKS: dict[str, tuple[Any, ...]] = {
         for dtype in ("float32", "bfloat16", "float16")
     },
     **{check.__name__: (check,) for check in (only_slices_are_read, exported_as_whole)},
-    **{check.__name__: (check,) for check in (copies_may_be_donated, refused)},
+    **{check.__name__: (check,) for check in (copies_may_be_donated, refused, a_head_of_its_own_is_sharded)},
 }
 
 
@@ -219,7 +227,8 @@ def run_shared(base: Path, port: int, index: int) -> dict[str, Any]:
     assert mesh is not None and mesh.is_multi_process
     with reads() as found:
         policy = load_pretrained(base / "untied", mesh=mesh)
-    check_placed(policy.params, load(base / "untied"), mesh, "train")
+    for params in (policy.params, load(base / "flagged", mesh=mesh)):
+        check_placed(params, load(base / "untied"), mesh, "train")
     save_pretrained(policy, base / f"exported-{index}", "bfloat16")
     matrices = sum(size for tensor, size in found if "q_proj" in tensor)
     return {"parts": sorted({size for name, size in found if "q_proj" in name}), "matrices": matrices}

@@ -55,7 +55,8 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(model_dir: Path, path: Path, dtype: str) -> dict[str, Any]:
     """Writes the model, without a vocabulary, and returns its config.json."""
     shape = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    if shape.get("rope_scaling"):
+    rope = shape.get("rope_scaling") or shape.get("rope_parameters") or {}  # as transformers: one of them
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise Unsupported("this peer writes no RoPE scaling")
     heads = {"attn_q": shape["num_attention_heads"], "attn_k": shape["num_key_value_heads"]}
     kind, file_type = TYPES[dtype]
@@ -71,7 +72,7 @@ def write_gguf(model_dir: Path, path: Path, dtype: str) -> dict[str, Any]:
     writer.add_key_length(shape["head_dim"])
     writer.add_value_length(shape["head_dim"])
     writer.add_rope_dimension_count(shape["head_dim"])
-    writer.add_rope_freq_base(shape.get("rope_theta") or shape["rope_parameters"]["rope_theta"])
+    writer.add_rope_freq_base(rope.get("rope_theta", shape.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(shape["rms_norm_eps"])
     writer.add_tokenizer_model("none")
     for file in sorted(model_dir.glob("*.safetensors")):

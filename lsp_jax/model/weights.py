@@ -11,48 +11,84 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  the import registers bfloat16 with numpy, for safetensors
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from lsp_jax.core.console import printable, warn
 from lsp_jax.core.errors import InputError, one_of
 from lsp_jax.core.files import read_json_object
 from lsp_jax.core.runtime import to_host
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.hf_names import Tensor, file_tensors, leaf_shapes
 from lsp_jax.model.llama import Params
+from lsp_jax.model.rope import rope_conflict
 from lsp_jax.model.sharding import AXES, Layout, check_model, mesh_of, partition
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-DTYPES = tuple(_STORED)
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
-_CONVERT = (
-    "convert a trusted model to safetensors with transformers: "
-    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT), for a reward model with "
-    "AutoModelForSequenceClassification"
+from lsp_jax.model.weight_checks import (
+    EMBEDDING,
+    HEAD,
+    check_names,
+    check_range,
+    check_tensor,
+    head_is_tied,
+    largest_lost,
+    leaf_of,
+    overflow,
+    say_other_frequencies,
 )
+from lsp_jax.model.weight_files import (
+    INDEX,
+    SINGLE,
+    STORED,
+    Source,
+    holds,
+    open_weights,
+    refuse_adapters,
+)
+
+DTYPES = tuple(STORED)
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
 def read_config(directory: str | Path) -> LlamaConfig:
-    """Reads the `LlamaConfig` of a Hugging Face directory; InputError if `config.json` is missing or unusable."""
-    config = read_json_object(Path(directory) / "config.json", "a model directory must contain a valid one")
+    """Reads the `LlamaConfig` of a Hugging Face directory.
+
+    If `config.json` ties head and embedding, but the weights have a head of its own that differs, the configuration is
+    untied, with a warning. RoPE keys that contradict each other are warned of, too.
+    Raises InputError if `config.json` is missing or unusable, and for a directory with a PEFT adapter.
+    """
+    directory = Path(directory)
+    refuse_adapters(directory)
+    config = read_json_object(directory / "config.json", "a model directory must contain a valid one")
     try:
-        return LlamaConfig.from_hf(config)
+        read, conflict = LlamaConfig.from_hf(config), rope_conflict(config)
     except InputError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError("config.json", str(directory), f"is not a usable Llama configuration ({error})") from error
+    if conflict:
+        warn(f"{printable(str(directory))}/config.json: {printable(conflict, 600)}")
+    if read.head == "lm" and read.tie_word_embeddings and _has_own_head(directory):
+        told = f"{HEAD} differs from {EMBEDDING}, so both are kept, although config.json says tie_word_embeddings"
+        warn(f"{printable(str(directory))}: {told}; exports say false")
+        return replace(read, tie_word_embeddings=False)
+    return read
+
+
+def _has_own_head(directory: Path) -> bool:
+    """Whether the files hold a head that differs from the embedding."""
+    if not holds(directory, HEAD):
+        return False
+    with ExitStack() as stack:
+        return not head_is_tied(open_weights(directory, stack))
 
 
 def load_params(
@@ -75,11 +111,11 @@ def load_params(
     check_dtype(dtype)
     _check_mesh(mesh, config)
     with ExitStack() as stack:
-        sources = _open_checked(Path(directory), config, stack)
+        sources = _open_checked(Path(directory), config, stack, say=True)
         params: Params = {}
         leaves = leaf_shapes(config).items()
         for path, shape in tqdm(leaves, desc="loading", unit="array", disable=None, leave=False):
-            parts = [(tensor, handle) for tensor, handle in sources if tensor.path == path]
+            parts = [(tensor, source) for tensor, source in sources if tensor.path == path]
             sharding = None if mesh is None else NamedSharding(mesh, partition(path, layout))
             _insert(params, path, _load_leaf(parts, shape, dtype, sharding))
         return params
@@ -91,15 +127,17 @@ def check_weights(directory: str | Path, config: LlamaConfig) -> None:
         _open_checked(Path(directory), config, stack)
 
 
-def _open_checked(directory: Path, config: LlamaConfig, stack: ExitStack) -> list[tuple[Tensor, Any]]:
-    """Returns every tensor of the model with the open file that holds it; checks names, dtypes and shapes."""
-    handles = {path: stack.enter_context(_open(path)) for path in _weight_files(directory)}
-    path_of = {name: path for path, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
-    tensors = _check_names(path_of, config)
-    sources = [(tensor, handles[path_of[tensor.name]]) for tensor in tensors]
-    for tensor, handle in sources:
-        _check_tensor(handle, tensor)
-    return sources
+def _open_checked(
+    directory: Path, config: LlamaConfig, stack: ExitStack, say: bool = False
+) -> list[tuple[Tensor, Source]]:
+    """Returns every tensor of the model with its file; checks names, dtypes and shapes, `say` warns."""
+    sources = open_weights(directory, stack, say)
+    tensors = check_names(sources, config)
+    for tensor in tensors:
+        check_tensor(sources[tensor.name], tensor)
+    if say:
+        say_other_frequencies(sources, config)
+    return [(tensor, sources[tensor.name]) for tensor in tensors]
 
 
 def _check_mesh(mesh: Mesh | None, config: LlamaConfig) -> None:
@@ -111,7 +149,7 @@ def _check_mesh(mesh: Mesh | None, config: LlamaConfig) -> None:
 
 
 def _load_leaf(
-    parts: list[tuple[Tensor, Any]], shape: tuple[int, ...], dtype: str, sharding: NamedSharding | None
+    parts: list[tuple[Tensor, Source]], shape: tuple[int, ...], dtype: str, sharding: NamedSharding | None
 ) -> jax.Array:
     """Loads one leaf from the tensors of its layers; with a sharding, only this process's shards."""
     if sharding is None:
@@ -129,13 +167,16 @@ def _load_leaf(
 
 
 def _host_part(
-    parts: list[tuple[Tensor, Any]], index: tuple[slice, ...], shape: tuple[int, ...], dtype: str
+    parts: list[tuple[Tensor, Source]], index: tuple[slice, ...], shape: tuple[int, ...], dtype: str
 ) -> np.ndarray:
     """Reads the slice `index` of a leaf, with shape `shape`. Layers are never sharded, other axes sliced on disk."""
     part = _aligned_empty(shape, jnp.dtype(dtype))
-    for tensor, handle in parts:
+    for tensor, source in parts:
         inside = index if tensor.layer is None else index[1:]
-        value = _read(handle, tensor.name, inside[::-1] if tensor.transposed else inside)
+        value = source.read(inside[::-1] if tensor.transposed else inside)
+        lost = largest_lost(value, dtype)
+        if lost:
+            raise overflow(tensor.name, lost, dtype)
         part[... if tensor.layer is None else tensor.layer] = value.T if tensor.transposed else value
     return part
 
@@ -160,73 +201,6 @@ def _insert(params: Params, path: str, leaf: jax.Array) -> None:
     params[last] = leaf
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    if (directory / INDEX).is_file():
-        shards = read_json_object(directory / INDEX, "download it again").get("weight_map")
-        names = shards.values() if isinstance(shards, dict) else ()
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise InputError(INDEX, str(directory), "'weight_map' must map tensor names to files in the same directory")
-        present = {path.name for path in directory.iterdir() if path.is_file()}
-        missing = sorted(set(names) - present)
-        if missing:
-            raise InputError(INDEX, missing[0], f"this shard is not in {directory}; download it again")
-        return [directory / name for name in sorted(set(names))]
-    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
-    if pickled:
-        raise InputError(
-            "weights", pickled[0], f"pickled weights can run arbitrary code and are never opened; {_CONVERT}"
-        )
-    raise InputError("weights", str(directory), f"contains neither {SINGLE} nor {INDEX}; {_CONVERT}")
-
-
-def _damaged(path: str, error: Exception) -> InputError:
-    return InputError("safetensors", path, f"the file is damaged or truncated ({error}); download it again")
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise _damaged(str(path), error) from error
-
-
-def _read(handle: Any, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Reads the slice `index` of a tensor, in the axis order of the file, and no other bytes."""
-    try:
-        return handle.get_slice(name)[index]
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(name, error) from error
-
-
-def _check_names(path_of: dict[str, Path], config: LlamaConfig) -> list[Tensor]:
-    """Returns every tensor of the model; InputError for the first that is missing from the files, or unexpected."""
-    tensors: list[Tensor] = []
-    for tensor in file_tensors(config):
-        if tensor.name not in path_of:
-            head = "; it may be absent only with tie_word_embeddings true" if tensor.path == "lm_head/weight" else ""
-            raise InputError(tensor.name, None, f"missing from the weights; expected shape {tensor.shape}{head}")
-        tensors.append(tensor)
-    expected = {tensor.name for tensor in tensors}
-    for name in sorted(path_of):
-        tied_head = config.tie_word_embeddings and name == "lm_head.weight"
-        if name not in expected and not tied_head and not name.endswith("rotary_emb.inv_freq"):
-            shape = tuple(_open(path_of[name]).get_slice(name).get_shape())
-            raise InputError(name, shape, "is not a tensor of the model described by config.json")
-    return tensors
-
-
-def _check_tensor(handle: Any, tensor: Tensor) -> None:
-    stored = handle.get_slice(tensor.name)
-    shape = tuple(stored.get_shape())
-    if shape != tensor.shape:
-        raise InputError(tensor.name, shape, f"must have shape {tensor.shape} according to config.json")
-    if stored.get_dtype() not in _STORED.values():
-        remedy = f"must be one of {', '.join(_STORED.values())}; quantised weights are not supported"
-        raise InputError(tensor.name, stored.get_dtype(), remedy)
-
-
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
@@ -243,9 +217,11 @@ def save_params(
     `dtype` None keeps that of the parameters. Only one tensor at a time is on the host, also when parameters are
     gathered from several processes: all processes must call this, process 0 alone writes, and the others return when
     the last tensor is gathered, possibly before its file is written.
+    Raises InputError, before anything is written, for a finite value that would become infinite in `dtype`.
     """
     if dtype is not None:
         check_dtype(dtype)
+        check_range(params, config, dtype)
     directory = Path(directory)
     writes = jax.process_index() == 0
     file_dtype = dtype or str(params["model"]["embed_tokens"]["weight"].dtype)
@@ -260,9 +236,9 @@ def save_params(
             total += _write_tensors(file, params, shard, dtype)
         weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
     if writes and len(shards) > 1:
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     if writes:
-        _write_json(directory / "config.json", config.to_hf(file_dtype))
+        write_json(directory / "config.json", config.to_hf(file_dtype))
 
 
 def _split(tensors: Iterable[Tensor], itemsize: int, max_bytes: int) -> list[list[Tensor]]:
@@ -285,33 +261,26 @@ def _write_tensors(file: BinaryIO | None, params: Params, shard: list[Tensor], d
     The library's writer needs all tensors of a file in memory. The format is the header's length in 8 bytes, the header
     in JSON, and the tensors' bytes, ordered by descending item size and name, which keeps every tensor aligned.
     """
-    dtypes = {tensor.name: jnp.dtype(dtype or _leaf(params, tensor).dtype) for tensor in shard}
+    dtypes = {tensor.name: jnp.dtype(dtype or leaf_of(params, tensor).dtype) for tensor in shard}
     ordered = sorted(shard, key=lambda tensor: (-dtypes[tensor.name].itemsize, tensor.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in ordered:
         stored = dtypes[tensor.name]
         start, end = end, end + stored.itemsize * math.prod(tensor.shape)
-        header[tensor.name] = {"dtype": _STORED[str(stored)], "shape": tensor.shape, "data_offsets": (start, end)}
+        header[tensor.name] = {"dtype": STORED[str(stored)], "shape": tensor.shape, "data_offsets": (start, end)}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     if file is not None:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
     for tensor in ordered:
-        leaf = _leaf(params, tensor)
+        leaf = leaf_of(params, tensor)
         value = _file_form(_gathered(leaf))(leaf, tensor.layer, tensor.transposed, dtype)
         if file is None:
             jax.block_until_ready(value)  # one gathered tensor at a time on the devices
         else:
             file.write(np.ascontiguousarray(to_host(value)).view(np.uint8).data)
     return end
-
-
-def _leaf(params: Params, tensor: Tensor) -> jax.Array:
-    leaf: Any = params
-    for key in tensor.path.split("/"):
-        leaf = leaf[key]
-    return leaf
 
 
 def _gathered(leaf: jax.Array) -> NamedSharding | None:
@@ -332,5 +301,5 @@ def _file_form(out: NamedSharding | None) -> Callable[..., jax.Array]:
     return jax.jit(form, static_argnums=(2, 3), out_shardings=out)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ import numpy as np
 
 from lsp_jax.core.errors import InputError, one_line
 from lsp_jax.text.sentencepiece import SentencePieceBackend
-from lsp_jax.text.tokenizer_files import check_text, stop_ids_of
+from lsp_jax.text.tokenizer_files import check_text, default_config, stop_ids_of
 
 TEXT, BLANK, SPECIAL = 0, 1, 2  # the values of Tokenizer.token_classes
 
@@ -178,8 +178,10 @@ class _FastBackend:
     def __init__(self, directory: Path):
         from transformers import AutoTokenizer
 
+        config = default_config(directory)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+            options = {"trust_remote_code": False, "local_files_only": True, "config": config}
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), **options)
             self.chat_template: str | None = tokenizer.get_chat_template() if tokenizer.chat_template else None
             self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
             self.bos_id: int | None = tokenizer.bos_token_id

@@ -8,6 +8,8 @@ from typing import Any
 from lsp_jax.core.errors import InputError, one_line
 from lsp_jax.core.files import read_json_object
 
+GENERATION = "generation_config.json"
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads the object in a JSON file; {} if there is no file."""
@@ -16,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def stop_ids_of(directory: Path, eos_id: int | None) -> tuple[int, ...]:
     """Returns the sorted ids that end a completion: those in generation_config.json (or config.json), and `eos_id`."""
-    name = "generation_config.json"
+    name = GENERATION
     declared = read_json(directory / name).get("eos_token_id")
     if declared is None:
         name = "config.json"
@@ -32,6 +34,24 @@ def stop_ids_of(directory: Path, eos_id: int | None) -> tuple[int, ...]:
             "eos_token_id", None, f"no stop token is declared; add eos_token_id to {directory}/generation_config.json"
         )
     return tuple(stop)
+
+
+def default_config(directory: Path) -> Any:
+    """Returns transformers' default configuration of the model type in config.json; None if it has no known one.
+
+    The type decides which class reads a tokenizer. Nothing else in config.json concerns it: transformers would check
+    the whole file, and its faults would look like the tokenizer's.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config = read_json(directory / "config.json")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return None
+    default = CONFIG_MAPPING[kind]()
+    if isinstance(config.get("tokenizer_class"), str):
+        default.tokenizer_class = config["tokenizer_class"]
+    return default
 
 
 def token_text(entry: object, default: str | None) -> str | None:
