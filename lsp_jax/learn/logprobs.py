@@ -78,13 +78,14 @@ def token_statistics(
 
     @jax.checkpoint
     def statistics(part: tuple[jax.Array, ...]) -> TokenStatistics:
-        logp = jax.nn.log_softmax(llama.logits(params, config, part[0]) / temperature, axis=-1)
+        logp = jax.nn.log_softmax(llama.tempered(llama.logits(params, config, part[0]), temperature), axis=-1)
         chosen = jnp.take_along_axis(logp, part[1][..., None], axis=-1)[..., 0]
         stopped = jax.lax.stop_gradient(logp)
         entropy = -jnp.sum(jnp.exp(stopped) * stopped, axis=-1)
         kl = jnp.zeros_like(chosen)
         if reference is not None:
-            ref_logp = jax.nn.log_softmax(llama.logits(reference[0], config, part[2]) / temperature, axis=-1)
+            ref_logits = llama.logits(reference[0], config, part[2])
+            ref_logp = jax.nn.log_softmax(llama.tempered(ref_logits, temperature), axis=-1)
             kl = jnp.sum(jnp.exp(logp) * (logp - ref_logp), axis=-1)
         return TokenStatistics(chosen, entropy, kl)
 
