@@ -39,16 +39,16 @@ def seed(field: str, value: object) -> int:
     return number
 
 
-def number(field: str, value: object) -> float | int:
-    """Returns `value` as a float, or as the int that it is; NaN and infinities are left to the caller."""
+def number(field: str, value: object) -> float:
+    """Returns `value` as a float; NaN and infinities are left to the caller."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         raise InputError(field, value, f"must be a number, not {_kind(value)}")
-    plain = value.item() if isinstance(value, np.generic) else value
+    if type(value) is float:
+        return value
     try:
-        float(plain)
+        return float(value)
     except OverflowError as error:
         raise InputError(field, value, "is out of the range of a float") from error
-    return plain
 
 
 def instance(field: str, value: object, kind: type[T], remedy: str) -> T:
@@ -90,8 +90,8 @@ def items(field: str, value: object, remedy: str) -> list[Any]:
 def plain(config: T, where: str = "") -> T:
     """Returns a dataclass whose fields have the types that it declares, nested ones included.
 
-    Lists are made tuples, numpy's scalars plain numbers and paths text; anything else of another type raises InputError
-    naming `where`.<field>.
+    Lists become tuples, integers floats where floats are declared, numpy's scalars plain numbers, and paths text;
+    anything else of another type raises InputError naming `where`.<field>.
     """
     hints = typing.get_type_hints(type(config))
     values = {}

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from lsp_jax.checkpoint.provenance import parameters_digest, versions
+from lsp_jax.core import arguments
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import user_path, write_text
 from lsp_jax.core.runtime import keep_programs
@@ -94,7 +95,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises InputError, before anything is generated, for what cannot be used; RunError where a judge no longer answers
     (what it has said is kept).
     """
-    config.check()
+    arguments.instance("config", config, EvaluateConfig, "must be an EvaluateConfig").check()
+    config = arguments.plain(config)
     asked, baseline = _asked(config)
     subjects = open_subjects(config.models, config.steps)
     for subject in subjects:  # what does not fit is said before gigabytes are read

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from lsp_jax.core import arguments
 from lsp_jax.core.errors import InputError
@@ -78,7 +79,7 @@ def check_ids(tokens: object, mask: object, vocabulary: int) -> None:
     ids = _matrix("tokens", tokens, jnp.integer, "integer")
     if mask is not None and _matrix("mask", mask, jnp.bool_, "bool").shape != ids.shape:
         raise InputError("mask", getattr(mask, "shape", None), f"must have the shape of tokens, {ids.shape}")
-    if isinstance(ids, jax.core.Tracer) or not ids.size:
+    if isinstance(ids, Tracer) or not ids.size:
         return
     values = to_host(ids)  # computed with here: inside `jax.jit` a constant's minimum would be traced
     outside = values[(values < 0) | (values >= vocabulary)]
