@@ -22,6 +22,7 @@ from lsp_jax.model.llama import Params, check_params
 from lsp_jax.model.sharding import check_mesh
 from lsp_jax.model.weights import INDEX, check_dtype, load_params, read_config, save_params
 from lsp_jax.text.tokenizer import FILES, Tokenizer
+from lsp_jax.text.tokenizer_files import check_text
 
 _WEIGHTS = "model*.safetensors"
 _EXPORT = ("config.json", _WEIGHTS, INDEX, *FILES)
@@ -105,7 +106,7 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
     if dtype is not None:
         check_dtype(dtype)
     check_policy("policy", policy)
-    arguments.text("card", card)
+    check_text("card", arguments.text("card", card))
     target = user_path("directory", arguments.path("directory", directory)).resolve()
     if jax.process_index() != 0:
         save_params(policy.params, policy.config, target, dtype)

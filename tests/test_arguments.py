@@ -260,6 +260,8 @@ def test_forward_refuses_what_are_no_ids(policy: lsp.Policy, tokens: Any) -> Non
 def test_forward_refuses_other_parameters_and_masks(policy: lsp.Policy) -> None:
     ids = jnp.ones((1, 3), jnp.int32)
     other = replace(policy.config, hidden_size=64)
+    integers = jax.tree.map(lambda x: x.astype(int), policy.params)
+    assert "must be an array of shape (296, 32)" in refused(lsp.forward, integers, policy.config, ids)
     for params, config in [({}, policy.config), (None, policy.config), (policy, policy.config), (policy.params, other)]:
         assert "model/embed_tokens/weight must be an array of shape" in refused(lsp.forward, params, config, ids)
     assert refused(lsp.forward, policy.params, None, ids).startswith("config = None")
@@ -273,6 +275,12 @@ def test_constant_ids_are_looked_at_while_tracing_too(policy: lsp.Policy) -> Non
     assert shape == (1, 2, VOCABULARY)
     with pytest.raises(InputError, match=f"tokens = {VOCABULARY}"):
         jax.eval_shape(lambda params: lsp.forward(params, policy.config, bad), policy.params)
+
+
+def test_a_card_is_text(policy: lsp.Policy, tmp_path: Path) -> None:
+    for card in (None, 3, b"card", "\ud800"):
+        assert refused(lsp.save_pretrained, policy, tmp_path / "out", card=card).startswith("card = ")
+    assert not (tmp_path / "out").exists()
 
 
 # --- configurations --------------------------------------------------------------------------------------------------
@@ -476,12 +484,15 @@ def test_every_public_name_is_tried() -> None:
     assert set(lsp.__all__) == holds_values_only | {name for name in NAMES if name in lsp.__all__}
 
 
+@pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
-def test_anything_works_or_is_input_error(name: str, cases: dict[str, Any]) -> None:
+def test_anything_works_or_is_input_error(name: str, examples: int, cases: dict[str, Any]) -> None:
     function, good, strategies = cases[name]
     outcomes: list[str] = []
 
-    @settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
     @given(st.data())
     def each(data: st.DataObject) -> None:
         changed = dict(good)

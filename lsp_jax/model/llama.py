@@ -66,9 +66,11 @@ def check_params(field: str, params: object, config: object) -> None:
         leaf = params
         for name in path:
             leaf = leaf.get(name) if isinstance(leaf, dict) else None
-        if getattr(leaf, "shape", None) != shape:
-            remedy = f"{'/'.join(path)} must be an array of shape {shape}: give the params of the policy of this config"
-            raise InputError(field, getattr(leaf, "shape", type(params).__name__), remedy)
+        found, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+        if found != shape or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            wanted = f"{'/'.join(path)} must be an array of shape {shape}, of floats"
+            shown = f"{dtype}{found}" if dtype is not None else type(leaf).__name__
+            raise InputError(field, shown, f"{wanted}: give the params of this config's policy")
 
 
 def check_ids(tokens: object, mask: object, vocabulary: int) -> None:
