@@ -85,7 +85,7 @@ class GenerateOptions:
     max_completion_length: int = 64
     """Maximum completion length in tokens."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """0, or anything below 1e-5, is greedy."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -109,7 +109,7 @@ def generate(arguments: Sequence[str]) -> None:
     if not options.prompts:
         raise InputError("prompts", options.prompts, "give at least one prompt")
     sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.min_p)
-    check_options(options.prompts, sampling, options.max_completion_length)
+    check_options(sampling, options.max_completion_length, options.seed)
     _, opened = open_pretrained(options.model)
     for prompt in options.prompts:  # checked before the weights are loaded
         prompt_ids(opened, prompt, options.max_completion_length)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from lsp_jax.core import arguments
 from lsp_jax.core.errors import InputError, one_of
-from lsp_jax.core.files import read_json_object
+from lsp_jax.core.files import read_json_object, user_path
 from lsp_jax.core.processes import ProcessConfig
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.novelty import MemoryConfig
@@ -125,6 +126,9 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises InputError naming the first invalid field; touches no file and no device."""
+        if (plain := arguments.plain(self)) is not self:
+            plain.check()
+            return
         if not self.model and not self.init_from:
             raise InputError("model", self.model, "give a Hugging Face Llama directory or a hub id")
         if self.init_step < 0 or (self.init_step and not self.init_from):
@@ -134,8 +138,7 @@ class TrainConfig:
         for name in ("max_steps", "save_steps", "save_total_limit", "max_skipped"):
             if getattr(self, name) < 1:
                 raise InputError(name, getattr(self, name), "must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise InputError("seed", self.seed, "must be in 0 .. 2**32 - 1")
+        arguments.seed("seed", self.seed)
         one_of("resume", self.resume, RESUMES)
         one_of("save_errors", self.save_errors, ("stop", "go_on"))
         if self.preemption_notice not in ("", "gce", "aws") and not _is_address(self.preemption_notice):
@@ -181,17 +184,22 @@ class TrainConfig:
 
     def to_json(self) -> str:
         """Returns the complete configuration as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(dataclasses.asdict(arguments.plain(self)), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
         """Parses the output of `to_json`; InputError names an unknown field or a value of the wrong type."""
-        return _build(cls, json.loads(text), "config.json")
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError, RecursionError) as error:  # no text, not JSON, too many digits, too deep
+            raise InputError("config.json", str(error), "must be a run's config.json") from error
+        return _build(cls, data, "config.json")
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
         """Reads the `config.json` of a run; raises InputError as `from_json` does, and for an unreadable file."""
-        return _build(cls, read_json_object(Path(path), "must be a run's config.json", "config"), str(path))
+        path = user_path("config", path)
+        return _build(cls, read_json_object(path, "must be a run's config.json", "config"), str(path))
 
 
 MAY_CHANGE = (
@@ -248,22 +256,6 @@ def _build(cls: type, data: Any, where: str) -> Any:
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             values[name] = _build(typing.cast(type, hint), value, f"{where}: {name}")
-        elif typing.get_origin(hint) is tuple:
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise InputError(f"{where}: {name}", value, "must be a list of strings")
-            values[name] = tuple(value)
         else:
-            values[name] = _plain(hint, value, f"{where}: {name}")
+            values[name] = arguments.typed(hint, value, f"{where}: {name}")
     return cls(**values)
-
-
-def _plain(hint: Any, value: Any, where: str) -> Any:
-    kind = str if typing.get_origin(hint) is Literal else hint
-    if kind is float and type(value) is int:
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise InputError(where, value, "is outside the range of a float") from error
-    if type(value) is not kind:
-        raise InputError(where, value, f"must be of type {kind.__name__}")
-    return value

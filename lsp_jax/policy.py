@@ -16,14 +16,16 @@ import jax
 from huggingface_hub import constants, errors, snapshot_download
 from jax.sharding import Mesh
 
+from lsp_jax.core import arguments
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import CARD, check_writable, is_ours, sealed, user_path
 from lsp_jax.model.config import ARCHITECTURES, Head, LlamaConfig, token_id
-from lsp_jax.model.llama import Params
+from lsp_jax.model.llama import Params, check_params
+from lsp_jax.model.sharding import check_mesh
 from lsp_jax.model.weight_files import ADAPTER, INDEX
 from lsp_jax.model.weights import check_dtype, load_params, read_config, save_params
 from lsp_jax.text.tokenizer import FILES, Tokenizer
-from lsp_jax.text.tokenizer_files import GENERATION, read_json
+from lsp_jax.text.tokenizer_files import GENERATION, check_text, read_json
 
 _WEIGHTS = "model*.safetensors"
 _EXPORT = ("config.json", _WEIGHTS, INDEX, *FILES)
@@ -47,6 +49,16 @@ class Policy:
     """Commit of the hub repository; empty for a directory."""
 
 
+def check_policy(field: str, policy: object) -> Policy:
+    """Returns `policy` if it is one with all its parameters, else raises InputError."""
+    given = arguments.instance(field, policy, Policy, "must be a Policy, as lsp.load_pretrained returns it")
+    arguments.instance(f"{field}.config", given.config, LlamaConfig, "must be a LlamaConfig")
+    arguments.instance(f"{field}.tokenizer", given.tokenizer, Tokenizer, "must be a Tokenizer")
+    arguments.text(f"{field}.source", given.source)
+    check_params(f"{field}.params", given.params, given.config)
+    return given
+
+
 def load_pretrained(
     path_or_hub_id: str | Path, dtype: str = "float32", revision: str | None = None, mesh: Mesh | None = None
 ) -> Policy:
@@ -59,6 +71,8 @@ def load_pretrained(
     and a mesh that does not divide the model; also for weights that do not match the configuration.
     """
     check_dtype(dtype)
+    if mesh is not None:
+        check_mesh("mesh", mesh)
     directory, policy = open_pretrained(path_or_hub_id, revision)
     return replace(policy, params=load_params(directory, policy.config, dtype, mesh))
 
@@ -68,7 +82,8 @@ def open_pretrained(path_or_hub_id: str | Path, revision: str | None = None, hea
 
     Raises InputError unless the model ends in `head`: a reward model cannot serve as a policy, nor the reverse.
     """
-    directory = _locate(str(path_or_hub_id), revision)
+    name = arguments.path("model", path_or_hub_id)
+    directory = _locate(name, None if revision is None else arguments.text("revision", revision))
     config = read_config(directory)
     if config.head != head:
         remedy = f"its config.json describes a {ARCHITECTURES[config.head]}; give a {ARCHITECTURES[head]}"
@@ -124,7 +139,9 @@ def save_pretrained(policy: Policy, directory: str | Path, dtype: str | None = N
     """
     if dtype is not None:
         check_dtype(dtype)
-    target = user_path("directory", directory).resolve()
+    check_policy("policy", policy)
+    check_text("card", arguments.text("card", card))
+    target = user_path("directory", arguments.path("directory", directory)).resolve()
     if jax.process_index() != 0:
         save_params(policy.params, policy.config, target, dtype)
         return

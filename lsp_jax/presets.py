@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from lsp_jax.config import RewardConfig, TrainConfig
-from lsp_jax.core.errors import InputError
+from lsp_jax.core.errors import one_of
 from lsp_jax.learn.losses import LossConfig
 from lsp_jax.learn.optimizer import OptimizerConfig
 from lsp_jax.model.lora import LoraConfig
@@ -201,8 +201,7 @@ def recommended_lsp(size: str = "3b") -> TrainConfig:
     Changes from the paper: a KL with a gradient (k2), the quality score read from logits (nothing to parse, a few
     tokens instead of a calculation), standardised rewards, a warm-up, and twice as many queries per iteration.
     """
-    if size not in MODELS:
-        raise InputError("size", size, f"must be one of {', '.join(MODELS)}")
+    one_of("size", size, tuple(MODELS))
     base = paper_lsp()
     return replace(
         base,
@@ -303,6 +302,5 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 
 def get(name: str) -> TrainConfig:
     """Returns the preset `name`; raises InputError listing the names if there is none."""
-    if name not in PRESETS:
-        raise InputError("preset", name, f"must be one of {', '.join(PRESETS)}")
+    one_of("preset", name, tuple(PRESETS))
     return PRESETS[name]()

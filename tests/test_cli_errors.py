@@ -32,6 +32,7 @@ FIELDS: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "negative beta": (["--loss.beta", -0.1], ("loss.beta = -0.1", "must be >= 0")),
     "beta not a number": (["--loss.beta", "nan"], ("loss.beta = nan", "must be >= 0")),
     "greedy training": (["--sampling.temperature", 0], ("sampling.temperature = 0", "must be > 0")),
+    "nearly greedy training": (["--sampling.temperature", 1e-9], ("sampling.temperature = 1e-09", "at least 0.01")),
     "greedy Challenger": (["--challenger-sampling.temperature", 0], ("challenger_sampling.temperature = 0", "> 0")),
     "top_p": (["--sampling.top-p", 1.5], ("sampling.top_p = 1.5", "(0, 1]")),
     "learning rate": (["--optimizer.learning-rate", 0], ("optimizer.learning_rate = 0", "> 0")),
@@ -253,6 +254,7 @@ def test_generate_with_a_prompt_that_is_too_long(refused: Refused, game_model: P
     refused(["generate", game_model, "long " * 400], "prompt length = ", "64 new tokens", "context of 1024")
     refused(["generate", game_model, "Hello", "--max-completion-length", 0], "max_completion_length = 0", "at least 1")
     refused(["generate", game_model, "Hello", "--temperature", -1], "sampling.temperature = -1")
+    refused(["generate", game_model, "Hello", "--temperature", "nan"], "sampling.temperature = nan", "finite")
     refused(["generate", game_model], "prompts = ()", "at least one")
     refused(["generate", game_model, "Hello", "--dtype", "int8"], "dtype = 'int8'", "float32, bfloat16, float16")
     roomy = damaged(max_position_embeddings=100_000)
@@ -270,7 +272,7 @@ def test_export_of_what_is_not_there(refused: Refused, game_model: Path, tmp_pat
 
 def test_the_wrong_json_type_names_its_field(tmp_path: Path):
     text = json.dumps(json.loads(TrainConfig().to_json()) | {"loss": {"beta": "big"}})
-    with pytest.raises(ValueError, match=r"config\.json: loss: beta = 'big': must be of type float"):
+    with pytest.raises(ValueError, match=r"config\.json: loss: beta = 'big': must be a number, not of type str"):
         TrainConfig.from_json(text)
 
 

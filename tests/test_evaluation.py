@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,14 @@ from lsp_jax.evaluate import generation as answers_module
 from lsp_jax.evaluate import models, runner
 from lsp_jax.evaluate.config import EvaluateConfig, JudgeConfig
 from lsp_jax.evaluate.generation import Request, answers, chat_prompts
+from lsp_jax.evaluate.judges import Pair, RewardModelJudge
 from lsp_jax.evaluate.result_cache import Store
 from lsp_jax.evaluate.runner import evaluate
 from lsp_jax.model.weights import save_params
 from lsp_jax.play.generate import prompt_ids
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.policy import Policy, load_pretrained
+from lsp_jax.reward.preference import load_reward_model
 from refusal import Refused
 from test_endpoint import KEY, Server, completion, server
 from test_tasks import GSM8K, needs_sandbox, write
@@ -77,6 +80,49 @@ def test_greedy_answers_are_those_of_generate(model: Path, tmp_path: Path):
         policy, texts, SamplingConfig(temperature=0), max_completion_length=COLUMNS
     )
     assert all(answer.stopped == (answer.tokens < COLUMNS) or answer.stopped for answer in made)
+
+
+def with_nan(model: Path, directory: Path) -> Path:
+    """A copy of a model with one weight that is not a number."""
+    shutil.copytree(model, directory)
+    opened = load_pretrained(model)
+    norm = {"weight": opened.params["model"]["norm"]["weight"].at[3].set(jnp.nan)}
+    save_params({**opened.params, "model": {**opened.params["model"], "norm": norm}}, opened.config, directory)
+    return directory
+
+
+def test_logits_that_are_not_finite_are_no_answers(model: Path, tmp_path: Path):
+    policy = load_pretrained(with_nan(model, tmp_path / "broken"))
+    with Store(tmp_path / "a.jsonl") as store:
+        with pytest.raises(
+            InputError, match=r"logits are not finite at token 1 of the completion of its label"
+        ) as caught:
+            answers(policy, requests(policy, ["Hi.", "A"], 0.0), store, "m", 3, "its label")
+        assert (caught.value.field, caught.value.value) == ("model", str(tmp_path / "broken")) and len(store) == 0
+
+
+@pytest.mark.full
+def test_an_evaluation_names_the_model_with_such_logits(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    broken, out = with_nan(model, tmp_path / "broken"), tmp_path / "out"
+    command = ["evaluate", model, broken, "--tasks", f"gsm8k={good(tmp_path)}", "--output-dir", out, "--batch-size", 4]
+    command += ["--compilation-cache", "", "--max-completion-length", COLUMNS]
+    assert cli.main([str(word) for word in command]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lsp-jax:")]
+    assert line.startswith(f"lsp-jax: error: model = '{broken}': its logits are not finite")
+    assert not (out / "results.json").exists()
+
+
+@pytest.mark.full
+def test_scores_that_are_not_finite_are_no_verdicts(reward_model: Path):
+    judge = load_reward_model(str(reward_model), "float32")
+    pairs = [Pair("Name a colour.", "Red.", "Blue, perhaps.")]
+    ((_, verdict),) = RewardModelJudge(judge, "w").verdicts(pairs)
+    assert np.all(np.isfinite(verdict.said))
+    broken = replace(judge, params={**judge.params, "score": {"weight": judge.params["score"]["weight"] * jnp.nan}})
+    with pytest.raises(InputError, match=r"judge\.source = .*scores are not finite"):
+        list(RewardModelJudge(broken, "w").verdicts(pairs))
 
 
 def test_draws_belong_to_their_prompt(model: Path, tmp_path: Path):

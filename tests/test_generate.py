@@ -208,11 +208,10 @@ def test_forced_length(policy: lsp.Policy) -> None:
 @pytest.mark.parametrize(
     ("prompts", "options", "field"),
     [
-        ("a string", {}, "prompts"),
-        ([[]], {}, "prompt"),
-        ([[5, 296]], {}, "prompt"),
-        ([[5, -1]], {}, "prompt"),
-        ([[5] * 1000], {}, "prompt length"),
+        ([[]], {}, "prompts[0]"),
+        ([[5, 296]], {}, "prompts[0]"),
+        ([[5, -1]], {}, "prompts[0]"),
+        ([[5] * 1000], {}, "prompts[0] length"),
         (["a"], {"sampling": SamplingConfig(temperature=-1.0)}, "sampling.temperature"),
         (["a"], {"sampling": SamplingConfig(top_p=0.0)}, "sampling.top_p"),
         (["a"], {"max_completion_length": 0}, "max_completion_length"),

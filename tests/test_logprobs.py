@@ -214,6 +214,25 @@ def test_peaked_distribution_stays_finite() -> None:
     assert np.asarray(stats.logprobs).min() < -100
 
 
+@pytest.mark.parametrize("temperature", everyday((1e-5, 1e-3), 0))
+def test_small_temperatures_equal_float64(temperature: float) -> None:
+    """Of hidden states that make logits as near to one another; the gradient stays finite and is the softmax's."""
+    params, hidden, targets = random_case()
+    hidden = hidden * temperature
+    logits = llama.logits(params, CONFIG, hidden)
+    stats = statistics_of(params, hidden, targets, temperature)
+    exact = log_softmax(logits, temperature)
+    chosen = np.take_along_axis(exact, np.asarray(targets)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(stats.logprobs, chosen, atol=2e-5)
+    np.testing.assert_allclose(stats.entropy, -np.sum(np.exp(exact) * exact, axis=-1), atol=2e-5)
+    gradient = jax.grad(lambda states: statistics_of(params, states, targets, temperature).logprobs.sum())(hidden)
+    weight = np.asarray(params["model"]["embed_tokens"]["weight"], np.float64)
+    expected = (weight[np.asarray(targets)] - np.exp(exact) @ weight) / temperature
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    far = statistics_of(params, hidden * 1e4, targets, temperature)
+    assert np.all(np.isfinite(far.logprobs)) and np.all(np.isfinite(far.entropy))
+
+
 @pytest.mark.parametrize("temperature", [TEMPERATURE, 1.0])
 def test_equal_torch_cross_entropy_in_value_and_gradient(temperature: float) -> None:
     torch = pytest.importorskip("torch")

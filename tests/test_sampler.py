@@ -13,6 +13,7 @@ from scipy.stats import chisquare
 
 from everyday import everyday
 from lsp_jax.core.errors import InputError
+from lsp_jax.model.llama import tempered
 from lsp_jax.play import sampler
 from lsp_jax.play.sampler import BLOCK, SamplingConfig, draw_index, row_keys, row_uniforms, sample, truncate
 
@@ -153,6 +154,68 @@ def test_min_p_counts_from_the_kept_most_probable_token() -> None:
     probabilities = np.array([[0.4, 0.3, 0.2, 0.06, 0.04]])
     kept = truncate(jnp.log(jnp.asarray(probabilities, jnp.float32)), SamplingConfig(top_p=0.95, min_p=0.4))
     np.testing.assert_array_equal(np.asarray(kept) > -np.inf, [[True, True, True, False, False]])
+
+
+SMALL = [
+    SamplingConfig(temperature=1e-5),
+    SamplingConfig(temperature=3e-5, top_k=17, top_p=0.9, min_p=0.02),
+    SamplingConfig(temperature=1e-3),
+    SamplingConfig(temperature=0.009, top_p=0.8),
+]
+
+
+@pytest.mark.parametrize("config", everyday(SMALL, 1), ids=config_id)
+def test_small_temperatures_equal_float64(config: SamplingConfig) -> None:
+    """Logits as near as the temperature is small, around 0 and far from it: several tokens are likely."""
+    near = np.float32(config.temperature / 5) * logits_rows()
+    offset = np.float32(0 if config.truncates else 3)  # there some are equal, and a cut between those has no one answer
+    logits = np.concatenate([near, near + offset, logits_rows()]).astype(np.float32)
+    exact, rows = exact_logprobs(logits, config), np.arange(len(logits))
+    tokens = []
+    for seed in range(4):
+        draw = jitted_sample(logits, uniforms(len(logits), seed), config=config)
+        np.testing.assert_allclose(draw.logprob, exact[rows, draw.token], atol=2e-5, rtol=1e-5)
+        tokens.append(np.asarray(draw.token))
+    assert any(np.any(tokens[0] != other) for other in tokens[1:]), "not greedy yet"
+    if not config.truncates:  # and the quotient itself would not do
+        naive = np.asarray(jax.nn.log_softmax(jnp.asarray(logits) / config.temperature))
+        assert np.abs(naive[exact > -20] - exact[exact > -20]).max() > 2e-5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-45, 1e-38, 1e-9, 9.9e-6])
+def test_temperatures_below_the_bound_are_greedy(temperature: float) -> None:
+    logits = np.concatenate([logits_rows(), 1e-6 * logits_rows(seed=1), 1e4 * logits_rows(seed=2)]).astype(np.float32)
+    config = SamplingConfig(temperature, top_k=5, top_p=0.9)
+    for pair in (GRID[0], GRID[-1]):
+        draw = jitted_sample(logits, np.tile(pair, (len(logits), 1)), config=config)
+        np.testing.assert_array_equal(draw.token, np.argmax(logits, axis=1))
+        assert not np.any(draw.logprob) and not np.any(draw.log_mass)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.6, 0.7, 1.0, 1e38])
+def test_tempered_logits_are_the_quotient_to_the_bit(temperature: float) -> None:
+    logits = jnp.asarray(logits_rows())
+    np.testing.assert_array_equal(tempered(logits, temperature), logits / temperature)
+
+
+@pytest.mark.parametrize("top_p", [1e-30, 1e-38, 1e-46, 5e-324])
+def test_the_most_probable_token_stays_however_small_top_p(top_p: float) -> None:
+    logits = logits_rows()
+    draw = jitted_sample(logits, uniforms(len(logits)), config=SamplingConfig(top_p=top_p))
+    np.testing.assert_array_equal(draw.token, np.argmax(logits, axis=1))
+    np.testing.assert_allclose(draw.logprob, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("config", [SamplingConfig(0.0), SamplingConfig(1e-3), *CONFIGS[2::4]], ids=config_id)
+def test_logits_that_are_not_finite_have_no_logprob(config: SamplingConfig, value: float) -> None:
+    logits = logits_rows()
+    logits[::2, 40] = value
+    logits[4] = -np.inf
+    broken = np.arange(len(logits)) % 2 == 0
+    for seed in range(2):
+        logprob = np.asarray(jitted_sample(logits, uniforms(len(logits), seed), config=config).logprob)
+        np.testing.assert_array_equal(np.isfinite(logprob), ~broken)
 
 
 def interleaved_weights(vocabulary: int, seed: int) -> np.ndarray:

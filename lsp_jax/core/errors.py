@@ -50,7 +50,7 @@ def shown(value: object, longest: int = LONGEST) -> str:
     """Returns the `repr` of a value, truncated to `longest` characters."""
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply, or an integer beyond Python's digit limit
+    except Exception:  # nested too deeply, an integer beyond Python's digit limit, or anything that a class raises
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= longest else text[:longest] + "..."
 
@@ -62,5 +62,5 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raises InputError naming the field `name` unless its value is one of `allowed`."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise InputError(name, value, f"must be one of {', '.join(allowed)}")

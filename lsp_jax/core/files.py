@@ -19,9 +19,11 @@ BESIDE = 48
 def user_path(field: str, text: str | Path) -> Path:
     """Returns `text` as a path with `~` expanded; it need not exist.
 
-    Raises InputError naming `field` for a path that no file system accepts: a NUL, a lone surrogate, an overlong name,
-    a symlink loop, an unknown `~user`.
+    Raises InputError naming `field` for what is not a path, and for a path that no file system accepts: a NUL, a lone
+    surrogate, an overlong name, a symlink loop, an unknown `~user`.
     """
+    if not isinstance(text, str | os.PathLike):
+        raise InputError(field, text, "must be a path")
     try:
         path = Path(text).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lsp_jax.core import arguments
 from lsp_jax.core.errors import InputError, one_of
 from lsp_jax.core.files import check_writable, user_path
 from lsp_jax.evaluate import tasks
 from lsp_jax.evaluate.endpoint import EndpointConfig
 from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.model.weights import check_dtype
-from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.play.sampler import GREEDY_BELOW, SamplingConfig
 from lsp_jax.policy import open_pretrained
 from lsp_jax.reward.preference import open_reward_model
 
@@ -67,7 +68,7 @@ class EvaluateConfig:
     output_dir: str = "evaluation"
     """Output directory; answers and verdicts in it are cached and reused."""
     temperature: float = 0.01
-    """Sampling temperature; the paper's evaluations use 0.01."""
+    """Sampling temperature; the paper's evaluations use 0.01. 0, or anything below 1e-5, is greedy."""
     num_samples: int = 1
     """Answers per problem of a task."""
     pass_k: tuple[int, ...] = (1,)
@@ -91,6 +92,9 @@ class EvaluateConfig:
 
     def check(self) -> None:
         """Raises InputError naming the field; reads no weights and sends no requests."""
+        if (plain := arguments.plain(self)) is not self:
+            plain.check()
+            return
         if not self.models:
             raise InputError("models", self.models, "give at least one run or model")
         if not self.tasks and not self.winrate_against:
@@ -105,11 +109,10 @@ class EvaluateConfig:
             raise InputError("seed", self.seed, "must be in 0 .. 2**32 - 2")
         if not self.pass_k or not all(1 <= k <= self.num_samples for k in self.pass_k):
             raise InputError("pass_k", self.pass_k, f"must be in 1 .. num_samples ({self.num_samples})")
-        if self.num_samples > 1 and not self.temperature > 0:
-            raise InputError(
-                "temperature", self.temperature, "must be > 0 with several samples: greedy answers are identical"
-            )
         SamplingConfig(self.temperature).check("sampling")
+        if self.num_samples > 1 and SamplingConfig(self.temperature).greedy:
+            remedy = f"must be at least {GREEDY_BELOW} with several samples: greedy answers are identical"
+            raise InputError("temperature", self.temperature, remedy)
         check_dtype(self.dtype)
         if self.winrate_against:
             self.judge.check()

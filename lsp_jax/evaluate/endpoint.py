@@ -94,6 +94,9 @@ class EndpointConfig:
         for name, least in (("concurrency", 1), ("retries", 0), ("max_tokens", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{field}.{name}", getattr(self, name), f"must be at least {least}")
+        for name in ("input_price", "output_price"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{field}.{name}", getattr(self, name), "must be >= 0 and finite")
         if not 0 < self.timeout < float("inf"):
             raise InputError(f"{field}.timeout", self.timeout, "must be a number of seconds above 0")
 

@@ -21,7 +21,7 @@ from lsp_jax.evaluate.result_cache import Store, digest
 from lsp_jax.model.sharding import mesh_of, replicate, row_shards, use_mesh
 from lsp_jax.play.chunked_decode import decode_in_chunks
 from lsp_jax.play.decode import DecodeSpec
-from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts, prompt_ids
+from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, check_finite, pad_prompts, prompt_ids
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.policy import Policy
 from lsp_jax.text.prompts import SLOT, template_pieces
@@ -101,14 +101,14 @@ def answers(
     """Returns the answer to each request, from `store` if cached there; adds new ones to it batch by batch.
 
     `model` is the digest of the weights, `about` the label of the progress bar. An answer depends on the weights, its
-    request and, through rounding only, on its batch.
+    request and, through rounding only, on its batch. Raises InputError for a model whose logits are not finite.
     """
     keys = [request.key(model) for request in requests]
     missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in store}
     with tqdm(total=len(set(keys)), desc=about, unit="answer", disable=None) as progress:
         progress.update(len(set(keys)) - len(missing))
         for batch in _batches(list(missing.items()), batch_size):
-            made = _complete(policy, [request for _, request in batch], batch_size)
+            made = _complete(policy, [request for _, request in batch], batch_size, about)
             store.add({key: list(answer) for (key, _), answer in zip(batch, made, strict=True)})
             progress.update(len(batch))
     return [Answer(*store[key]) for key in keys]
@@ -122,7 +122,7 @@ def _batches(missing: list[tuple[str, Request]], size: int) -> Iterator[list[tup
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-def _complete(policy: Policy, requests: Sequence[Request], batch_size: int) -> list[Answer]:
+def _complete(policy: Policy, requests: Sequence[Request], batch_size: int, about: str) -> list[Answer]:
     first = requests[0]
     with use_mesh(mesh_of(policy.params)):
         shards = row_shards()
@@ -137,7 +137,8 @@ def _complete(policy: Policy, requests: Sequence[Request], batch_size: int) -> l
         spec = DecodeSpec(policy.config, first.sampling, longest, stop_ids, min(CHUNK, longest))
         keys = _row_keys(*parts, seed=first.seed)
         out = decode_in_chunks(policy.params, (prompts, lengths_there), keys, spec)
-        told = runtime.to_host((out.tokens, out.lengths, out.stopped))
+        *told, logprobs = runtime.to_host((out.tokens, out.lengths, out.stopped, out.logprobs))
+    check_finite(policy.source, logprobs[: len(requests)], lambda _: about)
     made = []
     for ids, length, stopped in list(zip(*told, strict=True))[: len(requests)]:
         text = policy.tokenizer.decode(ids[: length - stopped].tolist(), skip_special_tokens=True)

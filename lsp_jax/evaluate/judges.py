@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lsp_jax.core import runtime
+from lsp_jax.core.errors import InputError
 from lsp_jax.evaluate.generation import Request, answers, chat_prompts
 from lsp_jax.evaluate.result_cache import Store, digest
 from lsp_jax.model.sharding import mesh_of, replicate, use_mesh
@@ -159,6 +160,9 @@ class RewardModelJudge:
             for start in range(0, len(group), self._batch_size):
                 batch = group[start : start + self._batch_size]
                 values = self._score([parts for _, parts in batch], width)
+                if not np.all(np.isfinite(values[: len(batch)])):
+                    remedy = "its scores are not finite: its weights hold NaN or inf, or it overflows in its dtype"
+                    raise InputError("judge.source", self._model.source, remedy)
                 scores.update({c: float(v) for (c, _), v in zip(batch, values, strict=False)})
         return scores
 

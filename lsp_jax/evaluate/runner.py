@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from lsp_jax.checkpoint.provenance import parameters_digest, versions
+from lsp_jax.core import arguments
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import user_path, write_text
 from lsp_jax.core.runtime import keep_programs
@@ -94,7 +95,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises InputError for invalid input, before anything is generated, and RunError if a judge no longer replies (its
     earlier verdicts are cached).
     """
-    config.check()
+    arguments.instance("config", config, EvaluateConfig, "must be an EvaluateConfig").check()
+    config = arguments.plain(config)
     asked, baseline = _asked(config)
     subjects = open_subjects(config.models, config.steps)
     for subject in subjects:  # checks lengths before any weights are read

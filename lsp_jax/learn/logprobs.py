@@ -81,13 +81,14 @@ def token_statistics(
 
     @jax.checkpoint
     def statistics(part: tuple[jax.Array, ...]) -> TokenStatistics:
-        logp_BCV = jax.nn.log_softmax(llama.logits(params, config, part[0]) / temperature, axis=-1)
+        logp_BCV = jax.nn.log_softmax(llama.tempered(llama.logits(params, config, part[0]), temperature), axis=-1)
         chosen_BC = jnp.take_along_axis(logp_BCV, part[1][..., None], axis=-1)[..., 0]
         stopped_BCV = jax.lax.stop_gradient(logp_BCV)
         entropy_BC = -jnp.sum(jnp.exp(stopped_BCV) * stopped_BCV, axis=-1)
         kl_BC = jnp.zeros_like(chosen_BC)
         if reference is not None:
-            ref_logp_BCV = jax.nn.log_softmax(llama.logits(reference[0], config, part[2]) / temperature, axis=-1)
+            ref_logits_BCV = llama.logits(reference[0], config, part[2])
+            ref_logp_BCV = jax.nn.log_softmax(llama.tempered(ref_logits_BCV, temperature), axis=-1)
             kl_BC = jnp.sum(jnp.exp(logp_BCV) * (logp_BCV - ref_logp_BCV), axis=-1)
         return TokenStatistics(chosen_BC, entropy_BC, kl_BC)
 

@@ -66,8 +66,8 @@ class OptimizerConfig:
             if not 0 <= getattr(self, field) < 1:
                 raise InputError(f"optimizer.{field}", getattr(self, field), "must be in [0, 1)")
         for field in ("warmup_steps", "weight_decay"):
-            if not getattr(self, field) >= 0:
-                raise InputError(f"optimizer.{field}", getattr(self, field), "must be >= 0")
+            if not 0 <= getattr(self, field) < math.inf:
+                raise InputError(f"optimizer.{field}", getattr(self, field), "must be >= 0 and finite")
 
     @property
     def spec(self) -> OptimizerSpec:

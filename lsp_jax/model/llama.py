@@ -14,13 +14,18 @@ dtype of the parameters; norms, RoPE, softmax and logits are float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
+from lsp_jax.core import arguments
+from lsp_jax.core.errors import InputError
+from lsp_jax.core.runtime import to_host
 from lsp_jax.model.attention import Segment, attend, causal_mask, length_mask, to_cache_layout
 from lsp_jax.model.config import LlamaConfig
 from lsp_jax.model.fused_attention import causal_attention
@@ -43,6 +48,54 @@ def params_shape(config: LlamaConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
+# --- what users pass -----------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def _shapes(config: LlamaConfig) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
+    leaves = jax.tree.leaves_with_path(params_shape(config))
+    return tuple((tuple(key.key for key in path), leaf.shape) for path, leaf in leaves)
+
+
+def check_params(field: str, params: object, config: object) -> None:
+    """Raises InputError unless `params` has every array of the language model `config`, in its shape."""
+    given = arguments.instance("config", config, LlamaConfig, "must be a LlamaConfig, such as policy.config")
+    if given.head != "lm":
+        raise InputError("config.head", given.head, "must be lm: only language models have logits")
+    for path, shape in _shapes(given):
+        leaf = params
+        for name in path:
+            leaf = leaf.get(name) if isinstance(leaf, dict) else None
+        found, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+        if found != shape or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            wanted = f"{'/'.join(path)} must be an array of shape {shape}, of floats"
+            shown = f"{dtype}{found}" if dtype is not None else type(leaf).__name__
+            raise InputError(field, shown, f"{wanted}: give the params of this config's policy")
+
+
+def check_ids(tokens: object, mask: object, vocabulary: int) -> None:
+    """Raises InputError unless `tokens` are ids [B, T] below `vocabulary`, and `mask` is None or bool [B, T].
+
+    Traced ids have no values to look at.
+    """
+    ids = _matrix("tokens", tokens, jnp.integer, "integer")
+    if mask is not None and _matrix("mask", mask, jnp.bool_, "bool").shape != ids.shape:
+        raise InputError("mask", getattr(mask, "shape", None), f"must have the shape of tokens, {ids.shape}")
+    if isinstance(ids, Tracer) or not ids.size:
+        return
+    values = to_host(ids)  # computed with here: inside `jax.jit` a constant's minimum would be traced
+    outside = values[(values < 0) | (values >= vocabulary)]
+    if outside.size:
+        raise InputError("tokens", int(outside[0]), f"token id outside the vocabulary (0 to {vocabulary - 1})")
+
+
+def _matrix(field: str, array: object, kind: Any, name: str) -> jax.Array | np.ndarray:
+    if not isinstance(array, jax.Array | np.ndarray) or not jnp.issubdtype(array.dtype, kind) or array.ndim != 2:
+        shown = f"{array.dtype}{list(array.shape)}" if isinstance(array, jax.Array | np.ndarray) else array
+        raise InputError(field, shown, f"must be a numpy or JAX array [B, T] of {name} dtype")
+    return array
+
+
 # --- pure functions ----------------------------------------------------------------------------------------------
 
 
@@ -59,6 +112,20 @@ def logits(params: Params, config: LlamaConfig, hidden: jax.Array) -> jax.Array:
     weight_VD = shard(head_weight(params, config), TENSOR, None)
     out = jnp.einsum("...d,vd->...v", hidden, weight_VD, preferred_element_type=jnp.float32)
     return shard(out, row_axes(out.shape[0]) or None, *(None,) * (out.ndim - 2), TENSOR)
+
+
+SMALL_TEMPERATURE = 0.01
+"""Temperatures below it divide what is left of the logits once their maximum is subtracted."""
+
+
+def tempered(logits: jax.Array, temperature: float) -> jax.Array:
+    """The logits [..., V] of the distribution at a temperature, up to a constant.
+
+    Below `SMALL_TEMPERATURE` the quotient itself would have no digits left for differences, or overflow.
+    """
+    if temperature < SMALL_TEMPERATURE:
+        logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return logits / temperature
 
 
 def score(params: Params, hidden: jax.Array) -> jax.Array:
@@ -152,7 +219,13 @@ def shared_hidden_states(
 
 
 def forward(params: Params, config: LlamaConfig, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Logits float32 [B, T, V] of `tokens` int32 [B, T]; `mask` as in `hidden_states`. Pure; `config` is static."""
+    """Logits float32 [B, T, V] of `tokens` int32 [B, T]; `mask` as in `hidden_states`. Pure; `config` is static.
+
+    Raises InputError for parameters and arrays of other shapes or types, and outside of `jax.jit` for ids that the
+    vocabulary does not have.
+    """
+    check_params("params", params, config)
+    check_ids(tokens, mask, config.vocab_size)
     return logits(params, config, hidden_states(params, config, tokens, mask))
 
 

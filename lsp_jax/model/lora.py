@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from lsp_jax.core import arguments
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import CARD, check_writable, is_ours, replacing, sealed, write_text
 from lsp_jax.core.runtime import to_host
@@ -59,8 +60,7 @@ class LoraConfig:
             raise InputError("lora.rank", self.rank, "must be at least 1, or 0 to train all parameters")
         if not 0 < self.alpha < math.inf:
             raise InputError("lora.alpha", self.alpha, "must be > 0 and finite")
-        if not 0 <= self.seed < 2**32:
-            raise InputError("lora.seed", self.seed, "must be in 0 .. 2**32 - 1")
+        arguments.seed("lora.seed", self.seed)
         if not self.targets:
             raise InputError("lora.targets", "", f"must name at least one of {', '.join(PROJECTIONS)}")
         for name in self.targets:

@@ -160,6 +160,12 @@ def check_model(sizes: Sequence[int], config: LlamaConfig, of: str = "model") ->
             raise InputError(f"mesh.{axis}", size, f"does not divide the {of}'s {name} {dimension}")
 
 
+def check_mesh(field: str, mesh: object) -> None:
+    """Raises InputError unless `mesh` has the axes of `make_mesh`."""
+    if not isinstance(mesh, Mesh) or mesh.axis_names != AXES:
+        raise InputError(field, mesh, f"must be a mesh with the axes {', '.join(AXES)}, or None; make_mesh returns one")
+
+
 @contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
     """Context in which arrays are sharded over `mesh`; None changes nothing. Can be nested."""

@@ -6,20 +6,21 @@ padded to declared buckets, and decodes the completions to text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
 import numpy as np
 
-from lsp_jax.core import runtime
+from lsp_jax.core import arguments, runtime
 from lsp_jax.core.errors import InputError
 from lsp_jax.model import llama
 from lsp_jax.model.sharding import mesh_of, replicate, use_mesh
 from lsp_jax.play.decode import Completions, DecodeSpec, rollout
 from lsp_jax.play.sampler import SamplingConfig, row_keys
-from lsp_jax.policy import Policy
+from lsp_jax.policy import Policy, check_policy
 from lsp_jax.text.prompts import Ragged
+from lsp_jax.text.tokenizer_files import check_messages
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -58,7 +59,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int, rows: int) -> tupl
 
 def generate(
     policy: Policy,
-    prompts: Sequence[Prompt],
+    prompts: Prompt | Sequence[Prompt],
     sampling: SamplingConfig = SAMPLED,
     *,
     max_completion_length: int = 64,
@@ -69,55 +70,93 @@ def generate(
     """One completion of each prompt as text, without the stop token and other control tokens.
 
     A prompt is a string (one user message, in the chat template), a list of messages (`role`, `content`), or a list of
-    token ids (used as they are). `SamplingConfig(temperature=0)` is greedy. `stop_at_eos=False` forces
-    `max_completion_length` tokens. The draws depend on `seed` and each prompt's index in the list, not on `batch_size`.
-    Raises InputError for an empty prompt, ids outside the vocabulary, and a prompt longer than the model's context.
+    token ids (used as they are); a single prompt is taken as a list of one. `SamplingConfig(temperature=0)` is greedy.
+    `stop_at_eos=False` forces `max_completion_length` tokens. The draws depend on `seed` and each prompt's index in the
+    list, not on `batch_size`.
+
+    Raises InputError for arguments that cannot be used (an empty prompt, ids outside the vocabulary, a prompt longer
+    than the model's context, ...), and for a model whose logits are not finite.
     """
-    check_options(prompts, sampling, max_completion_length)
-    if batch_size < 1:
-        raise InputError("batch_size", batch_size, "must be at least 1 row")
-    ids = [prompt_ids(policy, prompt, max_completion_length) for prompt in prompts]
-    stop_ids = policy.tokenizer.stop_ids if stop_at_eos else ()
-    spec = DecodeSpec(policy.config, sampling, max_completion_length, stop_ids)
+    check_policy("policy", policy)
+    sampling, length = check_options(sampling, max_completion_length, seed)
+    listed = as_prompts(prompts)
+    batch_size = arguments.integer("batch_size", batch_size, least=1, of="rows")
+    stop_ids = policy.tokenizer.stop_ids if arguments.boolean("stop_at_eos", stop_at_eos) else ()
+    ids = [prompt_ids(policy, prompt, length, f"prompts[{i}]") for i, prompt in enumerate(listed)]
+    spec = DecodeSpec(policy.config, sampling, length, stop_ids)
     texts: list[str] = []
     for start in range(0, len(ids), batch_size):
         part = ids[start : start + batch_size]
         rows = next((b for b in ROW_BUCKETS if len(part) <= b <= batch_size), batch_size)
         width = bucket(max(map(len, part)), PROMPT_BUCKETS, "prompt length")
-        arrays = pad_prompts(part, width, rows), jax.random.key(seed), np.int32(start)
+        arrays = pad_prompts(part, width, rows), jax.random.key(int(seed)), np.int32(start)
         with use_mesh(mesh_of(policy.params)):
             out = complete(policy.params, *replicate(arrays), spec)
-        done = runtime.to_host((out.tokens, out.lengths - out.stopped))
-        rows_ids = [row[:length].tolist() for row, length in zip(*done, strict=True)][: len(part)]
+        tokens, lengths, logprobs = runtime.to_host((out.tokens, out.lengths - out.stopped, out.logprobs))
+        check_finite(policy.source, logprobs[: len(part)], lambda row, first=start: f"prompts[{first + row}]")
+        rows_ids = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)][: len(part)]
         texts += [policy.tokenizer.decode(row, skip_special_tokens=True) for row in rows_ids]
     return texts
 
 
-def check_options(prompts: Sequence[Prompt], sampling: SamplingConfig, max_completion_length: int) -> None:
-    """Raises InputError for options that are invalid for any model."""
+def check_options(sampling: object, max_completion_length: object, seed: object) -> tuple[SamplingConfig, int]:
+    """Raises InputError for what can be seen without a model; returns the plain values."""
+    given = arguments.instance("sampling", sampling, SamplingConfig, "must be a SamplingConfig")
+    given.check("sampling")
+    arguments.seed("seed", seed)
+    length = arguments.integer("max_completion_length", max_completion_length, least=1, of="tokens")
+    return arguments.plain(given, "sampling"), length
+
+
+def as_prompts(prompts: object) -> list[Prompt]:
+    """Returns a list of prompts; a single one, of any form, is a list of one."""
     if isinstance(prompts, str):
-        raise InputError("prompts", prompts, "must be a list; put a single prompt into one")
-    sampling.check("sampling")
-    if max_completion_length < 1:
-        raise InputError("max_completion_length", max_completion_length, "must be at least 1 token")
+        return [prompts]
+    remedy = "must be a list of prompts, each text, messages or token ids"
+    listed = arguments.items("prompts", _on_host(prompts), remedy)
+    single = bool(listed) and isinstance(listed[0], Mapping | int | np.integer)
+    return [listed] if single else listed
 
 
-def prompt_ids(policy: Policy, prompt: Prompt, new_tokens: int) -> list[int]:
+def _on_host(value: object) -> object:
+    """Arrays as nested lists; anything else as it is."""
+    return runtime.to_host(value).tolist() if isinstance(value, np.ndarray | jax.Array) else value
+
+
+def prompt_ids(policy: Policy, prompt: Prompt, new_tokens: int, field: str = "prompt") -> list[int]:
     """The ids of one prompt; InputError when they do not fit the policy's vocabulary, context or buckets."""
-    if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], dict)):
-        ids = policy.tokenizer.chat_ids(prompt)  # pyright: ignore[reportArgumentType]
+    if isinstance(prompt, str):
+        ids = policy.tokenizer.chat_ids(prompt)
     else:
-        ids = [int(token) for token in prompt]  # pyright: ignore[reportArgumentType]
+        listed = arguments.items(field, _on_host(prompt), "must be text, a list of messages, or a list of token ids")
+        if listed and isinstance(listed[0], Mapping):
+            ids = policy.tokenizer.chat_ids(check_messages(field, listed))
+        else:
+            ids = [arguments.integer(field, token, of="a token") for token in listed]
     if not ids:
-        raise InputError("prompt", prompt, "has no tokens: give text, messages or token ids")
+        raise InputError(field, prompt, "has no tokens: give text, messages or token ids")
     outside = [token for token in ids if not 0 <= token < policy.config.vocab_size]
     if outside:
-        raise InputError("prompt", outside[0], f"token id outside the vocabulary (0 to {policy.config.vocab_size - 1})")
+        raise InputError(field, outside[0], f"token id outside the vocabulary (0 to {policy.config.vocab_size - 1})")
     if len(ids) + new_tokens > policy.config.max_position_embeddings:
         raise InputError(
-            "prompt length",
+            f"{field} length",
             len(ids),
             f"with {new_tokens} new tokens exceeds the model's context of {policy.config.max_position_embeddings}",
         )
-    bucket(len(ids), PROMPT_BUCKETS, "prompt length")
+    bucket(len(ids), PROMPT_BUCKETS, f"{field} length")
     return ids
+
+
+def check_finite(source: str, logprobs: np.ndarray, name: Callable[[int], str]) -> None:
+    """Raises InputError where logits were not finite: a draw's log-probability in `logprobs` [B, T] then is not either.
+
+    `name` says what a row is, `source` which model it is of.
+    """
+    rows, columns = np.nonzero(~np.isfinite(logprobs))
+    if len(rows):
+        remedy = (
+            f"its logits are not finite at token {columns[0] + 1} of the completion of {name(int(rows[0]))}: "
+            "its weights hold NaN or inf, or it overflows in this dtype; restore the weights, or load it in float32"
+        )
+        raise InputError("model", source, remedy)

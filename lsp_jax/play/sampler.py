@@ -12,10 +12,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from lsp_jax.core import arguments
 from lsp_jax.core.errors import InputError
+from lsp_jax.model.llama import tempered
 
 BLOCK = 256  # tokens summed together at the first level; V / 256 and 256 are both short enough to scan
+GREEDY_BELOW = 1e-5
+"""Temperatures below it are greedy, as in vLLM."""
+LEAST_TRAINING = 0.01
+"""Lowest temperature of training: below it losses, which divide differences of logits by it, overflow."""
+_TINY, _HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class SamplingConfig:
     """Sampling parameters. Names as in TRL."""
 
     temperature: float = 1.0
-    """Logits are divided by it; 0 is greedy (generation only, training needs > 0)."""
+    """Logits are divided by it; 0, or anything below 1e-5, is greedy (generation only: training needs at least 0.01).
+    """
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -32,15 +41,24 @@ class SamplingConfig:
     """Keep tokens at least this fraction as probable as the most probable one; 0 keeps all."""
 
     def check(self, field: str, greedy: bool = True) -> None:
-        """Raises InputError naming `field`.<name>; `greedy` False rejects temperature 0."""
-        if not (self.temperature > 0 or (greedy and self.temperature == 0)):
-            raise InputError(f"{field}.temperature", self.temperature, "must be > 0" + (" (or 0: greedy)" * greedy))
-        if self.top_k < 0:
+        """Raises InputError naming `field`.<name>; `greedy` False rejects temperatures that training cannot use."""
+        plain = arguments.plain(self, field)
+        if greedy and not 0 <= plain.temperature <= _HUGE:
+            raise InputError(f"{field}.temperature", self.temperature, "must be > 0 and finite (or 0: greedy)")
+        if not greedy and not LEAST_TRAINING <= plain.temperature <= _HUGE:
+            remedy = f"must be > 0, at least {LEAST_TRAINING}, and finite: losses overflow at smaller ones"
+            raise InputError(f"{field}.temperature", self.temperature, remedy)
+        if plain.top_k < 0:
             raise InputError(f"{field}.top_k", self.top_k, "must be >= 0 (0 keeps all tokens)")
-        if not 0 < self.top_p <= 1:
+        if not 0 < plain.top_p <= 1:
             raise InputError(f"{field}.top_p", self.top_p, "must be in (0, 1]")
-        if not 0 <= self.min_p < 1:
+        if not 0 <= plain.min_p < 1:
             raise InputError(f"{field}.min_p", self.min_p, "must be in [0, 1)")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature < GREEDY_BELOW
 
     @property
     def truncates(self) -> bool:
@@ -54,7 +72,8 @@ class Draw(NamedTuple):
     token: jax.Array
     """int32 [B]."""
     logprob: jax.Array
-    """float32 [B]: under the tempered, truncated, renormalised distribution; 0 when greedy."""
+    """float32 [B]: under the tempered, truncated, renormalised distribution; 0 when greedy. NaN where the logits hold
+    NaN or +inf."""
     log_mass: jax.Array
     """float32 [B]: log of the tempered probability mass that truncation kept (0 without truncation):
     logprob = tempered log-probability - log_mass."""
@@ -83,8 +102,9 @@ def truncate(scaled_BV: jax.Array, config: SamplingConfig) -> jax.Array:
         ordered_BV = jnp.sort(scaled_BV, axis=-1, descending=True)
         probabilities_BV = jax.nn.softmax(ordered_BV, axis=-1)
         before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-        # the first token is always kept; `before_BV` ascends, so the kept set is a prefix of the order
-        kept_BV = (before_BV < config.top_p) & (ordered_BV > -jnp.inf)
+        # the first token is always kept, also where float32 has no such small top_p; `before_BV` ascends, so the
+        # kept set is a prefix of the order
+        kept_BV = (before_BV < max(config.top_p, _TINY)) & (ordered_BV > -jnp.inf)
         threshold_B1 = jnp.min(jnp.where(kept_BV, ordered_BV, jnp.inf), axis=-1, keepdims=True)
         scaled_BV = jnp.where(scaled_BV < threshold_B1, -jnp.inf, scaled_BV)
     if config.min_p > 0:
@@ -96,10 +116,12 @@ def truncate(scaled_BV: jax.Array, config: SamplingConfig) -> jax.Array:
 def sample(logits_BV: jax.Array, uniforms_B2: jax.Array, config: SamplingConfig) -> Draw:
     """Draws one token from each row of `logits_BV` with `uniforms_B2` in [0, 1)."""
     logits_BV = logits_BV.astype(jnp.float32)
-    if config.temperature == 0:
+    if config.greedy:
         zeros_B = jnp.zeros(logits_BV.shape[0], jnp.float32)
-        return Draw(jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), zeros_B, zeros_B)
-    scaled_BV = logits_BV / config.temperature
+        token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        highest_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]  # the first NaN, if there is one
+        return Draw(token_B, jnp.where(jnp.isfinite(highest_B), zeros_B, jnp.nan), zeros_B)
+    scaled_BV = tempered(logits_BV, config.temperature)
     kept_BV = truncate(scaled_BV, config)
     highest_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True)
     weights_BV = jnp.exp(kept_BV - highest_B1)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsp_jax.core import processes, runtime
+from lsp_jax.core import arguments, processes, runtime
 from lsp_jax.core.errors import InputError
 from lsp_jax.learn.spec import Scalar
 from lsp_jax.model.sharding import replicate, row_shards
@@ -86,6 +86,19 @@ class HostReward:
 
 
 Reward = DeviceReward | EpisodeReward | HostReward
+
+
+def check_component(field: str, component: object) -> None:
+    """Raises InputError unless `component` is a reward with fields of the declared types."""
+    if not isinstance(component, DeviceReward | EpisodeReward | HostReward):
+        remedy = (
+            "must be a DeviceReward, EpisodeReward or HostReward; lsp_jax.reward.user_callable makes one of a function"
+        )
+        raise InputError(field, component, remedy)
+    arguments.text(f"{field}.name", component.name)
+    arguments.number(f"{field}.weight", component.weight)
+    if not callable(component.score):
+        raise InputError(f"{field}.score", component.score, "must be a function")
 
 
 UNBOUNDED = (-math.inf, math.inf)

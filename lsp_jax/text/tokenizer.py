@@ -17,7 +17,7 @@ import numpy as np
 
 from lsp_jax.core.errors import InputError, one_line
 from lsp_jax.text.sentencepiece import SentencePieceBackend
-from lsp_jax.text.tokenizer_files import check_text, default_config, stop_ids_of
+from lsp_jax.text.tokenizer_files import check_messages, check_text, default_config, stop_ids_of
 
 TEXT, BLANK, SPECIAL = 0, 1, 2  # the values of Tokenizer.token_classes
 
@@ -123,8 +123,7 @@ class Tokenizer:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        if not messages:
-            raise InputError("messages", messages, "give at least one message")
+        messages = check_messages("messages", messages)
         if not self._backend.chat_template:
             raise InputError(
                 "chat_template",

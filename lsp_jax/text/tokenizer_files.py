@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lsp_jax.core import arguments
 from lsp_jax.core.errors import InputError, one_line
 from lsp_jax.core.files import read_json_object
 
@@ -67,6 +69,19 @@ def check_text(field: str, text: object) -> None:
         str(text).encode()
     except UnicodeEncodeError as error:
         raise InputError(field, text, "contains a lone surrogate, which is not a character; remove it") from error
+
+
+def check_messages(field: str, messages: object) -> list[dict[str, Any]]:
+    """Returns the messages of a conversation; InputError unless each has the texts `role` and `content`."""
+    given = arguments.items(field, messages, "must be a list of messages, {'role': ..., 'content': ...}")
+    if not given:
+        raise InputError(field, given, "give at least one message")
+    for message in given:
+        arguments.instance(field, message, Mapping, "must hold messages, {'role': ..., 'content': ...}")
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                raise InputError(field, message, f"a message needs {name!r}, which must be text")
+    return [dict(message) for message in given]
 
 
 def is_id(value: object) -> bool:

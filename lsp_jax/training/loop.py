@@ -16,8 +16,8 @@ from lsp_jax.checkpoint.manager import Checkpoints
 from lsp_jax.checkpoint.provenance import identity
 from lsp_jax.checkpoint.run_dir import CHECKPOINTS, PROFILE, init_run_dir
 from lsp_jax.config import TrainConfig
-from lsp_jax.core import processes, runtime
-from lsp_jax.core.errors import Collapsed, Stopped
+from lsp_jax.core import arguments, processes, runtime
+from lsp_jax.core.errors import Collapsed, InputError, Stopped
 from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.model.sharding import use_mesh
 from lsp_jax.monitor.health import Health
@@ -26,11 +26,11 @@ from lsp_jax.monitor.numerics import Alarms
 from lsp_jax.monitor.preemption import Preemption
 from lsp_jax.monitor.shutdown import Stopping, close_all
 from lsp_jax.monitor.watchdog import Watchdog
-from lsp_jax.policy import Policy
+from lsp_jax.policy import Policy, check_policy
 from lsp_jax.reporting.html_report import LiveReport
 from lsp_jax.reporting.progress import Console
 from lsp_jax.reporting.writer import MetricsWriter
-from lsp_jax.reward.base import Reward
+from lsp_jax.reward.base import Reward, check_component
 from lsp_jax.training import announce
 from lsp_jax.training.checkpointing import MetricCheck, Saving, export_policy
 from lsp_jax.training.doctor import examine
@@ -61,10 +61,10 @@ def train(
     SIGTERM and SIGINT end the run between two phases: it is saved and Stopped is raised. Raises RunError if the run
     cannot continue; without progress for `progress_timeout` seconds the process exits with status 4 and all stacks.
     """
+    config, rewards, callbacks = _checked(config, rewards, callbacks, policy)
     processes.start(config.processes)
     runtime.keep_programs(config.compilation_cache)
-    given = config if policy is None else replace(config, model=config.model or policy.source)
-    with _guarded(given) as (stopping, watchdog):
+    with _guarded(config) as (stopping, watchdog):
         run, params = setup(config, rewards, policy)
         config, console, writer, report = run.config, None, None, None
         checkpoints = Checkpoints(run.directory / CHECKPOINTS, config.save_total_limit, config.save_steps)
@@ -102,6 +102,24 @@ def train(
             finally:
                 close_all(console, writer, checkpoints, run.workers)
     return state
+
+
+def _checked(
+    config: object, rewards: object, callbacks: object, policy: object
+) -> tuple[TrainConfig, list[Reward], list[Callback | Hook]]:
+    """Returns the arguments of `train` with plain values; InputError for other types than it takes."""
+    plain = arguments.plain(arguments.instance("config", config, TrainConfig, "must be a TrainConfig"))
+    components = arguments.items("rewards", rewards, "must be a list of rewards")
+    for index, component in enumerate(components):
+        check_component(f"rewards[{index}]", component)
+    called = arguments.items("callbacks", callbacks, "must be a list of functions or hooks")
+    for index, callback in enumerate(called):
+        if not callable(callback) and not isinstance(callback, Hook):
+            raise InputError(f"callbacks[{index}]", callback, "must be a function of an IterationEvent, or a hook")
+    if policy is not None:
+        source = check_policy("policy", policy).source
+        plain = replace(plain, model=plain.model or source)
+    return plain, components, called
 
 
 @contextmanager
