@@ -41,8 +41,8 @@ class HostState:
     offsets: Mapping[str, int] = field(default_factory=dict)
     """Bytes of each JSONL file of the run that belong to these iterations, by the file's name."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What the run is made of (`provenance.identity`): `config`, `config_digest`, `versions`, `reference`,
-    `reward_model`."""
+    """What the run is made of (`provenance.identity`): `config`, `config_digest`, `versions`, `numerics`,
+    `prompts`, `reference`, `reward_model`."""
 
     def to_record(self) -> dict[str, Any]:
         """JSON's types, as they lie in a checkpoint beside `arrays` and `digest`."""

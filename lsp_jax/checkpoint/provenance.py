@@ -16,10 +16,17 @@ from lsp_jax.config import TrainConfig, flat
 from lsp_jax.core.errors import InputError
 from lsp_jax.model.llama import Params
 from lsp_jax.policy import Policy
+from lsp_jax.text.prompts import PlayPrompts
 
 MANIFEST = "manifest.json"
 """The file in which a run notes its identity at its start."""
 PACKAGES = ("lsp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+
+NUMERICS = (
+    *("jax_default_prng_impl", "jax_threefry_partitionable"),
+    *("jax_enable_x64", "jax_default_matmul_precision"),
+)
+"""Settings of JAX, from the environment or `jax.config`, that decide which numbers are drawn or computed."""
 
 
 def versions() -> dict[str, str]:
@@ -36,6 +43,18 @@ def versions() -> dict[str, str]:
 def parameters_digest(params: Params, dtype: str | None = None) -> str:
     """SHA-256 of all arrays' names, shapes, dtypes and checksums, as they are or in `dtype`: the same on every mesh."""
     return hashlib.sha256(json.dumps(manifest(params, dtype), sort_keys=True).encode()).hexdigest()
+
+
+def numerics() -> dict[str, str]:
+    """The values of `NUMERICS` here."""
+    return {name: str(getattr(jax.config, name, None)) for name in NUMERICS}
+
+
+def prompts_digest(config: TrainConfig, policy: Policy) -> str:
+    """SHA-256 of the token ids of the roles' prompts, to which tokenizer, chat template and date contribute."""
+    prompts = PlayPrompts.build(policy.tokenizer, config.prompts)
+    ids = [prompts.challenger_ids, prompts.query_prefix_ids, *prompts.solver]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def reference_of(run: Path) -> dict[str, Any]:
@@ -58,6 +77,8 @@ def identity(config: TrainConfig, policy: Policy, params: Params, reward_model: 
         "config": settings,
         "config_digest": digest,
         "versions": versions(),
+        "numerics": numerics(),
+        "prompts": prompts_digest(config, policy),
         "reference": {
             "source": source,
             "revision": config.revision,
