@@ -27,6 +27,7 @@ from lsp_jax.core.errors import InputError
 from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.play.sampler import SamplingConfig
 from lsp_jax.training.replay import replay
+from lsp_jax.training.resume import _check_same_run
 from lsp_jax.training.setup import setup
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits, tree_hash
 
@@ -236,6 +237,15 @@ def test_what_would_change_the_numbers_of_a_resumed_run(half: Path, game_model: 
     path.write_text(json.dumps(settings | {"chat_template": "Now: " + settings["chat_template"]}))
     with pytest.raises(InputError, match=r"model = .*other prompts"):
         train(config)
+
+
+def test_a_checkpoint_of_an_earlier_version_records_the_model_alone():
+    here = {"reference": {"source": "model", "digest": "f3"}, "prompts": "a1", "numerics": {"jax_enable_x64": "False"}}
+    earlier = {"reference": here["reference"]}
+    _check_same_run(TrainConfig(model="model"), earlier, here)
+    _check_same_run(TrainConfig(model="model"), {**here, "numerics": {}}, here)
+    with pytest.raises(InputError, match="its parameters"):
+        _check_same_run(TrainConfig(model="model"), {"reference": {"source": "model", "digest": "f4"}}, here)
 
 
 # --- refused, with nothing touched and nothing loaded ---------------------------------------------------------------
