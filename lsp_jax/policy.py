@@ -88,10 +88,7 @@ def open_pretrained(path_or_hub_id: str | Path, revision: str | None = None, hea
     if config.head != head:
         remedy = f"its config.json describes a {ARCHITECTURES[config.head]}; give a {ARCHITECTURES[head]}"
         raise InputError("architectures", str(path_or_hub_id), remedy)
-    tokenizer = Tokenizer.from_pretrained(directory)
-    if tokenizer.vocab_size > config.vocab_size:
-        remedy = f"more than the model's vocab_size {config.vocab_size}; the tokenizer belongs to another model"
-        raise InputError("tokenizer.vocab_size", tokenizer.vocab_size, remedy)
+    tokenizer = Tokenizer.from_pretrained(directory).within(config.vocab_size)
     _check_token_ids(directory, config, tokenizer)
     downloaded = directory != Path(path_or_hub_id).expanduser()
     commit = directory.name if downloaded and _COMMIT.fullmatch(directory.name) else ""

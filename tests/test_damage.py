@@ -215,5 +215,6 @@ def test_what_a_checkpoint_records(run: Path):
     assert record["config"]["play.num_queries"] == 4 and record["versions"]["jax"] == jax.__version__
     assert len(record["reference"]["digest"]) == len(record["config_digest"]) == 64
     started = json.loads((run / "manifest.json").read_text())
-    assert started == {name: record[name] for name in ("config_digest", "versions", "reference", "reward_model")}
+    names = ("config_digest", "versions", "numerics", "prompts", "reference", "reward_model")
+    assert started == {name: record[name] for name in names}
     assert "params/model/norm/weight" in record["arrays"]

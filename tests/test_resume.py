@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 import lsp_jax as lsp
@@ -24,6 +26,8 @@ from lsp_jax.core import runtime
 from lsp_jax.core.errors import InputError
 from lsp_jax.learn.optimizer import TrainState
 from lsp_jax.play.sampler import SamplingConfig
+from lsp_jax.training.replay import replay
+from lsp_jax.training.resume import _check_same_run
 from lsp_jax.training.setup import setup
 from test_trainer import game_config, game_dir, host_reward, read_lines, same_bits, tree_hash
 
@@ -183,6 +187,65 @@ def test_a_resumed_run_shows_its_own_day(tmp_path: Path):
     assert again.config.date == "26 Jul 2019" and again.game == old.game
     with pytest.raises(InputError, match="another date"):
         setup(replace(config, resume="auto", date="27 Jul 2019"), [host_reward()])
+
+
+def test_a_run_resumed_on_another_day_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """SmolLM3's and others' templates call strftime_now whatever arguments they are given."""
+    model = game_dir(tmp_path / "dated")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ 'Today: ' + strftime_now('%d %B %Y, %A') }}" + settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    def on(day: int) -> None:
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> datetime:
+                return datetime(2026, 7, day)
+
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+        monkeypatch.setattr("lsp_jax.text.chat_template.time.localtime", lambda: datetime(2026, 7, day).timetuple())
+
+    whole, half = (config_of(model, tmp_path / name, save_steps=1, max_steps=2, date="") for name in ("whole", "half"))
+    on(26)
+    state = train(whole)
+    train(replace(half, max_steps=1))
+    on(27)
+    assert same_bits(train(replace(half, resume="auto")), state)
+    assert_same_run(tmp_path / "half", tmp_path / "whole")
+    assert TrainConfig.load(tmp_path / "half" / "config.json").date == "26 Jul 2026"
+    assert replay(tmp_path / "half", 2, rewards=[host_reward()]).same is True
+    later, _ = setup(replace(whole, output_dir=str(tmp_path / "later")), [host_reward()])
+    earlier, _ = setup(replace(whole, resume="auto"), [host_reward()])
+    assert later.game.prompts != earlier.game.prompts, "the template shows the day"
+
+
+@pytest.mark.parametrize("changed", ["template", "jax"])
+def test_what_would_change_the_numbers_of_a_resumed_run(half: Path, game_model: Path, tmp_path: Path, changed: str):
+    model, saved = Path(shutil.copytree(game_model, tmp_path / "model")), half / "config.json"
+    saved.write_text(saved.read_text().replace(str(game_model), str(model)))
+    config = config_of(model, half, resume="auto")
+    if changed == "jax":
+        jax.config.update("jax_default_matmul_precision", "highest")
+        try:
+            with pytest.raises(InputError, match=r"precision = 'highest'.*None"):
+                train(config)
+        finally:
+            jax.config.update("jax_default_matmul_precision", None)
+        return
+    path = model / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"chat_template": "Now: " + settings["chat_template"]}))
+    with pytest.raises(InputError, match=r"model = .*other prompts"):
+        train(config)
+
+
+def test_a_checkpoint_of_an_earlier_version_records_the_model_alone():
+    here = {"reference": {"source": "model", "digest": "f3"}, "prompts": "a1", "numerics": {"jax_enable_x64": "False"}}
+    earlier = {"reference": here["reference"]}
+    _check_same_run(TrainConfig(model="model"), earlier, here)
+    _check_same_run(TrainConfig(model="model"), {**here, "numerics": {}}, here)
+    with pytest.raises(InputError, match="its parameters"):
+        _check_same_run(TrainConfig(model="model"), {"reference": {"source": "model", "digest": "f4"}}, here)
 
 
 # --- refused, with nothing touched and nothing loaded ---------------------------------------------------------------

@@ -34,7 +34,8 @@ def open_run(run: str | Path) -> Policy:
     """
     run = user_path("run", run)
     TrainConfig.load(run / "config.json")
-    return Policy(read_config(run / BASE), {}, Tokenizer.from_pretrained(run / BASE), str(run))
+    config = read_config(run / BASE)
+    return Policy(config, {}, Tokenizer.from_pretrained(run / BASE).within(config.vocab_size), str(run))
 
 
 def load_run_params(run: str | Path, step: int, dtype: str | None = None, mesh: Mesh | None = None) -> Params:

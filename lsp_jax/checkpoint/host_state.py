@@ -41,8 +41,8 @@ class HostState:
     offsets: Mapping[str, int] = field(default_factory=dict)
     """Size in bytes of each JSONL file of the run as of this iteration, by file name."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Provenance of the run (`provenance.identity`): `config`, `config_digest`, `versions`, `reference`,
-    `reward_model`."""
+    """Provenance of the run (`provenance.identity`): `config`, `config_digest`, `versions`, `numerics`, `prompts`,
+    `reference`, `reward_model`."""
 
     def to_record(self) -> dict[str, Any]:
         """Returns the JSON object that a checkpoint stores, beside `arrays` and `digest`."""

@@ -17,10 +17,17 @@ from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import read_json_object
 from lsp_jax.model.llama import Params
 from lsp_jax.policy import Policy
+from lsp_jax.text.prompts import PlayPrompts
 
 MANIFEST = "manifest.json"
 """File in which a run records its provenance when it starts."""
 PACKAGES = ("lsp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+
+NUMERICS = (
+    *("jax_default_prng_impl", "jax_threefry_partitionable"),
+    *("jax_enable_x64", "jax_default_matmul_precision"),
+)
+"""Settings of JAX, from the environment or `jax.config`, that decide which numbers are drawn or computed."""
 
 
 def versions() -> dict[str, str]:
@@ -37,6 +44,18 @@ def versions() -> dict[str, str]:
 def parameters_digest(params: Params, dtype: str | None = None) -> str:
     """Returns the SHA-256 of all arrays' names, shapes, dtypes and checksums (of a cast to `dtype`), on any mesh."""
     return hashlib.sha256(json.dumps(manifest(params, dtype), sort_keys=True).encode()).hexdigest()
+
+
+def numerics() -> dict[str, str]:
+    """The values of `NUMERICS` here."""
+    return {name: str(getattr(jax.config, name, None)) for name in NUMERICS}
+
+
+def prompts_digest(config: TrainConfig, policy: Policy) -> str:
+    """SHA-256 of the token ids of the roles' prompts, to which tokenizer, chat template and date contribute."""
+    prompts = PlayPrompts.build(policy.tokenizer, config.prompts)
+    ids = [prompts.challenger_ids, prompts.query_prefix_ids, *prompts.solver]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def reference_of(run: Path) -> dict[str, Any]:
@@ -59,6 +78,8 @@ def identity(config: TrainConfig, policy: Policy, params: Params, reward_model: 
         "config": settings,
         "config_digest": digest,
         "versions": versions(),
+        "numerics": numerics(),
+        "prompts": prompts_digest(config, policy),
         "reference": {
             "source": source,
             "revision": config.revision,

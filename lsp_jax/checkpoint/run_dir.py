@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from lsp_jax.config import TrainConfig
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import check_writable, user_path, write_text
 from lsp_jax.policy import Policy, check_replaceable
+from lsp_jax.text.chat_template import today
 
 METRICS_FILE, TRANSCRIPTS_FILE, CHECKSUMS_FILE = "metrics.jsonl", "transcripts.jsonl", "checksums.jsonl"
 ALARMS_FILE = "alarms.jsonl"
@@ -71,7 +71,7 @@ def resolve_run_constants(config: TrainConfig, directory: Path) -> TrainConfig:
             step = step or earlier.init_step
     if config.init_from:
         step = checked_step(user_path("init_from", config.init_from), step or None, "init_step")
-    return replace(config, date=date or time.strftime("%d %b %Y"), init_step=step)
+    return replace(config, date=date or today(), init_step=step)
 
 
 def init_run_dir(directory: Path, config: TrainConfig, policy: Policy, identity: Mapping[str, Any]) -> None:

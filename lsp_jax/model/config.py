@@ -121,7 +121,7 @@ class LlamaConfig:
             "rope_parameters": {**rope, "rope_theta": self.rope_theta},
             "bos_token_id": self.bos_token_id,
             "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else eos,
-            "pad_token_id": self.pad_token_id,
+            "pad_token_id": None if (self.pad_token_id or 0) >= self.vocab_size else self.pad_token_id,  # torch's rule
             "dtype": dtype,
             "torch_dtype": dtype,
         }

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lsp_jax.core.errors import InputError, one_line
-from lsp_jax.text.tokenizer_files import added_tokens, chat_template_of, read_json, token_text
+from lsp_jax.text.chat_template import chat_template_of
+from lsp_jax.text.tokenizer_files import added_tokens, named_tokens, read_json, token_text
 
 
 class SentencePieceBackend:
     """A tokenizer.model run by SentencePiece, matching the ids of transformers' LlamaTokenizer for the same files.
 
-    As there, text is split at special and added tokens and each piece is encoded separately. The dummy prefix (a space
+    As there, text is split at special and added tokens, with their `lstrip`, `rstrip`, `single_word` and `normalized`,
+    and each piece is encoded separately. The dummy prefix (a space
     before the text) is added to the first piece of a text only; with `"legacy": true` in tokenizer_config.json to every
     piece; with `"add_prefix_space": false` to none; and never to a piece that starts with a space, which SentencePiece
     alone would double.
@@ -37,13 +37,15 @@ class SentencePieceBackend:
         size, is_control, is_unknown = len(pieces), self._model.is_control, self._model.is_unknown
         control = {text: token for token, text in enumerate(pieces) if is_control(token) or is_unknown(token)}
         extra = added_tokens(directory, config)
-        self._added = {**control, **{text: token for text, (token, _) in extra.items()}}
+        self._added = {**control, **{text: token.id for text, token in extra.items()}}
         self.special_ids: frozenset[int] = frozenset(control.values()) | {
-            token for token, special in extra.values() if special
+            token.id for token in extra.values() if token.special
         }
         self._text_of = {token: text for text, token in self._added.items()}
-        self._any_added = _alternatives(self._added)
-        self._plain_added = _alternatives([text for text, id_ in self._added.items() if id_ not in self.special_ids])
+        options = named_tokens(directory, config) | {text: token.options for text, token in extra.items()}
+        tokens = [(text, token in self.special_ids, options.get(text, {})) for text, token in self._added.items()]
+        self._any_added = _splitter(tokens, allow_special=True)
+        self._plain_added = _splitter(tokens, allow_special=False)
         self.vocab_size: int = max(size, *(token + 1 for token in self._added.values()))
         defaults = {role: getattr(self._model, f"{role}_id")() for role in ("bos", "eos", "unk", "pad")}
         self.names: dict[str, str | None] = {
@@ -74,13 +76,14 @@ class SentencePieceBackend:
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
         ids: list[int] = []
-        pattern = self._any_added if allow_special else self._plain_added
-        start = 0
-        for match in pattern.finditer(text):
-            ids += self._encode_piece(text[start : match.start()], first=start == 0)
-            ids.append(self._added[match.group()])
-            start = match.end()
-        return ids + self._encode_piece(text[start:], first=start == 0)
+        splitter = self._any_added if allow_special else self._plain_added
+        pieces = splitter.encode(text, add_special_tokens=False)
+        for token, (start, end) in zip(pieces.ids, pieces.offsets, strict=True):
+            if token == _OTHER:
+                ids += self._encode_piece(text[start:end], first=start == 0)
+            else:
+                ids.append(self._added[splitter.id_to_token(token)])
+        return ids
 
     def _encode_piece(self, piece: str, first: bool) -> list[int]:
         if not piece:
@@ -106,16 +109,9 @@ class SentencePieceBackend:
         text += _decode_bytes(pending)
         return text.removeprefix(" ") if self._prefix_space else text
 
-    def chat_ids(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool, arguments: dict[str, str]
-    ) -> list[int]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        names: dict[str, Any] = {f"{role}_token": text for role, text in self.names.items() if text is not None}
-        names |= {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
-        names |= arguments
-        rendered, _ = render_jinja_template([messages], **names)
-        return self.encode(rendered[0], allow_special=True)
+    @property
+    def role_tokens(self) -> dict[str, str]:
+        return {f"{role}_token": text for role, text in self.names.items() if text is not None}
 
 
 def _decode_bytes(data: bytes) -> str:
@@ -126,6 +122,15 @@ def _decode_bytes(data: bytes) -> str:
         return "\ufffd" * len(data)
 
 
-def _alternatives(texts: Sequence[str] | dict[str, int]) -> re.Pattern[str]:
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nothing
+_OTHER = 0  # the id of any other text in what `_splitter` finds
+
+
+def _splitter(tokens: list[tuple[str, bool, dict[str, bool]]], allow_special: bool) -> Any:
+    """A tokenizer that only finds added tokens, given as text, whether special, and options: text between two of them
+    becomes one token."""
+    from tokenizers import AddedToken, Tokenizer, models
+
+    splitter = Tokenizer(models.WordLevel({"\0": _OTHER}, unk_token="\0"))
+    splitter.add_tokens([AddedToken(text, special=special, **options) for text, special, options in tokens])
+    splitter.encode_special_tokens = not allow_special
+    return splitter

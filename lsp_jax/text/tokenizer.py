@@ -9,15 +9,18 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from lsp_jax.core.console import warn
 from lsp_jax.core.errors import InputError, one_line
+from lsp_jax.text.chat_template import render
+from lsp_jax.text.fast_tokenizer import FastBackend
 from lsp_jax.text.sentencepiece import SentencePieceBackend
-from lsp_jax.text.tokenizer_files import check_messages, check_text, default_config, stop_ids_of
+from lsp_jax.text.tokenizer_files import check_messages, check_text, stop_ids_of
 
 TEXT, BLANK, SPECIAL = 0, 1, 2  # the values of Tokenizer.token_classes
 
@@ -41,8 +44,9 @@ class Tokenizer:
         special_ids: all control tokens, including Llama 3's reserved range and the unknown token.
     """
 
-    def __init__(self, directory: Path, backend: _FastBackend | SentencePieceBackend):
-        self._template_arguments: dict[str, str] = {}
+    def __init__(self, directory: Path, backend: FastBackend | SentencePieceBackend):
+        self._date: str | None = None
+        self._rows: int | None = None
         self.directory = directory
         self._backend = backend
         self.vocab_size: int = backend.vocab_size
@@ -64,7 +68,7 @@ class Tokenizer:
                 "tokenizer", str(path), "no such directory; give one with tokenizer.json or tokenizer.model"
             )
         if (directory / "tokenizer.json").is_file():
-            return cls(directory, _FastBackend(directory))
+            return cls(directory, FastBackend(directory))
         if (directory / "tokenizer.model").is_file():
             return cls(directory, SentencePieceBackend(directory))
         raise InputError("tokenizer", str(path), "has neither tokenizer.json nor tokenizer.model; add one of them")
@@ -88,14 +92,23 @@ class Tokenizer:
             remedy = f"cannot encode a text ({one_line(error)}); restore the original files"
             raise InputError("tokenizer", str(self.directory), remedy) from error
         if allow_special or self._control_ids.isdisjoint(ids):
-            return ids
+            return self._checked(ids)
         # The merges of this vocabulary build a control token from plain characters: encode it character by character.
         parts = [self._spell_out(token) if token in self._control_ids else [token] for token in ids]
-        return [token for part in parts for token in part]
+        return self._checked([token for part in parts for token in part])
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        outside = next((token for token in ids if token >= self._rows), None) if self._rows is not None else None
+        if outside is not None:
+            remedy = (
+                f"a text spells {self.decode([outside])!r}, which has no row in the model's embedding; leave it out"
+            )
+            raise InputError("token id", outside, remedy)
+        return ids
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
-        return self.special_ids - {self._backend.unk_id}
+        return self._backend.special_ids - {self._backend.unk_id}
 
     def _spell_out(self, control_id: int) -> list[int]:
         characters = self._backend.decode([control_id], skip_special_tokens=False)
@@ -107,10 +120,52 @@ class Tokenizer:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens)
 
     def dated(self, date: str) -> Tokenizer:
-        """Returns a copy that uses `date` instead of today's in chat templates that show it (Llama 3.1 and later)."""
+        """Returns a copy that uses `date`, as `26 Jul 2024`, instead of today's in chat templates that show it."""
         other = copy.copy(self)
-        other._template_arguments = {"date_string": date}
+        other._date = date
         return other
+
+    def within(self, rows: int) -> Tokenizer:
+        """Returns the tokenizer as a model with `rows` rows of the embedding can use it.
+
+        A pad token beyond them is named on standard error and left out, because nothing embeds padding; encoding a
+        text that spells it raises InputError.
+
+        Raises:
+            InputError: any other token lies beyond them, or the chat template uses the pad token.
+        """
+        beyond = {token: text for text, token in self._backend.vocabulary().items() if token >= rows and text}
+        if not beyond:
+            return self
+        pad = self._backend.pad_id
+        roles = {self.bos_id, self._backend.unk_id, *self.stop_ids}
+        surplus = [token for token in sorted(beyond) if token != pad or token in roles]
+        if surplus or pad in self._template_ids():
+            token = surplus[0] if surplus else pad or 0
+            remedy = (
+                f"more than the model's vocab_size {rows}: token {beyond[token]!r} ({token}) has no row in the "
+                "embedding; the tokenizer belongs to another model"
+            )
+            raise InputError("tokenizer.vocab_size", self.vocab_size, remedy)
+        warn(
+            f"pad token {beyond[pad or 0]!r} ({pad}) of {self.directory} has no row in the embedding ({rows}): not used"
+        )
+        other = copy.copy(self)
+        other._rows = rows
+        other.vocab_size = 1 + max(token for token in self._backend.vocabulary().values() if token < rows)
+        other.special_ids = self.special_ids - {pad}
+        other.pad_id = self.stop_ids[0]
+        other.__dict__.pop("_token_classes", None)
+        return other
+
+    def _template_ids(self) -> set[int]:
+        """Ids of a conversation in the chat template; none without a template or where it takes no such roles."""
+        conversation = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
+        found: set[int] = set()
+        for messages in (conversation[:1], conversation, [{"role": "system", "content": "Hi"}, *conversation]):
+            with suppress(InputError):
+                found.update(self.chat_ids(messages))
+        return found
 
     def chat_ids(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
         """Returns the ids of a conversation in the model's chat template; a string is one user message.
@@ -131,19 +186,22 @@ class Tokenizer:
                 f"add chat_template.jinja to {self.directory}, or chat_template to its "
                 "tokenizer_config.json (base models have none: use the instruct model's)",
             )
-        for text in (*self._template_arguments.values(), *(message.get("content", "") for message in messages)):
+        for text in (self._date or "", *(message.get("content", "") for message in messages)):
             check_text("messages", text)
         try:
-            return self._backend.chat_ids(messages, add_generation_prompt, self._template_arguments)
+            messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+            roles, template = self._backend.role_tokens, self._backend.chat_template
+            ids = self._backend.encode(render(template, messages, add_generation_prompt, roles, self._date), True)
         except InputError:
             raise
         except Exception as error:  # a template is a program and may raise anything
             raise InputError("messages", messages, f"rejected by the chat template: {one_line(error)}") from error
+        return self._checked(ids)
 
     @property
     def vocabulary(self) -> dict[str, int]:
         """All tokens, as spelled in the vocabulary, with their ids."""
-        return self._backend.vocabulary()
+        return {text: token for text, token in self._backend.vocabulary().items() if token < self.vocab_size}
 
     def token_classes(self) -> np.ndarray:
         """Returns uint8 [vocab_size]: 0 for text, 1 for blank (decodes to white space or nothing), 2 for special ids.
@@ -161,7 +219,10 @@ class Tokenizer:
         return token_classes
 
     def save(self, directory: str | Path) -> None:
-        """Copies the tokenizer's files and generation_config.json into `directory`, which is created if missing."""
+        """Copies the tokenizer's files and generation_config.json into `directory`, which is created if missing.
+
+        tokenizer_config.json then names another class if transformers would give other ids with the class it has.
+        """
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         if target.samefile(self.directory):
@@ -169,48 +230,5 @@ class Tokenizer:
         for name in FILES:
             if (self.directory / name).is_file():
                 shutil.copyfile(self.directory / name, target / name)
-
-
-class _FastBackend:
-    """A tokenizer.json run by transformers."""
-
-    def __init__(self, directory: Path):
-        from transformers import AutoTokenizer
-
-        config = default_config(directory)
-        try:
-            options = {"trust_remote_code": False, "local_files_only": True, "config": config}
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), **options)
-            self.chat_template: str | None = tokenizer.get_chat_template() if tokenizer.chat_template else None
-            self.vocab_size: int = max(tokenizer.get_vocab().values()) + 1
-            self.bos_id: int | None = tokenizer.bos_token_id
-            self.eos_id: int | None = tokenizer.eos_token_id
-            self.pad_id: int | None = tokenizer.pad_token_id
-            self.unk_id: int | None = tokenizer.unk_token_id
-            added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-            special = added | set(tokenizer.all_special_ids)
-            self.special_ids: frozenset[int] = frozenset(special) - {None}  # None for an empty token text
-        except Exception as error:  # the Rust library raises a bare Exception for a file it cannot parse
-            remedy = f"cannot be read ({one_line(error)}); restore the original file"
-            raise InputError("tokenizer.json", str(directory), remedy) from error
-        self._tokenizer: Any = tokenizer
-
-    def vocabulary(self) -> dict[str, int]:
-        return self._tokenizer.get_vocab()
-
-    def encode(self, text: str, allow_special: bool) -> list[int]:
-        options = {"add_special_tokens": False, "split_special_tokens": not allow_special, "verbose": False}
-        return self._tokenizer(text, **options)["input_ids"]
-
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens, clean_up_tokenization_spaces=False)
-
-    def chat_ids(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool, arguments: dict[str, str]
-    ) -> list[int]:
-        options = {
-            "add_generation_prompt": add_generation_prompt,
-            "tokenizer_kwargs": {"split_special_tokens": False, "verbose": False},
-        }
-        options |= {"tokenize": True, "return_dict": True}
-        return self._tokenizer.apply_chat_template(messages, **options, **arguments)["input_ids"]
+        if isinstance(self._backend, FastBackend):
+            self._backend.adapt(target)

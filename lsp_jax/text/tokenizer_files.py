@@ -1,16 +1,17 @@
-"""Auxiliary tokenizer files: stop ids, added tokens and the chat template."""
+"""Auxiliary tokenizer files: stop ids and added tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lsp_jax.core import arguments
-from lsp_jax.core.errors import InputError, one_line
+from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import read_json_object
 
 GENERATION = "generation_config.json"
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -36,24 +37,6 @@ def stop_ids_of(directory: Path, eos_id: int | None) -> tuple[int, ...]:
             "eos_token_id", None, f"no stop token is declared; add eos_token_id to {directory}/generation_config.json"
         )
     return tuple(stop)
-
-
-def default_config(directory: Path) -> Any:
-    """Returns transformers' default configuration of the model type in config.json; None if it has no known one.
-
-    The type decides which class reads a tokenizer. Nothing else in config.json concerns it: transformers would check
-    the whole file, and its faults would look like the tokenizer's.
-    """
-    from transformers import CONFIG_MAPPING
-
-    config = read_json(directory / "config.json")
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        return None
-    default = CONFIG_MAPPING[kind]()
-    if isinstance(config.get("tokenizer_class"), str):
-        default.tokenizer_class = config["tokenizer_class"]
-    return default
 
 
 def token_text(entry: object, default: str | None) -> str | None:
@@ -89,14 +72,24 @@ def is_id(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, tuple[int, bool]]:
-    """Returns the added tokens by text: (id, whether it is special)."""
-    named = {token_text(config.get(f"{role}_token"), None) for role in ("bos", "eos", "unk", "pad")}
-    more = config.get("additional_special_tokens") or []
-    named |= {token_text(entry, None) for entry in (more if isinstance(more, list) else [])}
-    tokens: dict[str, tuple[int, bool]] = {}
+class Added(NamedTuple):
+    """A token found in text before the vocabulary's own rules apply, with the options of the `tokenizers` library."""
+
+    id: int
+    special: bool
+    """Whether it is a control token."""
+    options: dict[str, bool]
+    """`lstrip`, `rstrip`, `single_word` and `normalized`."""
+
+
+def added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, Added]:
+    """Returns the added tokens by text; `config` is the content of tokenizer_config.json."""
+    named = named_tokens(directory, config)
+    tokens: dict[str, Added] = {}
     for text, token in read_json(directory / "added_tokens.json").items():
-        tokens[token_text(text, None) or ""] = (_id_of(token, "added_tokens.json", text), text in named)
+        special = text in named
+        options = named.get(text) or _options({}, special)
+        tokens[token_text(text, None) or ""] = Added(_id_of(token, "added_tokens.json", text), special, options)
     field = "added_tokens_decoder"
     decoder = config.get(field) or {}
     if not isinstance(decoder, dict):
@@ -105,10 +98,37 @@ def added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, tuple[int
         text = token_text(entry, None)
         if not text or not isinstance(entry, dict):
             raise InputError(field, entry, 'must be an object with "content", the token\'s text')
-        tokens[text] = (_id_of(token, field, text), bool(entry.get("special")) or text in named)
+        special = bool(entry.get("special")) or text in named
+        tokens[text] = Added(_id_of(token, field, text), special, _options(entry, special))
     if "" in tokens:
         raise InputError("added_tokens.json", "", f"a token must have a text; restore the file in {directory}")
     return tokens
+
+
+def named_tokens(directory: Path, config: dict[str, Any]) -> dict[str, dict[str, bool]]:
+    """Returns the options of every token that has a role or is listed as special, by text."""
+    named: dict[str, dict[str, bool]] = {}
+    for source in (read_json(directory / "special_tokens_map.json"), config):
+        entries = [source.get(f"{role}_token") for role in _ROLES]
+        for field in ("additional_special_tokens", "extra_special_tokens"):
+            more = source.get(field) or []
+            entries += list(more.values()) if isinstance(more, dict) else more if isinstance(more, list) else []
+        for entry in entries:
+            text = token_text(entry, None)
+            if text and (isinstance(entry, dict) or text not in named):
+                named[text] = _options(entry if isinstance(entry, dict) else {}, special=True)
+    return named
+
+
+def _options(entry: dict[str, Any], special: bool) -> dict[str, bool]:
+    """Options of an added token's entry; absent ones as the `tokenizers` library has them."""
+    options = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": not special}
+    for name in options:
+        value = entry.get(name, options[name])
+        if not isinstance(value, bool):
+            raise InputError(f"{name} of token {entry.get('content')!r}", value, "must be true or false")
+        options[name] = value
+    return options
 
 
 def _id_of(value: object, field: str, text: str) -> int:
@@ -117,19 +137,3 @@ def _id_of(value: object, field: str, text: str) -> int:
         raise InputError(f"{field} {text!r}", value, "must be a token id, an integer >= 0")
     assert isinstance(number, int)
     return number
-
-
-def chat_template_of(directory: Path, config: dict[str, Any]) -> str | None:
-    """Returns chat_template.jinja, else the (default) template in tokenizer_config.json."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            remedy = f"cannot be read ({one_line(error)}); restore the original file"
-            raise InputError(path.name, str(directory), remedy) from error
-    template = config.get("chat_template")
-    if isinstance(template, list):  # older files hold a list of named templates
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[-1].get("template") if named else None
-    return template if isinstance(template, str) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def start_state(
                 continue
             console.report_quarantined(step, str(error), checkpoints.set_aside(step))
             continue
-        _check_reference(run.config, host.provenance["reference"], provenance["reference"])
+        _check_same_run(run.config, host.provenance, provenance)
         return state, replace(host, provenance=provenance)
     if before is None and run.config.resume != "never":
         _check_none(run.directory, checkpoints)
@@ -66,8 +67,18 @@ def _check_none(directory: Path, checkpoints: Checkpoints) -> None:
         raise InputError("checkpoint", str(checkpoints.directory), remedy)
 
 
-def _check_reference(config: TrainConfig, saved: dict[str, Any], here: dict[str, Any]) -> None:
-    if saved["digest"] != here["digest"]:
-        field = "init_from" if config.init_from else "model"
-        remedy = f"its parameters are not those that the run started from ({saved['source']}): the reference must stay"
-        raise InputError(field, here["source"], remedy)
+def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises InputError where the model, its prompts or JAX's settings are not those that the run started with.
+
+    Checkpoints of earlier versions record the model alone."""
+    field, source = ("init_from" if config.init_from else "model"), here["reference"]["source"]
+    began = f"those that the run started from ({saved['reference']['source']})"
+    if saved["reference"]["digest"] != here["reference"]["digest"]:
+        raise InputError(field, source, f"its parameters are not {began}: the reference must stay")
+    if saved.get("prompts", here["prompts"]) != here["prompts"]:
+        remedy = f"its tokenizer and chat template give other prompts than {began}: restore those files"
+        raise InputError(field, source, remedy)
+    for name, value in here["numerics"].items():
+        before = saved.get("numerics", {}).get(name, value)
+        if before != value:
+            raise InputError(name, value, f"the run was started with {before}, and would not go on exactly: set it so")
