@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import user_path
-from lsp_jax.evaluate.statistics import Interval, mean_interval, pass_at_k, wilson
+from lsp_jax.evaluate.statistics import Interval, mean_interval, pass_at_k
 from lsp_jax.play.prompt_data import DataConfig, read_rows
 from lsp_jax.reward import code, maths
 from lsp_jax.reward.base import HostReward
@@ -164,9 +164,6 @@ def grade(name: str, problems: Sequence[Problem], texts: Sequence[Sequence[str]]
 
 
 def results(grades: Grades, ks: Sequence[int]) -> dict[str, Interval]:
-    """`pass@k` of each k: for one answer a problem the accuracy with Wilson's interval, else unbiased over each
-    problem's answers with a bootstrap over problems."""
+    """`pass@k` of each k, unbiased over each problem's answers (of one answer the accuracy), with `mean_interval`."""
     number = len(grades.right[0])
-    if number == 1:
-        return {"pass@1": wilson(sum(row[0] for row in grades.right), len(grades.right))}
     return {f"pass@{k}": mean_interval([pass_at_k(number, sum(row), k) for row in grades.right]) for k in ks}
