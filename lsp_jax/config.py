@@ -198,7 +198,7 @@ class TrainConfig:
         if not path.is_file():
             raise InputError("config", str(path), "no such file: a run's folder holds config.json")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise InputError("config", str(path), f"cannot be read ({error}); it must be UTF-8") from error
         return cls.from_json(text, str(path))

