@@ -189,6 +189,8 @@ RUN: dict[str, tuple[dict[str, Any], str, int]] = {
     "a broken line in the function": (ADD, fenced("def add(a, b):\n    x = (\n    return a + b"), 0),
     "the same without a fence": (ADD, "Sure:\ndef add(a, b):\n    return a + b)\n\nDone.", 0),
     "a broken line below the function": (ADD, fenced(f"{RIGHT}\nx = = 3"), 0),
+    "in a function": (ADD, fenced("def outer():\n    def add(a, b):\n        return a + b\n    return add"), 0),
+    "in a class, without a fence": (ADD, f"Sure:\nclass Adder:\n{textwrap.indent(RIGHT, '    ')}\nDone.", 0),
     "only a stub": (ADD, fenced("def add(a, b):\n    ..."), 0),
     "only words": (ADD, "The function add(a, b) returns a + b.", 0),
     "only a comment": (ADD, fenced("# def add(a, b): return a + b"), 0),

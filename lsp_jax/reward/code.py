@@ -1,7 +1,7 @@
 """The code reward: the program in an answer, run in the sandbox against the tests of the data row.
 
-Rows have the fields of HumanEval (`prompt`, `test`, `entry_point`) or of MBPP (`test_list`, optionally
-`test_setup_code`). Every program gets its own sandbox.
+Rows have the fields of HumanEval or of MBPP (`code_rows`), and the program is the part of the answer that defines what
+their tests call (`code_blocks`). Every program gets its own sandbox.
 
 A program passes when the harness, after the last test, returns a nonce drawn for this program, which is in no file,
 environment or source that the program can see. So printing, exiting with 0, closing or writing to descriptors, raising

@@ -30,6 +30,7 @@ _MARK = re.compile(
 )
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*$", re.MULTILINE)
 _TAG = re.compile(r"[ \t]*(?:(?:python|py)[\d.]*\b)?[ \t]*\n?", re.IGNORECASE)
+_SURROGATE = re.compile("[\\ud800-\\udfff]")  # of no source file
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _BUILTINS = frozenset(dir(builtins))
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -107,7 +108,7 @@ def extract_code(answer: str, wanted: Collection[str] = (), given: Collection[st
 
 def defining_code(answer: str, wanted: Collection[str], given: Collection[str] = ()) -> str:
     """Returns the program in an answer that defines most of the `wanted` names; "" if there is none."""
-    if not wanted or len(answer) > LONGEST or not _encodable(answer):
+    if not wanted or len(answer) > LONGEST or _SURROGATE.search(answer):
         return ""
     answer = answer.replace("\r\n", "\n").replace("\ufeff", "")
     named = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(wanted)))})\b")
@@ -191,7 +192,7 @@ def _loose_sources(answer: str, wanted: Collection[str]) -> Iterator[Source]:
 
 
 def _indented(text: str, line: int, depth: int) -> str:
-    """Returns the lines around position `line` that are indented by `depth` or more, dedented."""
+    """Returns the lines around position `line` that are indented by `depth` or more, dedented; "" in a statement."""
     before, after = text[:line].split("\n")[:-1], text[line:].split("\n")
 
     def run(lines: Iterable[str]) -> Iterator[str]:
@@ -200,7 +201,11 @@ def _indented(text: str, line: int, depth: int) -> str:
                 return
             yield one
 
-    return textwrap.dedent("\n".join([*reversed(list(run(reversed(before)))), *run(after)]))
+    above = list(run(reversed(before)))
+    head = before[-1 - len(above)].strip() if len(above) < len(before) else ""
+    if head.endswith(":") and parse(f"{head} pass"):  # of a class or a function, say, whose names are its own
+        return ""
+    return textwrap.dedent("\n".join([*reversed(above), *run(after)]))
 
 
 def _without_prose(text: str, strict: bool) -> str:
@@ -319,13 +324,6 @@ def _loads(statements: Iterable[ast.AST]) -> set[str]:
 def _lines(text: str, node: ast.stmt) -> list[str]:
     first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
     return text.split("\n")[first - 1 : node.end_lineno]
-
-
-def _encodable(text: str) -> bool:
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:  # a lone surrogate, which no source file can hold
-        return False
 
 
 def _blocks(answer: str) -> Iterator[tuple[re.Match[str], str, bool]]:
