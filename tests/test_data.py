@@ -23,7 +23,7 @@ from lsp_jax.learn.losses import LossConfig
 from lsp_jax.play.prompt_data import DataConfig, data_queries, load_data, longest
 from lsp_jax.play.selfplay import solver_rows
 from lsp_jax.reward.base import DataRows, HostReward, RewardOutput
-from lsp_jax.reward.build import check_data
+from lsp_jax.reward.code import check_rows
 from lsp_jax.text.prompts import PlayPrompts, PromptConfig
 from lsp_jax.text.tokenizer import Tokenizer
 from lsp_jax.training.loop import train
@@ -203,8 +203,9 @@ def test_a_named_answer_field_is_not_replaced_by_another(tokenizer: Tokenizer, t
     with pytest.raises(InputError, match=r"data.answer_field = 'solution'.*no row of .*rows.jsonl.*prompt, answer"):
         load(tmp_path, tokenizer, rows[:1], answer_field="solution")
     assert load(tmp_path, tokenizer, [{"prompt": "a"}]).rows == ({"prompt": "a"},), "the default need not be there"
+    data = load(tmp_path, tokenizer, [{"prompt": "a"}])
     with pytest.raises(InputError, match=r"rows.jsonl:1: test_list = None"):
-        check_data(RewardConfig(code_weight=1.0), load(tmp_path, tokenizer, [{"prompt": "a"}]))
+        check_rows(data.rows, data.places)
 
 
 CONVERSATIONS: list[Any] = [

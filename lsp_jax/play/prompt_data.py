@@ -230,8 +230,10 @@ def _conversation(messages: Sequence[Mapping[str, Any]], field: str, place: str)
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if isinstance(content, (list, tuple)):  # parts, as in multimodal data sets
-            texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-            content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
+            texts = [
+                part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+            ]
+            content = "\n".join(texts) if len(texts) == len(content) else None
         if not isinstance(role, str) or not role or not isinstance(content, str):
             remedy = f"a message must have role and content as text, not {shown(message, 60)}, at {place}"
             raise InputError("data.prompt_fields", field, remedy)
