@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.reward.code import check_rows, code_reward, extract_code, program_and_tests
+from lsp_jax.reward.code import check_rows, code_reward, program_and_tests
+from lsp_jax.reward.code_blocks import extract_code
 from lsp_jax.reward.execution.pool import Workers
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bwrap is not on PATH")

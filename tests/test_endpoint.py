@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from lsp_jax.core.errors import InputError, RunError
 from lsp_jax.evaluate import endpoint as module
-from lsp_jax.evaluate.endpoint import Endpoint, EndpointConfig
+from lsp_jax.evaluate.endpoint import Endpoint, EndpointConfig, without_refused
 
 KEY = "sk-secret-0123456789"
 Reply = tuple[int, dict[str, str], bytes]
@@ -34,6 +35,7 @@ class Server:
         self.asked: list[str] = []
         self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
+        self.paths: set[str] = set()
         self.now = self.most = 0
         self.lock = threading.Lock()
         outer = self
@@ -51,6 +53,7 @@ class Server:
                 self.wfile.write(body)
 
             def do_GET(self) -> None:
+                outer.paths.add(self.path)
                 outer.keys.add(self.headers.get("Authorization"))
                 self.give(outer.models if self.path == "/v1/models" else (404, {}, b""))
 
@@ -59,6 +62,7 @@ class Server:
                 question = request["messages"][0]["content"]
                 with outer.lock:
                     outer.keys.add(self.headers.get("Authorization"))
+                    outer.paths.add(self.path)
                     outer.asked.append(question)
                     outer.requests.append(request)
                     outer.now += 1
@@ -74,7 +78,7 @@ class Server:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def config(self, **more: Any) -> EndpointConfig:
         url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
@@ -151,7 +155,7 @@ def test_a_reply_that_does_not_come_in_time(server: Server):
 def test_what_stays_wrong_fails_alone(server: Server):
     server.behave = lambda question, _: (400, {}, b"too long") if question == "bad" else completion("fine")
     replies, endpoint = ask(server, ["a", "bad", "b"])
-    assert replies == {0: ("fine", ""), 1: (None, "status 400"), 2: ("fine", "")}
+    assert replies == {0: ("fine", ""), 1: (None, "status 400: too long"), 2: ("fine", "")}
     assert server.asked.count("bad") == 1 and endpoint.counts["failed"] == 1
     server.behave = lambda question, _: (503, {}, b"")
     replies, endpoint = ask(server, ["c"], retries=2)
@@ -213,6 +217,15 @@ def test_the_look_before_any_work(server: Server):
         ({"url": "http://judge.org/v1", "allow_local_http": True}, "must be https"),
         ({"url": "http://127.0.0.1.judge.org/v1", "allow_local_http": True}, "must be https"),
         ({"url": "http://localhost:8000/v1"}, "allow-local-http"),
+        ({"url": "http://gpu-box.lan:8000/v1"}, "allow-http-hosts gpu-box.lan"),
+        ({"url": "http://gpu-box.lan/v1", "allow_http_hosts": ("gpu-box",)}, "must be https"),
+        ({"url": "http://gpu-box.lan.org/v1", "allow_http_hosts": ("gpu-box.lan",)}, "must be https"),
+        (
+            {"url": "http://gpu-box.lan/v1", "allow_http_hosts": ("http://gpu-box.lan",)},
+            "without scheme, port and path",
+        ),
+        ({"url": "http://gpu-box.lan:1/v1", "allow_http_hosts": ("gpu-box.lan:1",)}, "without scheme, port and path"),
+        ({"url": "http://8.8.8.8/v1", "allow_http_hosts": ("8.8.8.8",)}, "of your own network"),
         ({"url": "https://user:word@judge.org/v1"}, "put the key into the environment"),
         ({"url": "https://judge.org/v1?key=1"}, "put the key into the environment"),
         ({"url": "https://judge.org:port/v1"}, "is not a URL"),
@@ -245,3 +258,143 @@ def test_the_estimate_says_what_it_may_cost():
 def test_a_key_is_in_no_representation(server: Server):
     endpoint = Endpoint(server.config())
     assert KEY not in repr(endpoint.__dict__) + repr(server.config()) + endpoint.identity
+
+
+OPENAI = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. "
+    "Use 'max_completion_tokens' instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0.0 with this model. "
+    "Only the default (1) value is supported.",
+}
+"""What reasoning models of the OpenAI API answer."""
+
+
+def refusal(name: str) -> Reply:
+    error = {"message": OPENAI[name], "type": "invalid_request_error", "param": name, "code": "unsupported_parameter"}
+    return 400, {}, json.dumps({"error": error}).encode()
+
+
+@pytest.mark.parametrize("unknown", [["max_tokens"], ["temperature"], ["max_tokens", "temperature"]], ids=str)
+def test_a_parameter_that_the_model_does_not_take_is_left_out_from_then_on(
+    server: Server, unknown: list[str], capsys: pytest.CaptureFixture[str]
+):
+    """One refusal each, then never again; the length stays limited."""
+
+    def behave(question: str, _: int) -> Reply:
+        found = next((name for name in unknown if name in server.requests[-1]), None)
+        return refusal(found) if found else completion("fine")
+
+    server.behave = behave
+    replies, endpoint = ask(server, ["a", "b", "c"], concurrency=1, max_tokens=9)
+    assert [replies[n] for n in range(3)] == [("fine", "")] * 3
+    assert server.asked == ["a"] * (len(unknown) + 1) + ["b", "c"]
+    assert endpoint.counts["status 400"] == len(unknown) and not endpoint.counts["failed"]
+    last, length = server.requests[-1], "max_completion_tokens" if "max_tokens" in unknown else "max_tokens"
+    assert last[length] == 9 and ("temperature" in last) == ("temperature" not in unknown)
+    assert endpoint.parameters == {name: last[name] for name in ("temperature", length) if name in last}
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1 and all(name in warnings[0] for name in unknown)
+
+
+def test_refusals_of_several_requests_at_once(server: Server):
+    def behave(question: str, _: int) -> Reply:
+        return refusal("max_tokens") if "max_tokens" in server.requests[-1] else completion("fine")
+
+    server.behave = behave
+    replies, endpoint = ask(server, [f"q{n}" for n in range(12)], concurrency=4)
+    assert {reply for reply, _ in replies.values()} == {"fine"} and endpoint.counts["status 400"] <= 8
+
+
+def test_a_refusal_that_persists_is_shown_and_not_remembered(server: Server):
+    server.behave = lambda question, _: (
+        400,
+        {},
+        b'{"error": {"message": "max_tokens: no. max_completion_tokens: no."}}',
+    )
+    replies, endpoint = ask(server, ["a"])
+    assert replies[0] == (None, "status 400: max_tokens: no. max_completion_tokens: no.") and len(server.asked) == 2
+    assert endpoint.parameters == {"temperature": 0.0, "max_tokens": 1024}
+
+
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        (b'{"detail": [{"loc": ["body", "max_tokens"], "msg": "extra fields not permitted"}]}', ["temperature", "new"]),
+        (b'{"detail": [{"loc": ["body"], "msg": "bad", "input": {"max_tokens": 3}}]}', ["temperature", "max_tokens"]),
+        (b'{"error": {"message": "Unknown name.", "param": "temperature"}}', ["max_tokens"]),
+        (b'{"error": "`temperature` is deprecated for this model."}', ["max_tokens"]),
+        (b"temperature and max_tokens are not supported", ["new"]),
+        (b'{"message": "max_tokens is too large: 1024; the context length is 512"}', ["temperature", "max_tokens"]),
+        (b'{"error": {"message": "no such model"}}', ["temperature", "max_tokens"]),
+        (b"", ["temperature", "max_tokens"]),
+        (b"[" * 10_000, ["temperature", "max_tokens"]),
+    ],
+    ids=str,
+)
+def test_which_parameters_are_refused(body: bytes, kept: list[str]):
+    expected = {"max_completion_tokens" if name == "new" else name for name in kept}
+    assert without_refused({"temperature": 0.0, "max_tokens": 5}, body).keys() == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        (b'{"error": {"message": "The model `judge` is gone.", "code": 3}}', ": The model `judge` is gone."),
+        (b'{"error": "out of\\nmemory"}', ": out of memory"),
+        (b'{"detail": "Not\\u001b[31m here"}', ": Not\\x1b[31m here"),
+        (b"<html>\r\n<b>Bad\x00 gateway</b>", ": <html> <b>Bad\\x00 gateway</b>"),
+        (
+            f"key {KEY} is wrong, also {KEY[:14]}*** and ...{KEY[-10:]}".encode(),
+            ": key [key] is wrong, also [key] and ...[key]",
+        ),
+        (b"\xff\xfe", ": \ufffd\ufffd"),
+        (b"", ""),
+        (b"x" * 1_000_000, ": " + "x" * 297 + "..."),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_errors_body_is_shown_in_one_safe_line(server: Server, body: bytes, shown: str):
+    server.behave = lambda question, _: (404, {}, body)
+    replies, _ = ask(server, ["q"])
+    assert replies == {0: (None, f"status 404{shown}")}
+    server.behave = lambda question, _: (503, {}, body)
+    replies, _ = ask(server, ["q"], retries=0)
+    assert replies == {0: (None, f"status 503{shown}")}
+    server.models = 401, {}, body
+    with pytest.raises(InputError) as caught:
+        Endpoint(server.config()).check()
+    assert f"(401{shown})" in str(caught.value) and KEY not in str(caught.value)
+
+
+def test_a_url_of_chat_completions_is_taken_for_what_it_is(server: Server):
+    base = server.config().url
+    for url in (base, f"{base}/", f"{base}/chat/completions", f"{base}/chat/completions/"):
+        config = dataclasses.replace(server.config(), url=url)
+        config.check()
+        endpoint = Endpoint(config)
+        endpoint.check()
+        assert list(endpoint.ask(["q"])) == [(0, "re: q", "")]
+        assert endpoint.identity == Endpoint(server.config()).identity, "verdicts of one endpoint stay its own"
+        endpoint.close()
+    assert server.paths == {"/v1/models", "/v1/chat/completions"}
+
+
+def test_a_judge_on_the_own_network_is_allowed_by_name(monkeypatch: pytest.MonkeyPatch):
+    """Over http, without a key; and the default key, which is for another host, is not sent to it unencrypted."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("LSP_TEST_KEY", "own")
+    for host in ("gpu-box.lan", "GPU-box.lan", "192.168.1.20", "[fd00::1]"):
+        config = EndpointConfig(f"http://{host}:8000/v1", "judge", allow_http_hosts=("other", host))
+        config.check()
+        assert config.key == "" and KEY not in repr(Endpoint(config)._client.headers)
+        assert dataclasses.replace(config, key_variable="LSP_TEST_KEY").key == "own"
+        assert dataclasses.replace(config, url=f"https://{host}/v1").key == KEY
+    monkeypatch.delenv("OPENAI_API_KEY")
+    EndpointConfig("https://gpu-box.lan/v1", "judge", allow_http_hosts=("gpu-box.lan",)).check()
+
+
+def test_a_key_that_is_wanted_and_not_sent(server: Server):
+    server.models = 401, {}, b""
+    config = dataclasses.replace(server.config(), key_variable="LSP_NO_SUCH_KEY")
+    with pytest.raises(InputError, match="wants a key, and none is sent"):
+        Endpoint(config).check()

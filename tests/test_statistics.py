@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import optimize
+from scipy import optimize, stats
 
 from lsp_jax.evaluate import statistics
 from lsp_jax.evaluate.statistics import bootstrap, length_controlled, mean_interval, pass_at_k, wilson, win_rate
@@ -104,3 +104,37 @@ def test_length_is_controlled_for():
 def test_a_side_that_wins_everything_is_a_finite_fit(value: float):
     found = length_controlled(np.full(50, value), np.arange(50.0))
     assert abs(found - value) < 0.1 and 0 < found < 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 8, 164, 1319])
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_none_and_all_right_have_the_interval_of_scipy(number: int, right: float):
+    """Not one without width: with no right answer of 8, a share of 32 % is still possible."""
+    expected = stats.binomtest(int(right) * number, number).proportion_ci(0.95, "wilson")
+    found = mean_interval([right] * number)
+    assert found[1:3] == pytest.approx((expected.low, expected.high), abs=1e-7) and found.value == right
+    assert found.low == 0 if right == 0 else found.high == 1
+    assert found.high - found.low > 0.9 * min(1.0, 3.84 / (number + 3.84))
+
+
+def test_an_interval_without_width_is_no_interval():
+    """By hand: Wilson's at a half of 4 is a half +- 1.96 sqrt(1/16 + 3.84/64) / (1 + 3.84/4)."""
+    half = 1.96 * math.sqrt(1 / 16 + 3.8416 / 64) / (1 + 3.8416 / 4)
+    assert mean_interval([0.5] * 4)[:3] == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-4)
+    assert mean_interval([0.3])[1:3] == pytest.approx(wilson(0.3, 1)[1:3]) and mean_interval([0.3]).low < 0.05
+    assert mean_interval([1, 0, 0, 0]) == wilson(1, 4), "a share"
+    varied = [0.2, 0.4, 0.6, 0.8] * 10
+    low, high = bootstrap(40, lambda picked: float(np.asarray(varied)[picked].mean()))
+    assert mean_interval(varied) == (pytest.approx(0.5), low, high, 40)
+
+
+@pytest.mark.parametrize(("score", "low", "high"), [(1.0, 0.7225, 1.0), (0.0, 0.0, 0.2775), (0.5, 0.2366, 0.7634)])
+def test_a_win_rate_of_equal_scores_has_an_honest_interval(score: float, low: float, high: float):
+    """By hand: Wilson's of 10 at z = 1.96; ties in all orders are no certainty either."""
+    found = win_rate([score] * 10, list(range(10)))
+    assert found.win_rate[:3] == pytest.approx((score, low, high), abs=1e-3)
+    assert found.wins_only[1:3] == pytest.approx((low, high) if score == 1 else (0.0, 0.2775), abs=1e-3)
+    controlled = found.length_controlled
+    assert controlled.low <= controlled.value <= controlled.high and controlled[1:3] == pytest.approx(
+        (low, high), abs=0.01
+    )

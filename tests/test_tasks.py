@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.evaluate.tasks import TASKS, check_grading, grade, load_task, named, results
+from lsp_jax.evaluate.tasks import TASKS, Grades, check_grading, grade, load_task, named, results
 from lsp_jax.reward.execution.pool import Workers
 from test_maths import needs_sandbox
 
@@ -140,12 +140,16 @@ def test_names_and_files():
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
-        ("gsm8k", [{"question": "a"}], "row 1 has no text in 'answer'"),
-        ("gsm8k", [{"question": "a", "answer": "#### 1"}, {"problem": "a", "solution": "b"}], "row 2 has no text"),
+        ("gsm8k", [{"question": "a"}], "a.jsonl:1': has no text in 'answer'"),
+        (
+            "gsm8k",
+            [{"question": "a", "answer": "#### 1"}, {"problem": "a", "solution": "b"}],
+            "a.jsonl:2': has no text in 'question'; rows need",
+        ),
         (
             "math",
             [{"question": "a", "answer": "#### 1"}],
-            "row 1 has no text in 'problem'; rows need problem, solution",
+            "a.jsonl:1': has no text in 'problem'; rows need problem, solution",
         ),
         ("humaneval", [{"prompt": "def f():", "test": "x", "entry_point": 3}], "entry_point"),
         ("humaneval", [{"prompt": "def f():", "test": "x", "entry_point": "f)"}], "entry_point"),
@@ -169,3 +173,13 @@ def test_the_first_ones_alone(tmp_path: Path):
     file = write(tmp_path / "g.jsonl", [{"question": q, "answer": a} for q, a in GSM8K] + [{"bad": 1}])
     assert len(load_task("gsm8k", file, limit=20)) == 20
     assert set(TASKS) == {"gsm8k", "math", "humaneval"}
+
+
+@pytest.mark.parametrize(("right", "low", "high"), [(False, 0.0, 0.2775), (True, 0.7225, 1.0)])
+@pytest.mark.parametrize("answers", [1, 4])
+def test_none_and_all_right_have_an_honest_interval(answers: int, right: bool, low: float, high: float):
+    """Wilson's by hand (z = 1.96, 10 problems), for the accuracy and for every pass@k."""
+    found = results(Grades([[right] * answers] * 10, 0), [k for k in (1, 2, 4) if k <= answers])
+    assert len(found) == (3 if answers == 4 else 1)
+    for figure in found.values():
+        assert figure[:3] == pytest.approx((float(right), low, high), abs=1e-3)

@@ -159,11 +159,11 @@ def test_formats_go_round(tmp_path: Path):
     ("content", "message"),
     [
         ("[]", "holds no instructions"),
-        ("[1]", "entry 1 has no text in 'instruction'"),
-        ('[{"instruction": "a"}, {"instruction": " "}]', "entry 2 has no text"),
+        ("[1]", "a.json, entry 1': has no text in 'instruction'"),
+        ('[{"instruction": "a"}, {"instruction": " "}]', "a.json, entry 2': has no text"),
         ("[", "neither a JSON list nor JSON Lines"),
         ("[" * 100_000, "neither a JSON list nor JSON Lines"),
-        ('{"question": "a"}', "entry 1 has no text in 'instruction'"),
+        ('\n{"question": "a"}', "a.json:2': has no text in 'instruction'"),
     ],
 )
 def test_files_of_another_form(tmp_path: Path, content: str, message: str):
@@ -176,7 +176,7 @@ def test_files_of_another_form(tmp_path: Path, content: str, message: str):
 def test_outputs_that_are_missing(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text('[{"instruction": "a"}]')
-    with pytest.raises(InputError, match="entry 1 has no text in 'output'"):
+    with pytest.raises(InputError, match=r"a.json, entry 1': has no text in 'output'"):
         load_instructions(str(path), "winrate_against", outputs=True)
     with pytest.raises(InputError, match="cannot be read"):
         load_instructions(str(tmp_path / "none.json"), "instructions")

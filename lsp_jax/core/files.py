@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -76,7 +77,7 @@ def read_json_object(path: Path, remedy: str, field: str = "") -> dict[str, Any]
     Raises InputError naming `field` (default: the file) and the path, with the cause and `remedy`.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(value, dict):
             return value
         reason, cause = f"must be a JSON object, not {shown(value, 40)}", None
@@ -95,22 +96,32 @@ def read_jsonl(
     `skip` ignores an incomplete last line, which another process may be writing ("torn"), or every invalid line
     ("invalid"). Otherwise an invalid line raises InputError naming `field` (default: the file), the path and the line.
     """
+    return (value for _, value in read_jsonl_lines(path, field, skip=skip, offset=offset))
+
+
+def read_jsonl_lines(
+    path: Path, field: str = "", *, skip: Literal["", "torn", "invalid"] = "", offset: int = 0
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the objects of `read_jsonl`, each with its place `PATH:LINE`."""
     if not path.is_file():
         return
     with path.open("rb") as file:
         file.seek(offset)
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(codecs.BOM_UTF8)  # files written on Windows, also several in one
             if not line.strip():
                 continue
             cause: Exception | None = None
             try:
                 value = json.loads(line.decode())
                 if isinstance(value, dict):
-                    yield value
+                    yield f"{path}:{number}", value
                     continue
                 reason = f"must be a JSON object, not {shown(value, 40)}"
             except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
                 reason, cause = f"is not JSON Lines in UTF-8 ({error})", error
+                if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    reason = "is not JSON Lines in UTF-8 but UTF-16: save the file as UTF-8"
             if skip == "invalid" or (skip == "torn" and not line.endswith(b"\n")):
                 continue
             raise InputError(field or path.name, f"{path}:{number}", reason) from cause

@@ -9,7 +9,7 @@ from lsp_jax.core import arguments
 from lsp_jax.core.errors import InputError, one_of
 from lsp_jax.core.files import check_writable, user_path
 from lsp_jax.evaluate import tasks
-from lsp_jax.evaluate.endpoint import EndpointConfig
+from lsp_jax.evaluate.endpoint_config import EndpointConfig
 from lsp_jax.model.sharding import MeshConfig
 from lsp_jax.model.weights import check_dtype
 from lsp_jax.play.sampler import GREEDY_BELOW, SamplingConfig

@@ -5,21 +5,21 @@ The key is read from the environment and sent in one header; redirects are not f
 
 from __future__ import annotations
 
-import ipaddress
-import os
+import json
 import random
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import Any
 
 import httpx2 as httpx
 
-from lsp_jax.core.console import printable
+from lsp_jax.core.console import printable, warn
 from lsp_jax.core.errors import InputError, RunError
+from lsp_jax.evaluate.endpoint_config import EndpointConfig
 from lsp_jax.evaluate.result_cache import digest
 
 BUSY = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -28,77 +28,14 @@ LONGEST_WAIT = 60.0
 """Maximum seconds between two attempts, even if the endpoint asks for more."""
 LARGEST_REPLY = 4 << 20
 """Maximum bytes of a reply."""
+LARGEST_REASON = 64 << 10
+"""Maximum bytes of a reply without success that are read."""
+LONGEST_REASON = 300
+"""Maximum characters that are shown of it."""
 FAILURES = 10
 """Consecutive failed requests after which the evaluation stops."""
 
-
-@dataclass(frozen=True)
-class EndpointConfig:
-    """A model at an OpenAI-compatible endpoint."""
-
-    url: str = ""
-    """Base URL of the endpoint, such as https://api.openai.com/v1."""
-    model: str = ""
-    """Name of the model at the endpoint; use a dated or versioned name, because results refer to it."""
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the API key; not needed for a local endpoint."""
-    allow_local_http: bool = False
-    """Allow http:// for an endpoint on the local host (localhost, 127.0.0.0/8, ::1)."""
-    concurrency: int = 8
-    """Maximum number of parallel requests."""
-    retries: int = 6
-    """Retries when the endpoint is busy, cannot be reached or sends an invalid reply."""
-    timeout: float = 120.0
-    """Time limit of one reply, in seconds."""
-    max_tokens: int = 1024
-    """Maximum reply length in tokens."""
-    input_price: float = 0.0
-    """US dollars per million prompt tokens, for the cost estimate; 0: unknown."""
-    output_price: float = 0.0
-    """US dollars per million reply tokens; 0: unknown."""
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the endpoint is on the local host."""
-        name = httpx.URL(self.url).host
-        try:
-            return name == "localhost" or ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            return False
-
-    @property
-    def key(self) -> str:
-        """The API key, "" if there is none."""
-        return os.environ.get(self.key_variable, "").strip()
-
-    def check(self, field: str = "judge") -> None:
-        """Raises InputError naming `field`.<name>; sends no requests."""
-        try:
-            url = httpx.URL(self.url)
-            scheme, place, user = url.scheme, url.host, url.userinfo
-        except httpx.InvalidURL as error:
-            raise InputError(f"{field}.url", self.url, f"is not a URL ({error})") from error
-        if user or url.query or url.fragment:
-            remedy = f"must be a base such as https://HOST/v1; put the key into the environment ({self.key_variable})"
-            raise InputError(f"{field}.url", f"{scheme}://{place}...", remedy)
-        if not place or scheme not in ("https", "http"):
-            raise InputError(f"{field}.url", self.url, "must begin with https:// and name a host")
-        if scheme == "http" and not (self.is_local and self.allow_local_http):
-            remedy = f"must be https://; http:// only on the local host, with --{field}.allow-local-http"
-            raise InputError(f"{field}.url", self.url, remedy)
-        if not self.model:
-            raise InputError(f"{field}.model", self.model, "give the model's name at the endpoint")
-        if not self.key and not self.is_local:
-            remedy = "contains no key: set this environment variable, or name another with "
-            raise InputError(f"{field}.key_variable", self.key_variable, remedy + f"--{field}.key-variable")
-        for name, least in (("concurrency", 1), ("retries", 0), ("max_tokens", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{field}.{name}", getattr(self, name), f"must be at least {least}")
-        for name in ("input_price", "output_price"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{field}.{name}", getattr(self, name), "must be >= 0 and finite")
-        if not 0 < self.timeout < float("inf"):
-            raise InputError(f"{field}.timeout", self.timeout, "must be a number of seconds above 0")
+_TOO_LONG = re.compile(r"too (?:large|long|many)|context.length|maximum context|exceed|reduce", re.IGNORECASE)
 
 
 class _NoReply(Exception):
@@ -117,16 +54,18 @@ class Endpoint:
         self.config: EndpointConfig = config
         self._field = field
         self.name: str = f"{config.model} at {httpx.URL(config.url).host}"
-        self.identity: str = digest(config.url.rstrip("/"), config.model, config.max_tokens)
+        self.identity: str = digest(config.base, config.model, config.max_tokens)
         self.counts: Counter[str] = Counter()
         """Counts of requests: `asked`, `tokens in`, `tokens out`, and each kind of failure."""
         self.models: Counter[str] = Counter()
         """Counts of the model names in replies."""
+        self.parameters: dict[str, Any] = {"temperature": 0.0, "max_tokens": config.max_tokens}
+        """Parameters of a request, without those that the endpoint has refused."""
         self._stop, self._lock = threading.Event(), threading.Lock()
         headers = {"Authorization": f"Bearer {config.key}"} if config.key else {}
-        # local endpoints must not go through a proxy set in the environment
+        direct = config.is_local or config.is_named  # not through a proxy set in the environment
         self._client = httpx.Client(
-            headers=headers, timeout=config.timeout, follow_redirects=False, trust_env=not config.is_local
+            headers=headers, timeout=config.timeout, follow_redirects=False, trust_env=not direct
         )
 
     def close(self) -> None:
@@ -140,14 +79,13 @@ class Endpoint:
         Raises InputError; an endpoint without such a list passes.
         """
         try:
-            reply = self._client.get(f"{self.config.url.rstrip('/')}/models")
+            status, _, body = self._send("GET", "models")
         except httpx.HTTPError as error:
             remedy = f"cannot be reached ({type(error).__name__}); check the URL and the network"
             raise InputError(f"{self._field}.url", self.config.url, remedy) from None
-        self._refuse(reply)
         try:
-            names = [model["id"] for model in reply.json()["data"]] if reply.status_code == 200 else []
-        except (ValueError, TypeError, KeyError):
+            names = [model["id"] for model in json.loads(body)["data"]] if status == 200 else []
+        except (ValueError, TypeError, KeyError, RecursionError):
             names = []
         if names and self.config.model not in names:
             listed = printable(", ".join(map(str, names[:10])))
@@ -212,41 +150,64 @@ class Endpoint:
         raise AssertionError("unreachable")
 
     def _once(self, question: str) -> str:
-        self._count("asked")
-        request = {
-            "model": self.config.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0.0,
-            "max_tokens": self.config.max_tokens,
-            "stream": False,
-        }
-        try:
-            status, headers, body = self._post(request)
-        except httpx.HTTPError as error:
-            self._count(kind := type(error).__name__)
-            raise _NoReply(kind, 0.0) from None
-        if status in BUSY:
+        with self._lock:
+            parameters = dict(self.parameters)
+        message = {"model": self.config.model, "messages": [{"role": "user", "content": question}], "stream": False}
+        while True:
+            self._count("asked")
+            try:
+                status, headers, body = self._send("POST", "chat/completions", {**message, **parameters})
+            except httpx.HTTPError as error:
+                self._count(kind := type(error).__name__)
+                raise _NoReply(kind, 0.0) from None
+            if status == 200:
+                self._remember(parameters)
+                return self._read(body)
             self._count(f"status {status}")
-            raise _NoReply(f"status {status}", _seconds(headers.get("retry-after", "")))
-        if status != 200:
-            self._count(f"status {status}")
-            raise _NoReply(f"status {status}", None)
-        return self._read(body)
+            accepted = without_refused(parameters, body) if status in (400, 422) else parameters
+            if accepted == parameters:
+                wait = _seconds(headers.get("retry-after", "")) if status in BUSY else None
+                raise _NoReply(f"status {status}{self._reason(body)}", wait)
+            parameters = accepted
 
-    def _post(self, request: dict[str, Any]) -> tuple[int, Any, bytes]:
-        """Returns status, headers and at most `LARGEST_REPLY` bytes, within the time limit of one reply."""
+    def _remember(self, parameters: dict[str, Any]) -> None:
+        """Keeps the parameters that the endpoint accepts for the requests to come."""
+        with self._lock:
+            changed = [name for name in self.parameters if name not in parameters]
+            if changed:
+                self.parameters = parameters
+        if changed:
+            sent = ", ".join(f"{name}={value}" for name, value in parameters.items()) or "no parameters"
+            warn(f"judge {self.name} refuses {' and '.join(changed)}: asked with {sent}")
+
+    def _send(self, method: str, path: str, request: dict[str, Any] | None = None) -> tuple[int, Any, bytes]:
+        """Returns status, headers and a bounded number of bytes, within the time limit of one reply.
+
+        Raises InputError for failures that a retry cannot resolve.
+        """
         end, body = time.monotonic() + self.config.timeout, bytearray()
-        with self._client.stream("POST", f"{self.config.url.rstrip('/')}/chat/completions", json=request) as reply:
-            self._refuse(reply)
+        with self._client.stream(method, f"{self.config.base}/{path}", json=request) as reply:
             for part in reply.iter_bytes():
                 body += part
+                if reply.status_code != 200 and len(body) > LARGEST_REASON:
+                    break
                 if len(body) > LARGEST_REPLY or time.monotonic() > end:
                     raise httpx.ReadTimeout("the reply is too long or too slow")
+            self._refuse(reply.status_code, bytes(body))
             return reply.status_code, reply.headers, bytes(body)
+
+    def _reason(self, body: bytes) -> str:
+        """Returns the message in the body of an error, as ": " and one safe line without the key; "" if it is empty."""
+        text, key = _message(body), self.config.key
+        if key:  # also a part of it, which is all that some endpoints show
+            half = max(len(key) // 2, 4)
+            text = re.sub(rf"{re.escape(key[:half])}\S*|{re.escape(key[-half:])}", "[key]", text)
+        text = printable(" ".join(text.split()), LONGEST_REASON)
+        return f": {text}" if text else ""
 
     def _read(self, body: bytes) -> str:
         try:
-            reply = httpx.Response(200, content=body).json()
+            reply = json.loads(body)
             text, usage, model = reply["choices"][0]["message"]["content"], reply.get("usage"), reply.get("model", "")
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             text = usage = model = None
@@ -260,17 +221,18 @@ class Endpoint:
                 self.counts[name] += value if isinstance(value, int) else 0
         return text
 
-    def _refuse(self, reply: httpx.Response) -> None:
+    def _refuse(self, status: int, body: bytes) -> None:
         """Raises InputError for failures that a retry cannot resolve."""
-        config, status = self.config, reply.status_code
+        config, reason = self.config, self._reason(body)
         if status in (401, 403):
-            raise InputError(
-                f"{self._field}.key_variable", config.key_variable, f"the endpoint rejects its key ({status})"
-            )
+            remedy = f"the endpoint rejects its key ({status}{reason})"
+            if not config.key:
+                remedy = f"the endpoint wants a key, and none is sent ({status}{reason}); set the variable"
+                remedy += " or name another one, which must not be the default for an endpoint with http://"
+            raise InputError(f"{self._field}.key_variable", config.key_variable, remedy)
         if 300 <= status < 400:
-            raise InputError(
-                f"{self._field}.url", config.url, f"redirects ({status}), which is not followed: give the target URL"
-            )
+            remedy = f"redirects ({status}), which is not followed: give the target URL"
+            raise InputError(f"{self._field}.url", config.url, remedy)
 
     def _count(self, kind: str) -> None:
         with self._lock:
@@ -283,3 +245,38 @@ def _seconds(retry_after: str) -> float:
         return min(max(float(retry_after), 0.0), LONGEST_WAIT)
     except ValueError:
         return 0.0
+
+
+def without_refused(parameters: dict[str, Any], body: bytes) -> dict[str, Any]:
+    """Returns the parameters of a request without those that the body of an error names, for models that take no
+    `temperature`, or `max_completion_tokens` in place of `max_tokens`."""
+    text = _message(body)
+    if _TOO_LONG.search(text):
+        return parameters
+    refused = [name for name in parameters if re.search(rf"\b{name}\b", text)]
+    kept = {name: value for name, value in parameters.items() if name not in refused}
+    if "max_tokens" in refused:
+        kept["max_completion_tokens"] = parameters["max_tokens"]
+    return kept if "max_completion_tokens" not in refused else parameters
+
+
+def _message(body: bytes) -> str:
+    """Returns the text in the body of an error: that of a JSON object in one of the usual forms, else all."""
+    text = body[:LARGEST_REASON].decode("utf-8", "replace")
+    try:
+        return _text_of(json.loads(text)) or text
+    except (ValueError, RecursionError):
+        return text
+
+
+def _text_of(reply: Any) -> str:
+    """Returns error.message with error.param, error, message or detail, the last also as a list of `loc` and `msg`."""
+    if isinstance(reply, list):
+        return "; ".join(_text_of(part) for part in reply)
+    if not isinstance(reply, dict):
+        return reply if isinstance(reply, str) else ""
+    if "msg" in reply:
+        return f"{reply.get('loc', '')}: {reply['msg']}"
+    found = next((_text_of(reply[name]) for name in ("error", "message", "detail") if reply.get(name)), "")
+    param = reply.get("param")
+    return f"{found} ({param})" if found and isinstance(param, str) and param not in found else found

@@ -256,7 +256,8 @@ class _WinRates(NamedTuple):
             told["against"][label] = outcome(compared).as_dict()
             self._annotations(label, compared, judge)
         if endpoint is not None:
-            told["endpoint"] = {"counts": dict(endpoint.counts), "models": dict(endpoint.models)}
+            counts = {"counts": dict(endpoint.counts), "models": dict(endpoint.models)}
+            told["endpoint"] = {**counts, "parameters": endpoint.parameters}
         return told
 
     @property

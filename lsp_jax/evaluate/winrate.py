@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from lsp_jax.core.errors import InputError
-from lsp_jax.core.files import read_jsonl, user_path
+from lsp_jax.core.files import read_jsonl_lines, user_path
 from lsp_jax.evaluate.judges import FAILED, FIRST, MALFORMED, SECOND, TIE, Judge, Pair, Verdict
 from lsp_jax.evaluate.result_cache import Store, digest
 from lsp_jax.evaluate.statistics import WinRate, win_rate
@@ -36,18 +36,8 @@ class Instruction(NamedTuple):
 
 def load_instructions(file: str, field: str, outputs: bool = False) -> list[Instruction]:
     """Reads a JSON list or JSONL file; with `outputs`, all entries must have one. Raises InputError naming `field`."""
-    path = user_path(field, file)
-    try:
-        text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else list(read_jsonl(path, field))
-    except OSError as error:
-        raise InputError(field, file, f"cannot be read ({error.strerror}); give AlpacaEval's JSON") from error
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(field, file, f"is neither a JSON list nor JSON Lines in UTF-8 ({error})") from error
     found = []
-    for number, row in enumerate(rows, 1):
+    for place, row in _instruction_rows(file, field):
         needed = ("instruction", "output") if outputs else ("instruction",)
         for name in needed:
             if (
@@ -55,7 +45,7 @@ def load_instructions(file: str, field: str, outputs: bool = False) -> list[Inst
                 or not isinstance(row.get(name), str)
                 or (name != "output" and not row[name].strip())
             ):
-                raise InputError(field, file, f"entry {number} has no text in {name!r} (AlpacaEval's format)")
+                raise InputError(field, place, f"has no text in {name!r} (AlpacaEval's format)")
         found.append(
             Instruction(
                 row["instruction"], str(row.get("dataset", "")), row.get("output"), str(row.get("generator", ""))
@@ -64,6 +54,22 @@ def load_instructions(file: str, field: str, outputs: bool = False) -> list[Inst
     if not found:
         raise InputError(field, file, "holds no instructions")
     return found
+
+
+def _instruction_rows(file: str, field: str) -> list[tuple[str, Any]]:
+    """The entries of a file, each with its place."""
+    path = user_path(field, file)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.lstrip().startswith("["):
+            return list(read_jsonl_lines(path, field))
+        return [(f"{path}, entry {number}", row) for number, row in enumerate(json.loads(text), 1)]
+    except OSError as error:
+        raise InputError(field, file, f"cannot be read ({error.strerror}); give AlpacaEval's JSON") from error
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(field, file, f"is neither a JSON list nor JSON Lines in UTF-8 ({error})") from error
 
 
 class Compared(NamedTuple):

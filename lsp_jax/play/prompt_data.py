@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lsp_jax.core.errors import LONGEST, InputError, shown
-from lsp_jax.core.files import read_jsonl, user_path
+from lsp_jax.core.files import read_jsonl_lines, user_path
 from lsp_jax.model.sharding import replicate
 from lsp_jax.play.generate import PROMPT_BUCKETS, bucket, pad_prompts
 from lsp_jax.play.selfplay import Queries
+from lsp_jax.text.prompts import SLOT, template_pieces
 from lsp_jax.text.tokenizer import Tokenizer
 from lsp_jax.text.tokenizer_files import check_text
 
@@ -37,11 +38,12 @@ class DataConfig:
     revision: str = ""
     """Branch, tag or commit of a hub data set; empty: its default branch."""
     prompt_fields: tuple[str, ...] = ("prompt",)
-    """Fields that form the prompt, joined by blank lines; empty fields are skipped, lists joined by newlines."""
+    """Fields that form the prompt, joined by blank lines; empty fields are skipped, lists joined by newlines. A single
+    field may hold messages (`role`, `content`) that end with the user's."""
     instruction: str = ""
     """Text prepended to every prompt, such as the required form of the final answer."""
     answer_field: str = "answer"
-    """Field with the reference answer, passed to rewards as `answer`."""
+    """Field with the reference answer, passed to rewards as `answer`; a field other than the default must exist."""
     max_prompt_length: int = 512
     """Maximum prompt length in tokens, without the chat template; rows with longer prompts are skipped."""
     shuffle: bool = True
@@ -70,6 +72,10 @@ class PromptData:
     width: int
     """Bucket of the longest prompt; all batches have this width, so each program compiles once."""
     shuffle: bool
+    before: tuple[tuple[int, ...], ...] = ()
+    """Token ids before each row's prompt, if some rows have system or earlier turns; empty: those of a single turn."""
+    places: tuple[str, ...] = ()
+    """Where each row is from: `PATH:LINE`, or its number in a hub data set."""
 
     def batch(self, cursor: int, count: int, seed: int) -> list[int]:
         """Returns the indices of `count` rows from `cursor` (prompts consumed so far) on, across epochs."""
@@ -88,11 +94,24 @@ def widest(config: DataConfig) -> int:
     return bucket(config.max_prompt_length, PROMPT_BUCKETS, "data.max_prompt_length")
 
 
+def longest(data: PromptData, fixed: int) -> int:
+    """Returns the tokens of the longest prompt; turns before it count as far as they exceed `fixed` tokens."""
+    return (
+        max(map(len, data.ids))
+        if not data.before
+        else max(len(ids) + max(len(before) - fixed, 0) for ids, before in zip(data.ids, data.before, strict=True))
+    )
+
+
 def data_queries(data: PromptData, picked: Sequence[int]) -> Queries:
     """Puts the rows `picked` on device as queries: [N, width] ids, all valid, without sampled tokens."""
-    tokens, lengths = pad_prompts([data.ids[index] for index in picked], data.width, len(picked))
-    text, valid = replicate(((tokens, lengths), np.ones(len(picked), bool)))
-    return Queries(None, text, valid)
+    number = len(picked)
+    arrays = [pad_prompts([data.ids[index] for index in picked], data.width, number), np.ones(number, bool)]
+    if data.before:
+        width = bucket(max(map(len, data.before)), PROMPT_BUCKETS, "length of the turns before a prompt")
+        arrays.append(pad_prompts([data.before[index] for index in picked], width, number))
+    text, valid, *before = replicate(tuple(arrays))
+    return Queries(None, text, valid, before=before[0] if before else None)
 
 
 def load_data(config: DataConfig, tokenizer: Tokenizer) -> PromptData:
@@ -103,52 +122,136 @@ def load_data(config: DataConfig, tokenizer: Tokenizer) -> PromptData:
             row has a prompt within the length limit.
     """
     rows: list[Mapping[str, Any]] = []
-    ids: list[list[int]] = []
-    left_out = 0
-    for row in read_rows(config):
-        prompt = _prompt(row, config)
-        check_text("data.prompt_fields", prompt)
-        encoded = tokenizer.encode(prompt) if prompt else []
-        if not 0 < len(encoded) <= config.max_prompt_length:
+    prompts: list[_Encoded] = []
+    left_out, fields = 0, ""
+    answered = config.answer_field in ("", DataConfig.answer_field)
+    for place, row in read_rows(config):
+        answered, fields = answered or config.answer_field in row, fields or _names(row)
+        prompt = _encoded(_messages(row, config, place), config, tokenizer, place)
+        if prompt is None:
             left_out += 1
             continue
-        rows.append({**row, "answer": row[config.answer_field]} if config.answer_field in row else row)
-        ids.append(encoded)
+        rows.append(_with_answer(row, config.answer_field))
+        prompts.append(prompt)
     if not rows:
         why = (
             f"{left_out} rows, none with a prompt of 1 to {config.max_prompt_length} tokens" if left_out else "no rows"
         )
         raise InputError("data.source", config.source, f"{why}; give another file, or other data.prompt_fields")
+    if not answered:
+        remedy = f"no row of {config.source} has this field (the first has {fields})"
+        raise InputError("data.answer_field", config.answer_field, remedy)
+    ids, places = tuple(prompt.ids[-1] for prompt in prompts), tuple(prompt.place for prompt in prompts)
     width = bucket(max(map(len, ids)), PROMPT_BUCKETS, "data.max_prompt_length")
-    return PromptData(tuple(rows), tuple(ids), left_out, width, config.shuffle)
+    before: tuple[tuple[int, ...], ...] = ()
+    if any(len(prompt.roles) > 1 for prompt in prompts):
+        templates: dict[tuple[str, ...], Sequence[Sequence[int]]] = {}
+        before = tuple(_before(prompt, tokenizer, templates) for prompt in prompts)
+    return PromptData(tuple(rows), ids, left_out, width, config.shuffle, before, places)
 
 
-def _prompt(row: Mapping[str, Any], config: DataConfig) -> str:
-    """Returns the prompt of a row, "" if its fields are empty; stripped, as in chat templates."""
+def _with_answer(row: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """Returns the row with `answer` from `field`, and without it if the row lacks that field."""
+    if field in row:
+        return {**row, "answer": row[field]}
+    return {name: value for name, value in row.items() if name != "answer" or not field}
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, row))[:LONGEST] or "none"
+
+
+class _Encoded(NamedTuple):
+    """A prompt's messages, of which the last is the user's."""
+
+    roles: tuple[str, ...]
+    ids: list[list[int]]
+    """Of each message's text."""
+    place: str
+
+
+def _encoded(
+    messages: Sequence[tuple[str, str]], config: DataConfig, tokenizer: Tokenizer, place: str
+) -> _Encoded | None:
+    """Encodes the messages of a prompt; None if the last one is empty or they are too long."""
+    texts = [content.strip() for _, content in messages]  # as in chat templates
+    if not texts[-1]:
+        return None
+    texts[-1] = f"{config.instruction.strip()}\n\n{texts[-1]}".strip()
+    for text in texts:
+        check_text(f"data.prompt_fields ({place})", text)
+    ids = [tokenizer.encode(text) if text else [] for text in texts]
+    fits = ids[-1] and sum(map(len, ids)) <= config.max_prompt_length
+    return _Encoded(tuple(role for role, _ in messages), ids, place) if fits else None
+
+
+def _before(
+    prompt: _Encoded, tokenizer: Tokenizer, templates: dict[tuple[str, ...], Sequence[Sequence[int]]]
+) -> tuple[int, ...]:
+    """Returns the chat template's ids before the last message, with the earlier ones in it; adds to `templates`."""
+    for roles in (("user",), prompt.roles):
+        if roles in templates:
+            continue
+        try:
+            templates[roles] = template_pieces(tokenizer, [{"role": role, "content": SLOT} for role in roles])
+        except InputError as error:
+            remedy = f"the chat template does not take messages of these roles, at {prompt.place} ({error.remedy})"
+            raise InputError("data.prompt_fields", ", ".join(roles), remedy) from error
+        if templates[roles][-1] != templates["user",][-1]:  # the Solver's prompts share their end
+            remedy = f"the chat template ends differently after messages of these roles, at {prompt.place}"
+            raise InputError("data.prompt_fields", ", ".join(roles), remedy)
+    earlier = zip(templates[prompt.roles], [*prompt.ids[:-1], []], strict=False)
+    return tuple(token for piece, ids in earlier for token in (*piece, *ids))
+
+
+def _messages(row: Mapping[str, Any], config: DataConfig, place: str) -> list[tuple[str, str]]:
+    """Returns the roles and texts of a row's prompt; a prompt of text is one user message."""
     parts = []
     for field in config.prompt_fields:
         if field not in row:
-            known = ", ".join(map(str, row))[:LONGEST] or "none"
-            raise InputError("data.prompt_fields", field, f"a row has no such field (it has {known})")
+            remedy = f"a row has no such field (it has {_names(row)}), at {place}"
+            raise InputError("data.prompt_fields", field, remedy)
         value = row[field]
-        lines = value if isinstance(value, (list, tuple)) else [value]
+        lines = list(value) if isinstance(value, (list, tuple)) else [value]
+        if lines and all(isinstance(line, Mapping) for line in lines):
+            if len(config.prompt_fields) > 1:
+                remedy = f"holds messages, which cannot be joined with other fields, at {place}"
+                raise InputError("data.prompt_fields", field, remedy)
+            return _conversation(lines, field, place)
         if not all(isinstance(line, str) or line is None for line in lines):
-            raise InputError(
-                "data.prompt_fields", field, f"must be a string or list of strings, not {shown(value, 40)}"
-            )
+            remedy = f"must be a string, a list of strings or messages, not {shown(value, 40)}, at {place}"
+            raise InputError("data.prompt_fields", field, remedy)
         parts.append("\n".join(line for line in lines if line).strip())
-    prompt = "\n\n".join(part for part in parts if part)
-    return f"{config.instruction.strip()}\n\n{prompt}".strip() if prompt else ""
+    return [("user", "\n\n".join(part for part in parts if part))]
 
 
-def read_rows(config: DataConfig, field: str = "data.source") -> Iterator[Mapping[str, Any]]:
-    """Reads the rows of a JSONL file or a hub data set; InputError names `field`."""
+def _conversation(messages: Sequence[Mapping[str, Any]], field: str, place: str) -> list[tuple[str, str]]:
+    found = []
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if isinstance(content, (list, tuple)):  # parts, as in multimodal data sets
+            texts = [
+                part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+            ]
+            content = "\n".join(texts) if len(texts) == len(content) else None
+        if not isinstance(role, str) or not role or not isinstance(content, str):
+            remedy = f"a message must have role and content as text, not {shown(message, 60)}, at {place}"
+            raise InputError("data.prompt_fields", field, remedy)
+        found.append((role, content))
+    if found[-1][0] != "user":
+        remedy = f"messages must end with the user's, not one of role {shown(found[-1][0], 40)}, at {place}"
+        raise InputError("data.prompt_fields", field, remedy)
+    return found
+
+
+def read_rows(config: DataConfig, field: str = "data.source") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Reads the rows of a JSONL file or a hub data set, each with its place; InputError names `field`."""
     path = user_path(field, config.source)
     if path.is_file():
-        return read_jsonl(path, field)
+        return read_jsonl_lines(path, field)
     if path.suffix in (".jsonl", ".json") or (config.source.startswith((".", "/", "~")) and not path.is_dir()):
         raise InputError(field, config.source, "no such file; give a JSONL file or a hub data set's id")
-    return iter(_read_hub(config, field))
+    return ((f"row {number} of {config.source}", row) for number, row in enumerate(_read_hub(config, field), 1))
 
 
 def _read_hub(config: DataConfig, field: str) -> Any:

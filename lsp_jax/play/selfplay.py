@@ -80,6 +80,8 @@ class Queries(NamedTuple):
     """bool [N]: ended by a stop token, not blank, free of template tags."""
     leaks: jax.Array | None = None
     """bool [N]: contains a control token or a template tag; None for queries from data."""
+    before: Ragged | None = None
+    """Of data with system or earlier turns: ids before `text` in the Solver's prompts, in place of the fixed ones."""
 
 
 class Episode(NamedTuple):
@@ -129,7 +131,10 @@ def solver_rows(
     queries: Queries, key: jax.Array, prompts: PlayPrompts, num_generations: int
 ) -> tuple[Ragged, jax.Array]:
     """The Solver's prompts (tokens [N, P], lengths [N]) and the keys [N * G] of the answers."""
-    spliced = splice(prompts.solver, queries.text)
+    if queries.before is None:
+        spliced = splice(prompts.solver, queries.text)
+    else:
+        spliced = pack((queries.before, queries.text, ids_row(prompts.solver.suffix_ids)))
     return spliced, row_keys(jax.random.fold_in(key, SOLVER), spliced[0].shape[0] * num_generations)
 
 

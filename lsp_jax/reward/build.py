@@ -67,7 +67,7 @@ def check_data(config: RewardConfig, data: PromptData | None) -> None:
     if data is not None and config.maths_weight:
         maths.check_rows(data.rows)
     if data is not None and config.code_weight:
-        code.check_rows(data.rows)
+        code.check_rows(data.rows, data.places)
 
 
 def load_rewards(

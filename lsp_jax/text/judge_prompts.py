@@ -84,7 +84,7 @@ def load_criteria(path: str | Path = "") -> tuple[str, ...]:
     """
     file = user_path("rubric", path) if path else RUBRIC_FILE
     try:
-        content: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError("rubric", str(path), f"cannot be read ({error.strerror}); give a TOML file") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested too deeply

@@ -21,7 +21,7 @@ from lsp_jax.model.lora import adapters_shape
 from lsp_jax.model.sharding import check_model, make_mesh, offload_to_host, replicate, shardings, use_mesh
 from lsp_jax.model.weights import load_params
 from lsp_jax.perf.memory import device_memory, with_micro_batch_size
-from lsp_jax.play.prompt_data import PromptData, load_data
+from lsp_jax.play.prompt_data import PromptData, load_data, longest
 from lsp_jax.policy import Policy, open_pretrained
 from lsp_jax.reporting.metrics import check_metric
 from lsp_jax.reporting.writer import check_trackers
@@ -73,7 +73,8 @@ def setup(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | 
             check_model(tuple(mesh.shape.values()), opened_rewards.reward_model.config, "reward model")
         memory = min(processes.gather("device memory", device_memory() or 0)) or None
         scorer = opened_rewards.reward_model
-        game = with_micro_batch_size(game, config, scorer and scorer.config, mesh, memory, data.width if data else 0)
+        width = max(data.width, longest(data, len(game.prompts.solver.prefix_ids))) if data else 0
+        game = with_micro_batch_size(game, config, scorer and scorer.config, mesh, memory, width)
         # with adapters the base is frozen and needs no master copy
         dtype = game.learner.compute_dtype if config.lora.rank else config.param_dtype
         params = load(mesh, dtype)
@@ -177,7 +178,8 @@ def longest_query(
     config: TrainConfig, prompts: PlayPrompts, data: PromptData | None, probe: PromptData | None = None
 ) -> int:
     """Returns the number of tokens of the longest possible query."""
-    probed = max(map(len, probe.ids)) if probe is not None else 0
+    fixed = len(prompts.solver.prefix_ids)
+    probed = longest(probe, fixed) if probe is not None else 0
     if data is not None:
-        return max(probed, *map(len, data.ids))
+        return max(probed, longest(data, fixed))
     return max(probed, len(prompts.query_prefix_ids) + config.play.max_query_length)

@@ -1,10 +1,10 @@
 """The sandbox: a child process that can see little more of the host than Python, and can modify nothing.
 
 bubblewrap (the program `bwrap`) gives the child its own user, mount, pid, network, ipc and uts namespaces: a read-only
-file system with system libraries, Python and one file of this package, a private writable directory in memory, no
-network device, no other processes, no environment, no descriptors except three pipes, no capabilities, no new
-privileges, its own session, and a non-root user. `sandbox_main` then limits processes, memory, file size and open files
-before it accepts a request; the pool enforces time limits.
+file system with system libraries, Python, the packages that it is given and one file of ours, a private writable
+directory in memory, no network device, no other processes, no environment, no descriptors except three pipes, no
+capabilities, no new privileges, its own session, and a non-root user. `sandbox_main` then limits processes, memory,
+file size and open files before it accepts a request; the pool enforces time limits.
 
 It does not protect against kernel vulnerabilities reachable through the system calls that Python needs. /usr and
 Python's own directory are readable.
@@ -53,7 +53,9 @@ def sandboxed(mode: str, packages: tuple[str, ...] = (), once: bool = False) -> 
             argv += ["--ro-bind", directory, directory]
     for name in packages:
         package = _package(name)
-        for path in (package, *sorted(package.parent.glob(f"{name}*.dist-info"))):  # some read their own version
+        # some read their own version, and some have shared libraries beside them
+        beside = [*package.parent.glob(f"{name}*.dist-info"), *package.parent.glob(f"{name}.libs")]
+        for path in (package, *sorted(beside)):
             argv += ["--ro-bind", str(path), f"/packages/{path.name}"]
     argv += ["--ro-bind", str(_SANDBOX_MAIN), "/sandbox_main.py"]
     for device in ("/dev/null", "/dev/urandom"):
