@@ -1,13 +1,14 @@
 """The benchmarks: GSM8K, MATH and HumanEval, from a local JSONL file, the hub, or the package that has them.
 
-A task is rows, what is asked for each row, and the verifier of training that grades it: maths answers by math-verify,
-programs by the rows' tests, both in the sandbox. What could not be graded counts as wrong and is reported.
+A task is rows, what is asked for each row, and the verifier of training that grades it: maths answers by their
+results, programs by the rows' tests, both in the sandbox. What could not be graded counts as wrong and is reported.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lsp_jax.core.errors import InputError
@@ -136,6 +137,14 @@ def check_grading(names: Iterable[str], workers: Workers) -> None:
             check_sandbox(workers)
         else:
             maths.check_maths(workers)
+
+
+def check_golds(name: str, file: str, problems: Sequence[Problem], workers: Workers) -> None:
+    """Raises InputError naming the maths problems whose results cannot be read; nothing to read for other tasks."""
+    if name != "humaneval":
+        field = "solution" if name == "math" else "answer"
+        lines = maths.lines_of(Path(file).expanduser(), [problem.row[field] for problem in problems], field)
+        maths.check_golds([problem.row["answer"] for problem in problems], workers, file or name, lines)
 
 
 class Grades(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from lsp_jax.core.errors import InputError
 from lsp_jax.model.llama import Params
-from lsp_jax.play.prompt_data import PromptData
+from lsp_jax.play.prompt_data import DataConfig, PromptData
 from lsp_jax.policy import Policy
 from lsp_jax.reward import code, maths
 from lsp_jax.reward.base import HostReward, Reward, RewardSpec, check_rewards
@@ -62,10 +63,14 @@ def open_rewards(
     return OpenedRewards(tuple(components), model, _mixed(config, [*host_specs, *device_specs]))
 
 
-def check_data(config: RewardConfig, data: PromptData | None) -> None:
-    """Raises InputError when the rows lack a field that a configured component needs."""
+def check_data(config: RewardConfig, data: PromptData | None, given: DataConfig, workers: Workers) -> None:
+    """Raises InputError when the rows of `given` lack a field that a configured component needs, or its text cannot be
+    read."""
     if data is not None and config.maths_weight:
         maths.check_rows(data.rows)
+        golds = [str(row["answer"]) for row in data.rows]
+        lines = maths.lines_of(Path(given.source).expanduser(), golds, given.answer_field)
+        maths.check_golds(golds, workers, given.source, lines)
     if data is not None and config.code_weight:
         code.check_rows(data.rows)
 

@@ -62,8 +62,8 @@ def setup(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | 
         opened = replace(opened, params={}, tokenizer=opened.tokenizer.dated(config.date))
         data = load_data(config.data, opened.tokenizer) if config.data.source else None
         probe = load_probe(config, opened)
-        for rows in (data, probe):
-            check_data(config.reward, rows)
+        for rows, source in ((data, config.data.source), (probe, config.health.probe)):
+            check_data(config.reward, rows, replace(config.data, source=source), workers)
         game = make_game(config, opened, data, probe)  # what does not fit is said before gigabytes are read
         if opened_rewards.reward_model is not None:
             query = longest_query(config, game.prompts, data, probe)
