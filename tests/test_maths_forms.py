@@ -12,7 +12,7 @@ import pytest
 from lsp_jax.core.errors import InputError
 from lsp_jax.evaluate.tasks import check_golds as check_task
 from lsp_jax.evaluate.tasks import load_task
-from lsp_jax.reward.answers.find import final_answer, find_result
+from lsp_jax.reward.answers.find import MAX_TEXT, final_answer, find_result
 from lsp_jax.reward.answers.reading import read_answer, read_gold
 from lsp_jax.reward.execution.pool import Workers
 from lsp_jax.reward.maths import check_golds, lines_of, maths_reward
@@ -203,17 +203,10 @@ PIECES = [
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_hostile_answers_take_linear_time(piece: str):
-    """A quadratic reader takes 25 times as long for five times the text."""
-
-    def seconds(size: int) -> float:
-        text, times = piece * (size // len(piece)), []
-        for _ in range(2):
-            start = time.process_time()
-            read_answer(text, ("num", 18, None, 2))
-            times.append(time.process_time() - start)
-        return min(times)
-
-    assert seconds(150_000) < 15 * seconds(30_000) + 0.05
+    """A linear reader takes half a second of CPU time at most for a text of the greatest length, a quadratic minutes."""
+    text, start = piece * (MAX_TEXT // len(piece)), time.process_time()
+    read_answer(text, ("num", 18, None, 2))
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

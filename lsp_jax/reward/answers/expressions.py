@@ -199,6 +199,8 @@ class Expressions:
         return whole
 
     def proper_fraction(self) -> Fraction | None:
+        top: Node
+        bottom: Node
         if self.take("\\frac"):
             top, bottom = self.argument(), self.argument()
         elif self.next.kind == "num" and self.next.spaced:

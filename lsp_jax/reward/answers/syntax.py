@@ -61,13 +61,13 @@ class _Parser(Expressions):
     def side(self) -> Node:
         """Parses sum [units], ratios and unions of it."""
         self.currency = ""
-        value = self.total()
+        value: Node = self.total()
         if self.at(":", "\\cup"):
-            kind, parts = ("union", [value]) if self.at("\\cup") else ("ratio", [value])
+            kind, parts = "union" if self.at("\\cup") else "ratio", [value]
             while self.take(":" if kind == "ratio" else "\\cup"):
                 parts.append(self.total())
             value = (kind, *parts)
-        words = self.words(value)
+        words: Node = self.words(value)
         if self.currency and not words:
             words = ("words", self.currency)
         if value[0] == "deg":
@@ -89,7 +89,7 @@ class _Parser(Expressions):
                 found or token.value in UNITS or value[0] == "deg" or self.after.kind == "word"
             ):
                 degrees = {"C": "celsius", "F": "fahrenheit"} if value[0] == "deg" and not found else {}
-                found.append(degrees.get(token.value, token.value))
+                found.append(str(degrees.get(token.value, token.value)))
             elif (found or self.after.kind == "word") and self.at("/", "*", "-", "+", "(", ")", "'"):
                 if token.value == ")" and "(" not in found:
                     break
