@@ -203,7 +203,7 @@ PIECES = [
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_hostile_answers_take_linear_time(piece: str):
-    """A linear reader takes half a second of CPU time at most for a text of the greatest length, a quadratic minutes."""
+    """A linear reader takes half a second of CPU time for the longest text, a quadratic one minutes."""
     text, start = piece * (MAX_TEXT // len(piece)), time.process_time()
     read_answer(text, ("num", 18, None, 2))
     assert time.process_time() - start < 10
