@@ -189,7 +189,7 @@ import lsp_jax
 import jax
 assert not jax._src.xla_bridge.backends_are_initialized()
 """
-ABSENT = ("tyro", "sentencepiece", "jinja2", "gguf", "tiktoken", "math_verify", "datasets", "torch")
+ABSENT = ("tyro", "sentencepiece", "jinja2", "gguf", "tiktoken", "sympy", "datasets", "torch")
 ABSENT += ("tensorboardX", "wandb", "trackio")
 
 

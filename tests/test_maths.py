@@ -10,13 +10,13 @@ import pytest
 
 from lsp_jax.core.errors import InputError
 from lsp_jax.reward import maths
+from lsp_jax.reward.answers.find import final_answer
 from lsp_jax.reward.execution.pool import Workers
-from lsp_jax.reward.execution.sandbox_main import final_answer
 from lsp_jax.reward.maths import check_maths, check_rows, maths_reward
 
 needs_sandbox = pytest.mark.skipif(
-    shutil.which("bwrap") is None or importlib.util.find_spec("math_verify") is None,
-    reason="bwrap is not on PATH, or math-verify is not installed",
+    shutil.which("bwrap") is None or importlib.util.find_spec("sympy") is None,
+    reason="bwrap is not on PATH, or sympy is not installed",
 )
 
 # fmt: off

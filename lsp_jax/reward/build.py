@@ -62,10 +62,11 @@ def open_rewards(
     return OpenedRewards(tuple(components), model, _mixed(config, [*host_specs, *device_specs]))
 
 
-def check_data(config: RewardConfig, data: PromptData | None) -> None:
-    """Raises InputError when the rows lack a field that a configured component needs."""
+def check_data(config: RewardConfig, data: PromptData | None, workers: Workers) -> None:
+    """Raises InputError when the rows lack a field that a configured component needs, or its text cannot be read."""
     if data is not None and config.maths_weight:
         maths.check_rows(data.rows)
+        maths.check_golds([str(row["answer"]) for row in data.rows], data.places, workers)
     if data is not None and config.code_weight:
         code.check_rows(data.rows, data.places)
 

@@ -1,23 +1,25 @@
-"""The maths reward: whether an answer's final result equals that of the data row, according to math-verify.
+"""The maths reward: whether an answer's final result equals that of the data row.
 
-Its parser may evaluate its input, so it runs in a sandbox, which is reused for many answers. The result is taken from
-the last \\boxed{}, else after the last ####, else from the end of the text, where math-verify searches for a formula
-and then for the last number.
+`lsp_jax.reward.answers` finds, reads and compares the results. sympy may take very long over a model's expression, so
+this runs in a sandbox, which is reused for many answers.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
-from lsp_jax.core.errors import InputError
+from lsp_jax.core.errors import InputError, shown
 from lsp_jax.reward.base import DataRows, HostReward, RewardOutput
 from lsp_jax.reward.execution.pool import Outcome, Workers
 from lsp_jax.reward.execution.sandbox import sandboxed
 
-SECONDS = 20.0  # time limit of one comparison; math-verify's own limit is 5 for each of its steps
-_PACKAGES = ("math_verify", "latex2sympy2_extended", "antlr4", "sympy", "mpmath")
+SECONDS = 20.0  # time limit of one comparison; the sandbox's own is 5, after which the results are not equal
+NAMED = 5  # unreadable golds named in a message
+_PACKAGES = ("lsp_jax.reward.answers", "sympy", "mpmath")
+_FORMS = "as in GSM8K (#### 7), MATH (\\boxed{7}) or alone (7)"
 logger: logging.Logger = logging.getLogger(__name__)
 
 
@@ -28,19 +30,39 @@ def check_rows(rows: DataRows, field: str = "answer") -> None:
     for place, row in enumerate(rows):
         value = row.get(field)
         if not isinstance(value, str) or not value.strip():
-            remedy = "must be the correct answer, a string as in GSM8K (#### 7) or MATH (\\boxed{7})"
-            raise InputError(f"maths reward rows[{place}].{field}", value, remedy)
+            raise InputError(f"maths reward rows[{place}].{field}", value, f"must be the correct answer, {_FORMS}")
+
+
+def check_golds(golds: Sequence[str], places: Sequence[str], workers: Workers) -> None:
+    """Reads every gold as the reward will, before the run.
+
+    Args:
+        golds: the correct answers.
+        places: the origin of each, such as FILE:LINE, for the message.
+
+    Raises:
+        InputError: some cannot be read; the first ones are named with their place and text.
+    """
+    different = dict.fromkeys(golds)
+    items = [{"gold": gold, "seconds": SECONDS} for gold in different]
+    outcomes = dict(zip(different, workers.run(sandboxed("maths", _PACKAGES), items, SECONDS), strict=True))
+    unread = [(place, gold) for place, gold in zip(places, golds, strict=True) if _failure(outcomes[gold])]
+    if unread:
+        named = "; ".join(f"{place} {shown(gold, 60)}" for place, gold in unread[:NAMED])
+        rest = f" and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
+        remedy = f"cannot be read as maths answers: {named}{rest}; each must be a result and nothing else, {_FORMS}"
+        raise InputError("maths reward answers", f"{len(unread)} of {len(golds)}", remedy)
 
 
 def check_maths(workers: Workers) -> None:
-    """Starts math-verify in the sandbox once.
+    """Starts the comparison in the sandbox once.
 
     Raises:
-        InputError: bwrap or the package is missing, or it does not start in the sandbox.
+        InputError: bwrap or sympy is missing, or it does not start in the sandbox.
     """
     outcome = workers.ready(sandboxed("maths", _PACKAGES))
     if outcome.reply is None:
-        raise InputError("maths reward", "math-verify", f"did not start in the sandbox: {outcome.failure}")
+        raise InputError("maths reward", "sympy", f"did not start in the sandbox: {outcome.failure}")
 
 
 def maths_reward(
@@ -53,11 +75,11 @@ def maths_reward(
     """Returns a task reward: 1 if the answer's result equals that in the row's `field`, else 0.
 
     An answer is masked when its comparison exceeds `timeout` seconds or its child process dies, and when the row's own
-    result cannot be parsed. Answers that math-verify cannot parse within its own time limit score 0. Check the rows
-    with `check_rows` and the sandbox with `check_maths` before long work.
+    result cannot be read. Answers over which sympy takes more than its own time limit score 0. Check the rows with
+    `check_rows` and `check_golds`, and the sandbox with `check_maths`, before long work.
 
     Raises:
-        InputError: no bwrap on PATH, or math-verify is not installed.
+        InputError: no bwrap on PATH, or sympy is not installed.
     """
     pool, program = workers or Workers(), sandboxed("maths", _PACKAGES)
 

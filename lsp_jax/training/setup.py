@@ -63,7 +63,7 @@ def setup(config: TrainConfig, rewards: Sequence[Reward] = (), policy: Policy | 
         data = load_data(config.data, opened.tokenizer) if config.data.source else None
         probe = load_probe(config, opened)
         for rows in (data, probe):
-            check_data(config.reward, rows)
+            check_data(config.reward, rows, workers)
         game = make_game(config, opened, data, probe)  # checks lengths before gigabytes are read
         if opened_rewards.reward_model is not None:
             query = longest_query(config, game.prompts, data, probe)

@@ -28,7 +28,7 @@ _SYSTEM = ("/bin", "/lib", "/lib32", "/lib64")  # links into /usr, or directorie
 
 
 def sandboxed(mode: str, packages: tuple[str, ...] = (), once: bool = False) -> Program:
-    """Returns the program that runs `sandbox_main.py` in `mode` with only the named Python packages installed.
+    """Returns the program that runs `sandbox_main.py` in `mode` with only the named Python packages.
 
     Raises:
         InputError: not Linux, no `bwrap` on PATH, or a package is missing.
@@ -53,9 +53,10 @@ def sandboxed(mode: str, packages: tuple[str, ...] = (), once: bool = False) -> 
             argv += ["--ro-bind", directory, directory]
     for name in packages:
         package = _package(name)
+        argv += ["--ro-bind", str(package), f"/packages/{name.replace('.', '/')}"]
         # some read their own version, and some have shared libraries beside them
         beside = [*package.parent.glob(f"{name}*.dist-info"), *package.parent.glob(f"{name}.libs")]
-        for path in (package, *sorted(beside)):
+        for path in sorted(beside):
             argv += ["--ro-bind", str(path), f"/packages/{path.name}"]
     argv += ["--ro-bind", str(_SANDBOX_MAIN), "/sandbox_main.py"]
     for device in ("/dev/null", "/dev/urandom"):
