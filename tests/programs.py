@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from jax._src import compiler
 
 if "PYTEST_CURRENT_TEST" in os.environ:
     # What a test has started needs no torch, which transformers would import with every tokenizer: seconds each time.
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    _find_spec = PathFinder.find_spec
+    PathFinder.find_spec = lambda name, *given: None if name == "torch" else _find_spec(name, *given)  # type: ignore
 
 _options = compiler.get_compile_options
 
