@@ -114,8 +114,8 @@ def test_a_template_for_one_turn_trains_a_solver(tmp_path: Path, open_run: Calla
 def test_a_stop_id_outside_the_model(tmp_path: Path, open_run: Callable[..., Opened]):
     model = game_dir(tmp_path / "model")
     changed(model, "generation_config.json", lambda held: held.update(eos_token_id=[EOS, 100_000]))
-    finding = found(open_run(game_config(model, tmp_path / "run")), "stop ids")
-    assert finding.level == "error" and finding.message == "100000"
+    with pytest.raises(InputError, match=r"eos_token_id = 100000.*generation_config\.json"):
+        open_run(game_config(model, tmp_path / "run"))
 
 
 def test_a_space_that_sentencepiece_adds_is_no_finding(tmp_path: Path):
