@@ -26,8 +26,12 @@ class Expressions:
     """Recursive descent with one token of lookahead; what stands in brackets is a subclass's to read."""
 
     def __init__(self, given: list[Token], glued_units: bool):
-        self.given, self.place, self.depth, self.bars = given, 0, 0, 0
-        self.glued_units, self.currency = glued_units, ""
+        self.given: list[Token] = given
+        self.place: int = 0
+        self.depth: int = 0
+        self.bars: int = 0
+        self.glued_units: bool = glued_units
+        self.currency: str = ""
 
     @property
     def next(self) -> Token:
