@@ -102,7 +102,8 @@ def test_decoding_with_adapters_writes_what_the_merged_model_writes(game_model: 
 # --- what they learn -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kl", ["k2", pytest.param("full", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("kl", ["k2", "full"])
 def test_their_gradient_is_that_of_the_merged_weights_by_the_chain_rule(kl: Any) -> None:
     """W' = W + s A B: dL/dA = s dL/dW' B^T and dL/dB = s A^T dL/dW', and nothing else has a gradient."""
     loss = LossConfig(beta=0.3, kl_estimator=kl)

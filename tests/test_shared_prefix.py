@@ -114,7 +114,7 @@ RARE = [
 RARE = [pytest.param(case, marks=pytest.mark.slow) for case in RARE]
 
 
-@pytest.mark.parametrize("change", [*everyday(CASES, 0, 1), *RARE], ids=str)
+@pytest.mark.parametrize("change", [*everyday(CASES, 1), *RARE], ids=str)
 def test_gradient_reference_and_metrics_equal_those_of_the_plain_form(
     params: llama.Params, reference_params: llama.Params, change: dict[str, Any]
 ) -> None:
@@ -184,6 +184,7 @@ def test_rows_are_sorted_inside_their_groups_and_groups_among_themselves() -> No
         assert sorted(moved[GROUP * group : GROUP * (group + 1)]) == sorted(original[start : start + GROUP])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sharing", [pytest.param((1, 1), marks=pytest.mark.slow), (GROUP, 6)], ids=str)
 def test_width_changes_no_number(
     params: llama.Params, reference_params: llama.Params, sharing: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -261,7 +261,7 @@ def test_a_function_that_hangs_shows_where(asked: bool, tmp_path: Path, capfd: p
     program = Program((sys.executable, "-m", "lsp_jax.reward.execution.worker_main", f"{path}:score"))
     item = {"queries": ["q"], "answers": [["a"]], "rows": []}
     entered = tmp_path / "slow.entered"
-    with Workers(1, timeout=4) as workers:
+    with Workers(1, timeout=2) as workers:
         workers.ready(program)
 
         def ask():
@@ -274,5 +274,5 @@ def test_a_function_that_hangs_shows_where(asked: bool, tmp_path: Path, capfd: p
             asker.start()
         (outcome,) = workers.run(program, [item])
     assert entered.exists()
-    assert outcome.failure == "took more than 4 s"
+    assert outcome.failure == "took more than 2 s"
     assert capfd.readouterr().err.count("in stuck_here") == 1 + asked
