@@ -161,7 +161,7 @@ def check_keys(values: dict[str, Any], config: dict[str, Any], inside: str = "")
     for row in REFUSED_KEYS:
         value = values.get(row.key)
         if value is not None and not row.is_neutral(value, config):
-            remedy = f"is not implemented ({row.families}), and must be {row.neutral} or absent in config.json"
+            remedy = f"is not implemented ({row.families}), and must be absent or {row.neutral} in config.json"
             raise InputError(prefix + row.key, value, remedy)
 
 
