@@ -105,13 +105,13 @@ class FastBackend:
 
 
 def _steps(tokenizer: Any) -> dict[str, Any]:
-    """What decides ids and texts; the post-processor only adds tokens, which nothing here asks for."""
+    """Returns the steps that decide ids and texts; the post-processor only adds tokens, which nothing here asks for."""
     steps = json.loads(tokenizer.backend_tokenizer.to_str())
     return {name: value for name, value in steps.items() if name not in ("post_processor", "truncation", "padding")}
 
 
 def _blamed(directory: Path, error: Exception) -> InputError:
-    """The error of a tokenizer that cannot be loaded, with the file that is at fault."""
+    """Returns the error of a tokenizer that cannot be loaded, naming the file at fault."""
     from tokenizers import Tokenizer
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from fractions import Fraction
 from typing import Any
 
@@ -22,7 +23,7 @@ def integer(value: int) -> Node:
     return ("num", Fraction(value), None, len(str(abs(value))))
 
 
-class Expressions:
+class Expressions(ABC):
     """Recursive descent with one token of lookahead; what stands in brackets is a subclass's to read."""
 
     def __init__(self, given: list[Token], glued_units: bool):
@@ -267,8 +268,10 @@ class Expressions:
         result = ("fn", name, value) if base is None else ("div", ("fn", "ln", value), ("fn", "ln", base))
         return result if power is None else ("pow", result, power)
 
+    @abstractmethod
     def brackets(self) -> Node:
-        raise NotImplementedError
+        """Reads what stands in brackets."""
 
+    @abstractmethod
     def matrix(self) -> Node:
-        raise NotImplementedError
+        """Reads a matrix."""
