@@ -174,7 +174,7 @@ class Place:
         assert after == before
 
     def command(self, *arguments: Any) -> None:
-        """A command line, which must end with status 0 or 2; an error of ours is one printable line."""
+        """A command line, which must end with status 0 or 2; an error of ours is one printable line, after warnings."""
         said = io.StringIO()
         with redirect_stderr(said), redirect_stdout(io.StringIO()):
             try:
@@ -186,7 +186,10 @@ class Place:
         err = said.getvalue()
         assert status in (0, 2) and "Traceback" not in err, (status, err)
         if err.startswith("lsp-jax: "):
-            assert status == 2 and err.endswith("\n") and err[:-1].isprintable() and len(err) < 1100, err
+            lines = err.splitlines(keepends=True)
+            assert all(line[:-1].isprintable() and line[-1] == "\n" and len(line) < 1100 for line in lines), err
+            warnings = [line.startswith("lsp-jax: warning: ") for line in lines]
+            assert all(warnings[:-1]) and warnings[-1] == (status == 0), (status, err)
 
     def train(self, *more: Any, model: Path | None = None) -> None:
         short = ["--prompts.challenger", "Ask.", "--play.max-query-length", 8, "--play.max-completion-length", 8]

@@ -129,7 +129,7 @@ BAD_OPTIONS: dict[str, list[Any]] = {
     "stop_at_eos": [None, 1, 0, "yes"],
 }
 BAD_SAMPLING: dict[str, list[Any]] = {
-    "temperature": [-1, -1e-9, float("nan"), float("inf"), 1e39, 10**400, None, "1", True, 1j, Fraction(1, 2)],
+    "temperature": [-1, -1e-9, float("nan"), float("inf"), 2.0**127, 10**400, None, "1", True, 1j, Fraction(1, 2)],
     "top_k": [-1, 5.0, None, True, "5", float("nan")],
     "top_p": [0, -0.1, 1.1, float("nan"), None, "1", True],
     "min_p": [-0.1, 1, float("nan"), None, "0", False],

@@ -88,7 +88,7 @@ def rope_conflict(config: dict[str, Any]) -> str:
     other = config.get("rope_parameters") or {}
     if name == "rope_scaling" and other and _resolved(config) != _resolved({**config, "rope_scaling": None}):
         return _differ(name, rope, "rope_parameters", other)
-    if "rope_theta" in rope and config.get("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
+    if "rope_theta" in rope and config.get("rope_theta") not in (None, rope["rope_theta"]):
         return _differ(f"{name}.rope_theta", rope["rope_theta"], "rope_theta", config["rope_theta"])
     if rope.get("type", rope.get("rope_type")) != rope.get("rope_type", rope.get("type")):
         return _differ(f"{name}.rope_type", rope["rope_type"], f"{name}.type", rope["type"])

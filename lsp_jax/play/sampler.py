@@ -23,7 +23,9 @@ GREEDY_BELOW = 1e-5
 """Temperatures below it are greedy, as in vLLM."""
 LEAST_TRAINING = 0.01
 """Lowest temperature of training: below it losses, which divide differences of logits by it, overflow."""
-_TINY, _HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+HIGHEST = 1e37
+"""Highest temperature: compilers multiply by the reciprocal, and that of higher ones can become 0 in float32."""
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class SamplingConfig:
     def check(self, field: str, greedy: bool = True) -> None:
         """Raises InputError naming `field`.<name>; `greedy` False rejects temperatures that training cannot use."""
         plain = arguments.plain(self, field)
-        if greedy and not 0 <= plain.temperature <= _HUGE:
-            raise InputError(f"{field}.temperature", self.temperature, "must be > 0 and finite (or 0: greedy)")
-        if not greedy and not LEAST_TRAINING <= plain.temperature <= _HUGE:
-            remedy = f"must be > 0, at least {LEAST_TRAINING}, and finite: losses overflow at smaller ones"
+        if greedy and not 0 <= plain.temperature <= HIGHEST:
+            remedy = f"must be > 0, finite, <= {HIGHEST:g} (or 0: greedy)"
+            raise InputError(f"{field}.temperature", self.temperature, remedy)
+        if not greedy and not LEAST_TRAINING <= plain.temperature <= HIGHEST:
+            remedy = f"must be > 0, at least {LEAST_TRAINING}, finite, <= {HIGHEST:g}: losses overflow at smaller ones"
             raise InputError(f"{field}.temperature", self.temperature, remedy)
         if plain.top_k < 0:
             raise InputError(f"{field}.top_k", self.top_k, "must be >= 0 (0 keeps all tokens)")
